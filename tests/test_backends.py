@@ -1,0 +1,108 @@
+"""Which backend serves a call, and what is said when one cannot."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BACKENDS, DEVICE
+
+from topk_rkl import backends, teacher_topk, use_backend
+
+
+def test_auto_takes_triton_on_a_gpu_and_the_reference_elsewhere() -> None:
+    name = "triton" if DEVICE == "cuda" and "triton" in BACKENDS else "reference"
+    assert backends.choose("auto", 5, torch.randn(2, 9, device=DEVICE)).__name__ == f"topk_rkl.backends.{name}"
+    for x, k in (
+        (torch.randn(2, 9).double(), 5),
+        (torch.empty(1, 1).expand(1, 2**21), 5),
+        (torch.empty(1, 5_000), 2_000),
+    ):
+        assert backends.choose("auto", k, x.to(DEVICE)).__name__ == "topk_rkl.backends.reference"
+
+
+def test_auto_needs_every_tensor_to_fit() -> None:
+    mixed = torch.randn(2, 9, device=DEVICE), torch.randn(2, 9, device=DEVICE).double()
+    assert backends.choose("auto", 5, *mixed).__name__ == "topk_rkl.backends.reference"
+
+
+@pytest.mark.parametrize("name", ["native", "cuda"])
+def test_a_backend_that_cannot_run_here_says_why(name: str) -> None:
+    with (
+        pytest.raises(RuntimeError, match=rf"'{name}' backend cannot run here: .*extension.*use 'reference'"),
+        use_backend(name),
+    ):
+        pass
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed here")
+def test_triton_says_what_it_cannot_take() -> None:
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match=r"torch.float64; use bfloat16"):
+            teacher_topk(torch.randn(2, 9, device=DEVICE).double(), 3)
+        with pytest.raises(RuntimeError, match="K = 1025 and V = 2000"):
+            teacher_topk(torch.randn(2, 2_000, device=DEVICE), 1_025)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'tritton'; use one of auto, reference"), use_backend("tritton"):
+        pass
+
+
+def test_the_innermost_choice_holds_and_ends_with_its_block() -> None:
+    before = backends.requested()
+    with use_backend("reference"):
+        with contextlib.suppress(ZeroDivisionError), use_backend("auto"):
+            assert backends.requested() == "auto"
+            raise ZeroDivisionError
+        assert backends.requested() == "reference"
+    assert backends.requested() == before
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own, with nothing but these switches set."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TOPK_RKL_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_variable_sets_the_backend() -> None:
+    code = "import topk_rkl, torch; topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
+    assert python(code, TOPK_RKL_BACKEND="reference").returncode == 0
+    wrong = python(code, TOPK_RKL_BACKEND="fast")
+    assert wrong.returncode != 0 and "TOPK_RKL_BACKEND: there is no backend 'fast'" in wrong.stderr
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed here")
+def test_triton_refuses_cpu_tensors_unless_interpreted() -> None:
+    code = "import topk_rkl, torch\nwith topk_rkl.use_backend('triton'): topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
+    refused = python(code)
+    assert (
+        refused.returncode != 0 and "the logits are on cpu" in refused.stderr and "TRITON_INTERPRET=1" in refused.stderr
+    )
+    assert python(code, TRITON_INTERPRET="1").returncode == 0
+
+
+def test_the_package_imports_and_works_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import topk_rkl, torch\n"
+        "x = torch.randn(2, 9, requires_grad=True)\n"
+        "topk_rkl.topk_reverse_kl(x, torch.randn(2, 9), k=3).backward()\n"
+        "assert x.grad.abs().sum() > 0\n"
+        "with topk_rkl.use_backend('triton'): pass\n"
+    )
+    outcome = python(code)
+    assert "'triton' backend cannot run here" in outcome.stderr and "pip install triton" in outcome.stderr
+
+
+def test_importing_has_no_side_effect() -> None:
+    code = (
+        "import sys, topk_rkl.loss, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([m for m in sys.modules if m.startswith('topk_rkl.backends.triton')])"
+    )
+    assert python(code).stdout.strip() == "[]"

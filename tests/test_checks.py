@@ -1,0 +1,180 @@
+"""Promise: errors. Every refusal names the argument, the value seen and what to do, before any launch."""
+
+import pytest
+import torch
+
+from topk_rkl import Support, TopKReverseKLLoss, ops, teacher_topk, topk_reverse_kl
+from topk_rkl.weighting import aggregate, special_token_mask
+
+Z = torch.randn(3, 40)
+W = torch.randn(3, 40)
+IDS = torch.arange(5).expand(3, 5)
+
+
+@pytest.fixture(autouse=True)
+def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(*_: object) -> None:
+        raise AssertionError("an op ran before the refusal")
+
+    for name in ("select", "support_loss", "select_loss", "scatter"):
+        monkeypatch.setattr(ops, name, launched)
+
+
+REFUSALS = {
+    "student not a tensor": (lambda: topk_reverse_kl([1.0], W, k=3), TypeError, "student_logits is a list"),
+    "student int": (
+        lambda: topk_reverse_kl(Z.int(), W, k=3),
+        TypeError,
+        "student_logits is torch.int32; use one of bfloat16",
+    ),
+    "student fp8": (lambda: topk_reverse_kl(Z.to(torch.float8_e4m3fn), W, k=3), TypeError, "float8_e4m3fn"),
+    "student sparse": (lambda: topk_reverse_kl(Z.to_sparse(), W, k=3), TypeError, "layout torch.sparse_coo.*to_dense"),
+    "student 0-d": (
+        lambda: topk_reverse_kl(Z[0, 0], W, k=3),
+        ValueError,
+        r"student_logits has shape \(\).*\(\.\.\., V\)",
+    ),
+    "student without vocabulary": (lambda: topk_reverse_kl(Z[:, :0], W, k=3), ValueError, r"shape \(3, 0\)"),
+    "teacher a plain tuple": (lambda: topk_reverse_kl(Z, (IDS, W)), TypeError, r"wrap it: Support\(ids, log_probs\)"),
+    "teacher None": (lambda: topk_reverse_kl(Z, None, k=3), TypeError, "teacher is a NoneType"),
+    "teacher requires grad": (
+        lambda: topk_reverse_kl(Z, W.clone().requires_grad_(), k=3),
+        ValueError,
+        r"teacher requires grad.*teacher.detach\(\)",
+    ),
+    "teacher_topk requires grad": (
+        lambda: teacher_topk(W.clone().requires_grad_(), 3),
+        ValueError,
+        r"teacher_logits requires grad.*teacher_logits.detach\(\)",
+    ),
+    "support requires grad": (
+        lambda: topk_reverse_kl(Z, Support(IDS, torch.randn(3, 5, requires_grad=True))),
+        ValueError,
+        r"teacher.log_probs requires grad",
+    ),
+    "teacher of other rows": (
+        lambda: topk_reverse_kl(Z, W[:2], k=3),
+        ValueError,
+        r"teacher has shape \(2, 40\).*\(3, 40\)",
+    ),
+    "teacher on another device": (
+        lambda: topk_reverse_kl(Z, W.to("meta"), k=3),
+        ValueError,
+        "teacher is on meta.*on cpu",
+    ),
+    "no k": (lambda: topk_reverse_kl(Z, W), ValueError, "k is None.*such as k=32"),
+    "k 0": (lambda: topk_reverse_kl(Z, W, k=0), ValueError, "k is 0; it must be between 1 and V = 40"),
+    "k above V": (lambda: teacher_topk(W, 41), ValueError, "k is 41; it must be between 1 and V = 40"),
+    "k a float": (lambda: topk_reverse_kl(Z, W, k=3.0), TypeError, "k is 3.0; it must be an int"),
+    "k a bool": (lambda: topk_reverse_kl(Z, W, k=True), TypeError, "k is True"),
+    "k with a support": (
+        lambda: topk_reverse_kl(Z, Support(IDS, W[:, :5]), k=5),
+        ValueError,
+        "k is 5, but teacher is a Support",
+    ),
+    "ids float": (lambda: topk_reverse_kl(Z, Support(W[:, :5], W[:, :5])), TypeError, "teacher.ids is torch.float32"),
+    "log_probs int": (lambda: topk_reverse_kl(Z, Support(IDS, IDS)), TypeError, "teacher.log_probs is torch.int64"),
+    "support of two shapes": (lambda: topk_reverse_kl(Z, Support(IDS, W[:, :4])), ValueError, r"\(3, 5\).*\(3, 4\)"),
+    "support of no slot": (lambda: topk_reverse_kl(Z, Support(IDS[:, :0], W[:, :0])), ValueError, "K of at least 1"),
+    "support of other rows": (
+        lambda: topk_reverse_kl(Z[:2], Support(IDS, W[:, :5])),
+        ValueError,
+        r"teacher.ids.*shape \(2, any\)",
+    ),
+    "weights of another shape": (
+        lambda: topk_reverse_kl(Z, W, k=3, weights=torch.ones(3, 1)),
+        ValueError,
+        r"weights has shape \(3, 1\).*shape \(3,\)",
+    ),
+    "weights a list": (lambda: topk_reverse_kl(Z, W, k=3, weights=[1, 1, 1]), TypeError, "weights is a list"),
+    "weights require grad": (
+        lambda: topk_reverse_kl(Z, W, k=3, weights=torch.ones(3, requires_grad=True)),
+        ValueError,
+        "weights requires grad",
+    ),
+    "weights complex": (
+        lambda: topk_reverse_kl(Z, W, k=3, weights=torch.ones(3) * 1j),
+        TypeError,
+        "weights is torch.complex64",
+    ),
+    "temperature 0": (
+        lambda: topk_reverse_kl(Z, W, k=3, temperature=0),
+        ValueError,
+        "temperature is 0; it must be positive",
+    ),
+    "temperature negative": (lambda: TopKReverseKLLoss(3, temperature=-1.0), ValueError, "temperature is -1.0"),
+    "temperature nan": (lambda: topk_reverse_kl(Z, W, k=3, temperature=float("nan")), ValueError, "temperature is nan"),
+    "temperature a tensor": (
+        lambda: topk_reverse_kl(Z, W, k=3, temperature=torch.ones(())),
+        TypeError,
+        "temperature is a torch.Tensor",
+    ),
+    "reduction": (
+        lambda: topk_reverse_kl(Z, W, k=3, reduction="avg"),
+        ValueError,
+        "reduction is 'avg'; use one of none, sum, mean",
+    ),
+    "denominator without mean": (
+        lambda: topk_reverse_kl(Z, W, k=3, reduction="sum", denominator=3),
+        ValueError,
+        "denominator is given with reduction='sum'",
+    ),
+    "denominator of one dimension": (
+        lambda: topk_reverse_kl(Z, W, k=3, denominator=torch.ones(1)),
+        ValueError,
+        r"denominator has shape \(1,\)",
+    ),
+    "denominator requires grad": (
+        lambda: topk_reverse_kl(Z, W, k=3, denominator=torch.ones((), requires_grad=True)),
+        ValueError,
+        "denominator requires grad",
+    ),
+    "denominator infinite": (
+        lambda: topk_reverse_kl(Z, W, k=3, denominator=float("inf")),
+        ValueError,
+        "denominator is inf",
+    ),
+    "overwriting an expanded view": (
+        lambda: topk_reverse_kl(Z[:1].expand(3, -1), W, k=3, overwrite_student_logits=True),
+        ValueError,
+        "overwrite_student_logits=True.*overlap",
+    ),
+    "overwriting a sliding window": (
+        lambda: topk_reverse_kl(Z.as_strided((3, 40), (20, 1)), W, k=3, overwrite_student_logits=True),
+        ValueError,
+        "overlap",
+    ),
+    "aggregate mode": (lambda: aggregate(Z, Z, "mean"), ValueError, "mode is 'mean'; use one of token-mean"),
+    "aggregate shapes": (lambda: aggregate(Z, Z[0], "token-mean"), ValueError, r"both must be \(B, T\)"),
+    "aggregate norm": (
+        lambda: aggregate(Z, Z, "token-mean", norm=3),
+        ValueError,
+        "norm is given with mode='token-mean'",
+    ),
+    "aggregate norm 0": (
+        lambda: aggregate(Z, Z, "seq-mean-token-sum-norm", norm=0),
+        ValueError,
+        "norm is 0; it must be positive",
+    ),
+    "aggregate denominator": (lambda: aggregate(Z, Z, "token-sum", denominator=3), ValueError, "divides by nothing"),
+    "special tokens float": (lambda: special_token_mask(Z, [1]), TypeError, "response_ids is torch.float32"),
+    "special tokens text": (lambda: special_token_mask(IDS, "<think>"), TypeError, "token_ids is a str"),
+    "special tokens occurrences": (
+        lambda: special_token_mask(IDS, [1], "last"),
+        ValueError,
+        "occurrences is 'last'; use 'first' or 'all'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_errors(name: str) -> None:
+    call, kind, message = REFUSALS[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_views_that_do_not_overlap_may_be_overwritten() -> None:
+    for view in (Z, Z[:, :-1], Z.t(), Z[::2, ::3], Z[:1].expand(1, -1), torch.randn(2, 3, 4)[:, :, 1:]):
+        with pytest.raises(AssertionError, match="an op ran"):
+            topk_reverse_kl(view, torch.randn(view.shape), k=2, overwrite_student_logits=True)

@@ -1,0 +1,135 @@
+"""The promises that only a GPU can show: graphs, streams, real memory, offsets past 2^31. Run by `make test-gpu`."""
+
+import pytest
+import torch
+
+from tests.test_loss import plain, run
+from tests.test_select import stable_sort
+from topk_rkl import teacher_topk, topk_reverse_kl, use_backend
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _without_poison():
+    """Filling fresh memory costs time and memory that these tests count."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
+    student = torch.randn(8, 33_000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(8, 33_000, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(8, device="cuda")
+    denominator = torch.tensor(5.0, device="cuda")
+
+    def step():
+        student.grad = None
+        loss = topk_reverse_kl(student, teacher, k=32, weights=weights, denominator=denominator)
+        loss.backward()
+        return loss, student.grad
+
+    with use_backend(name):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        side.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss, grad = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        with torch.no_grad():
+            student.copy_(torch.randn_like(student))
+            teacher.copy_(torch.randn_like(teacher))
+        graph.replay()
+        want = run(student, teacher, k=32, weights=weights, denominator=denominator, reduction="mean")
+    assert torch.equal(loss.detach(), want[0]) and torch.equal(grad, want[1])
+
+
+def test_the_current_stream_is_used() -> None:
+    teacher, student = torch.randn(2, 64, 50_000, device="cuda")
+    want = run(student, teacher, k=32)
+    side = torch.cuda.Stream()
+    late = torch.empty_like(teacher)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(teacher)
+        got = run(student, late, k=32)
+    side.synchronize()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_streams_do_not_share_scratch() -> None:
+    tensors = torch.randn(4, 2, 512, 50_000, device="cuda", dtype=torch.bfloat16)
+    want = [run(z, w, k=64, reduction="none") for z, w in tensors]
+    torch.cuda.synchronize()
+    got = []
+    for z, w in tensors:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            got.append(run(z, w, k=64, reduction="none"))
+    torch.cuda.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_big_more_than_2_to_the_31_elements() -> None:
+    n, vocab, k = 16_400, 131_072 + 8, 16
+    teacher = torch.empty(n, vocab, dtype=torch.bfloat16, device="cuda")
+    for part in teacher.split(1024):
+        part.normal_()
+    assert teacher.numel() > 2**31
+    student = teacher.roll(1, 0)
+    loss, grad = run(student, teacher, k=k, reduction="none")
+    tail = slice(n - 3, n)
+    want_ids, _ = stable_sort(teacher[tail], k)
+    assert torch.equal(teacher_topk(teacher, k).ids[tail], want_ids)
+    leaf = student[tail].clone().requires_grad_()
+    want = plain(leaf, teacher[tail], k)
+    want.sum().backward()
+    torch.testing.assert_close(loss[tail], want.detach().float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad[tail], leaf.grad, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [(2**31 + 11, 1), (1, 2**26 + 3)], ids=["far rows", "far columns"])
+def test_big_strided_views(stride: tuple[int, int]) -> None:
+    logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided((2, 33), stride)
+    logits.copy_(torch.randn(2, 33))
+    support = teacher_topk(logits, 5)
+    assert torch.equal(support.ids, stable_sort(logits.contiguous(), 5)[0])
+
+
+def test_memory() -> None:
+    n, vocab, k = 2_048, 151_936, 64
+    student = torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16)
+    small = n * k * 16 + (64 << 20)
+    with use_backend("triton"):
+        topk_reverse_kl(student, teacher, k=k).backward()
+        student.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = topk_reverse_kl(student, teacher, k=k)
+        assert torch.cuda.max_memory_allocated() - before <= small
+        loss.backward()
+        assert torch.cuda.max_memory_allocated() - before <= small + student.numel() * 2
+        logits = student.detach().clone().requires_grad_()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        topk_reverse_kl(logits, teacher, k=k, overwrite_student_logits=True).backward()
+        assert torch.cuda.max_memory_allocated() - before <= small
+
+
+def test_the_device_of_the_tensors_is_used() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs, and this machine has one")
+    student, teacher = torch.randn(2, 4, 500, device="cuda:1")
+    loss, grad = run(student, teacher, k=8)
+    want = run(student.to("cuda:0"), teacher.to("cuda:0"), k=8)
+    assert torch.equal(loss.cpu(), want[0].cpu()) and torch.equal(grad.cpu(), want[1].cpu())

@@ -1,0 +1,113 @@
+"""Promise: compile. The ops, their fakes, and torch.compile over them."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from topk_rkl import Support, TopKReverseKLLoss, ops, teacher_topk, topk_reverse_kl, use_backend
+
+
+def samples() -> dict[str, tuple]:
+    student, teacher = torch.randn(2, 3, 4, 50, device=DEVICE)
+    ids = torch.randint(-1, 50, (3, 4, 6), device=DEVICE)
+    values, weights = torch.randn(3, 4, 6, device=DEVICE), torch.rand(3, 4, device=DEVICE)
+    return {
+        "select": (teacher[:, 1:], 6, True, "reference"),
+        "support_loss": (student, ids, values, weights, 0.7, "reference"),
+        "select_loss": (student, teacher.bfloat16(), 6, None, 0.7, "reference"),
+        "scatter": (values, ids, weights, student.clone(), False, "reference"),
+    }
+
+
+@pytest.mark.parametrize("name", ["select", "support_loss", "select_loss", "scatter"])
+def test_opcheck(name: str) -> None:
+    outcome = torch.library.opcheck(getattr(ops, name), samples()[name])
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", ["select", "support_loss", "select_loss", "scatter"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_fake_is_what_the_op_gives(name: str, dtype: torch.dtype) -> None:
+    def cast(x):
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    arguments = tuple(map(cast, samples()[name])) if name != "scatter" else samples()[name]
+    real = getattr(ops, name)(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = getattr(ops, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+    for a, b in zip(real or (), fake or (), strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+def by_logits(student, teacher, weights):
+    return topk_reverse_kl(student, teacher, k=6, weights=weights, temperature=0.5)
+
+
+def by_support(student, teacher, weights):
+    return topk_reverse_kl(student, teacher_topk(teacher, 6, normalize=True), weights=weights, reduction="sum")
+
+
+def by_unique_support(student, teacher, weights):
+    support = teacher_topk(teacher, 6).unique()
+    return TopKReverseKLLoss()(student, Support(*support), weights)
+
+
+def overwriting(student, teacher, weights):
+    return topk_reverse_kl(student * 2, teacher, k=6, weights=weights, overwrite_student_logits=True)
+
+
+@pytest.mark.parametrize("function", [by_logits, by_support, by_unique_support, overwriting])
+def test_compile_without_a_graph_break_at_most_twice_over_changing_n(function) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for n in (4, 5, 6, 9):
+        student, teacher = torch.randn(2, n, 50, device=DEVICE)
+        weights = torch.rand(n, device=DEVICE)
+        gradients = []
+        for f in (function, compiled):
+            leaf = student.clone().requires_grad_()
+            loss = f(leaf, teacher, weights)
+            loss.backward()
+            gradients.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-7)
+    assert 1 <= counter.frame_count <= 2
+
+
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    student, teacher = torch.randn(2, 4, 50, device=DEVICE)
+    leaf = student.requires_grad_()
+    want = by_logits(leaf, teacher, None)
+    (want_grad,) = torch.autograd.grad(want, leaf)
+    got = torch.compile(by_logits, fullgraph=True)(leaf, teacher, None)
+    got.backward()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(leaf.grad, want_grad)
+
+
+def test_compile_sees_the_backend_change() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(by_logits, backend="aot_eager", fullgraph=True)
+    student, teacher = torch.randn(2, 4, 50, device=DEVICE)
+    compiled(student, teacher, None)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
+        compiled(student.double(), teacher, None)
+    with use_backend("reference"):
+        assert compiled(student.double(), teacher, None).dtype == torch.float64
+
+
+def test_gradcheck() -> None:
+    student = torch.randn(3, 20, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    teacher = torch.randn(3, 20, dtype=torch.float64, device=DEVICE)
+    weights = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64, device=DEVICE)
+    ids = torch.randint(-1, 20, (3, 9), device=DEVICE)
+    for target, k in ((teacher, 7), (teacher, 20), (Support(ids, torch.randn(3, 9, device=DEVICE)), None)):
+        for reduction in ("none", "mean"):
+            assert torch.autograd.gradcheck(
+                lambda z, t=target, k=k, r=reduction: topk_reverse_kl(
+                    z, t, k=k, weights=weights, temperature=0.7, reduction=r
+                ),
+                student,
+            )

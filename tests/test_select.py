@@ -1,0 +1,187 @@
+"""Promise: exact selection. The set and the order of a stable sort, on every backend, dtype and layout."""
+
+import mmap
+
+import pytest
+import torch
+from conftest import DEVICE, LiveBytes
+from torch import Tensor
+
+from tests import cases
+from topk_rkl import teacher_topk
+from topk_rkl.support import Support
+
+# The interpreter takes 0.1 s a row at V = 151,936 and more at large K: these rows for those, every row for the others.
+CHOSEN = {
+    torch.bfloat16: ["random", "many_ties_at_the_kth", "fewer_than_k_finite"],
+    torch.float16: ["two_valued"],
+    torch.float32: ["nans_of_both_signs"],
+}
+DTYPES = list(CHOSEN)
+
+
+def stable_sort(
+    logits: Tensor,  # (N, V)
+    k: int,
+) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K)
+    """The definition: (value descending, id ascending), NaN first, -inf never taken."""
+    logits = logits.masked_fill(logits.isnan(), torch.nan)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :k].to(torch.promote_types(logits.dtype, torch.float32)), ids[:, :k].int()
+    return ids.masked_fill(values == -torch.inf, -1), values
+
+
+def assert_selects(module, logits: Tensor, k: int) -> None:
+    ids, values = module.select(logits, k)
+    want_ids, want_values = stable_sort(logits, k)
+    assert ids.dtype == torch.int32 and values.dtype == want_values.dtype
+    wrong = (ids != want_ids).any(1).nonzero().flatten().tolist()
+    assert not wrong, f"of the rows {wrong}"
+    torch.testing.assert_close(values, want_values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", cases.SIZES, ids=str)
+def test_exact_selection(module, size: tuple[int, int], dtype: torch.dtype) -> None:
+    vocab, k = size
+    slow = DEVICE == "cpu" and module.__name__.endswith("triton") and (vocab > 5_000 or k > 100)
+    logits = cases.rows(vocab, k, dtype, CHOSEN[dtype] if slow else None, DEVICE)
+    assert_selects(module, logits, k)
+
+
+def test_exact_selection_in_float64(backend) -> None:
+    if backend != "reference":
+        with pytest.raises(RuntimeError, match="float64"):
+            teacher_topk(torch.randn(2, 9, dtype=torch.float64, device=DEVICE), 3)
+        return
+    logits = cases.rows(507, 16, torch.float64, device=DEVICE)
+    logits[0, 100:140] = 9 + torch.arange(40) % 3 * 1e-12
+    support = teacher_topk(logits, 16)
+    ids, values = stable_sort(logits, 16)
+    assert torch.equal(support.ids, ids) and support.log_probs.dtype == torch.float64
+    torch.testing.assert_close(support.log_probs, values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_exact_selection_of_any_layout(module, layout: str) -> None:
+    logits = cases.LAYOUTS[layout](cases.rows(1_000, 20, torch.bfloat16, device=DEVICE))
+    assert_selects(module, logits, 20)
+
+
+def test_exact_selection_of_an_expanded_row(module) -> None:
+    logits = cases.rows(507, 16, torch.float32, ["two_valued"], DEVICE).expand(3, -1)
+    assert_selects(module, logits, 16)
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 63, 64, 65, 100])
+def test_exact_selection_around_powers_of_two(module, k: int) -> None:
+    """Where the padding of K ends, and ties fill whole groups of columns."""
+    logits = cases.rows(2_049, k, torch.bfloat16, device=DEVICE)
+    assert_selects(module, logits, k)
+
+
+def test_exact_selection_when_one_group_holds_every_winner(module) -> None:
+    """A maximum a group says nothing of how many of its columns win; here all of one group do, and none of the next."""
+    logits = torch.randn(2, 33_000).clamp(max=3.0)
+    logits[0, 4_096:4_128] = torch.linspace(10, 20, 32)
+    logits[1, -32:] = 10
+    assert_selects(module, logits.to(DEVICE), 32)
+
+
+def test_empty_slots(backend) -> None:
+    logits = torch.full((1, 40), -torch.inf, device=DEVICE)
+    logits[0, [30, 7]] = torch.tensor([1.0, 2.0], device=DEVICE)
+    support = teacher_topk(logits, 4)
+    assert support.ids.tolist() == [[7, 30, -1, -1]]
+    assert support.log_probs.tolist() == [[2.0, 1.0, -torch.inf, -torch.inf]]
+
+
+def test_zeros_are_equal_and_the_lower_id_wins(backend) -> None:
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -2.0]], device=DEVICE)
+    assert teacher_topk(logits, 3).ids.tolist() == [[1, 2, 3]]
+
+
+def test_nan_of_either_sign_ranks_above_everything(backend) -> None:
+    logits = torch.tensor([[torch.inf, 5.0, torch.nan, 1.0, torch.nan]], device=DEVICE)
+    logits.view(torch.int32)[0, 2] |= -(2**31)
+    support = teacher_topk(logits, 3)
+    assert support.ids.tolist() == [[2, 4, 0]]
+    assert support.log_probs.isnan().tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalize_gives_true_log_probs(backend, dtype: torch.dtype) -> None:
+    names = ["random", "peaked", "all_equal", "padded_vocabulary", "fewer_than_k_finite", "subnormals"]
+    logits = cases.rows(5_003, 20, dtype, names, DEVICE)
+    support = teacher_topk(logits, 20, normalize=True)
+    plain = teacher_topk(logits, 20)
+    assert torch.equal(support.ids, plain.ids)
+    want = plain.log_probs.double() - logits.double().logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(support.log_probs.double(), want, rtol=1e-6, atol=4e-6)
+
+
+def test_normalize_of_rows_without_a_distribution(backend) -> None:
+    logits = torch.randn(4, 100, device=DEVICE)
+    logits[0, 50] = torch.nan
+    logits[1, 50] = torch.inf
+    logits[2] = -torch.inf
+    support = teacher_topk(logits, 4, normalize=True)
+    assert support.log_probs[:2].isnan().all() and support.log_probs[3].isfinite().all()
+    assert support.ids[2].tolist() == [-1] * 4 and (support.log_probs[2] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (3,), (2, 3), (1, 7), (2, 0, 3)], ids=str)
+def test_leading_dimensions_are_free(backend, lead: tuple[int, ...]) -> None:
+    logits = torch.randn(*lead, 77, device=DEVICE)
+    support = teacher_topk(logits, 5)
+    want_ids, want_values = stable_sort(logits.view(-1, 77), 5)
+    assert support.ids.shape == support.log_probs.shape == (*lead, 5)
+    assert torch.equal(support.ids, want_ids.view(*lead, 5))
+    assert torch.equal(support.log_probs, want_values.view(*lead, 5))
+
+
+def test_a_view_without_the_last_position_is_not_copied(backend) -> None:
+    logits = torch.randn(3, 5, 77, device=DEVICE)
+    cut = logits[:, :-1]
+    want = teacher_topk(cut.contiguous(), 5)
+    got = teacher_topk(cut, 5)
+    assert torch.equal(got.ids, want.ids) and torch.equal(got.log_probs, want.log_probs)
+
+
+def test_row_i_alone_gives_the_bits_of_row_i_in_a_batch(module) -> None:
+    logits = cases.rows(4_099, 20, torch.bfloat16, device=DEVICE)
+    ids, values = module.select(logits, 20, True)
+    for row in (0, 7, 13):
+        alone = module.select(logits[row : row + 1], 20, True)
+        assert torch.equal(alone[0][0], ids[row])
+        torch.testing.assert_close(alone[1][0], values[row], rtol=0, atol=0, equal_nan=True)
+
+
+def test_memory_of_a_selection(module) -> None:
+    n, vocab, k = 48, 32_000, 8
+    logits = torch.randn(n, vocab, device=DEVICE)
+    if module.__name__.endswith("reference"):
+        logits = logits.repeat(40, 1)
+    with LiveBytes() as memory:
+        module.select(logits, k)
+    assert memory.peak <= len(logits) * k * 16 + (64 << 20)
+
+
+def lazy_memory(elements: int, dtype: torch.dtype) -> Tensor:
+    """Address space that costs no memory until it is written."""
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU test_gpu.py does this with memory that is really there")
+@pytest.mark.parametrize("stride", [(2**31 + 11, 1), (1, 2**27 + 3)], ids=["far rows", "far columns"])
+def test_big_offsets_are_64_bit(module, stride: tuple[int, int]) -> None:
+    logits = lazy_memory(2**32 + 4_096, torch.bfloat16).as_strided((2, 33), stride)
+    logits.copy_(torch.randn(2, 33))
+    assert_selects(module, logits, 5)
+
+
+def test_unique_support_keeps_the_first_of_each_id() -> None:
+    support = Support(torch.tensor([[5, 3, 5, -1, 3, 9]]), torch.tensor([[0.1, 0.2, 0.3, -torch.inf, 0.4, 0.5]]))
+    unique = support.unique()
+    assert unique.ids.tolist() == [[5, 3, -1, -1, -1, 9]]
+    assert torch.equal(unique.log_probs, torch.tensor([[0.1, 0.2, -torch.inf, -torch.inf, -torch.inf, 0.5]]))

@@ -1,0 +1,7 @@
+"""Exact, sparse, fast: the truncated reverse-KL loss head of on-policy distillation."""
+
+from topk_rkl.loss import Support, TopKReverseKLLoss, teacher_topk, topk_reverse_kl, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["Support", "TopKReverseKLLoss", "teacher_topk", "topk_reverse_kl", "use_backend"]

@@ -1,0 +1,105 @@
+"""The one place where a backend is chosen."""
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "reference", "native", "triton", "cuda")
+
+_NOT_BUILT = "the compiled extension is not part of this version; use 'reference' on a CPU, 'triton' on a GPU"
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# A plain global: torch.compile guards on it, and autograd's threads see the one that the forward pass captured.
+_requested = os.environ.get("TOPK_RKL_BACKEND", "auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses the backend of every call inside the `with` block, in all threads.
+
+    Args:
+        name: "reference" (plain PyTorch, any device), "triton" (GPU; CPU tensors only under TRITON_INTERPRET=1, set
+            before the package is imported), "native" and "cuda" (the compiled extension), or "auto", the default:
+            the fastest that can take the tensors. The environment variable TOPK_RKL_BACKEND sets it for a process.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot run here; the message has the reason. "auto" never raises.
+    """
+    global _requested
+    _check_name(name, "use_backend()")
+    if name != "auto" and (reason := unavailable(name)):
+        raise RuntimeError(f"the {name!r} backend cannot run here: {reason}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def requested() -> str:
+    """The name in force: that of the innermost `use_backend`, else TOPK_RKL_BACKEND, else "auto"."""
+    return _requested
+
+
+def choose(
+    name: str,
+    k: int,
+    *logits: Tensor,  # (..., V) each
+) -> ModuleType:
+    """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all."""
+    _check_name(name, "TOPK_RKL_BACKEND")
+    reasons = [reason for x in logits if (reason := _refusal("triton" if name == "auto" else name, k, x))]
+    if name == "auto":
+        name = "triton" if logits[0].is_cuda and not reasons else "reference"
+    elif reasons:
+        raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reasons[0]}")
+    return _load(name)
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot run in this process whatever the tensors, or None."""
+    if name in ("native", "cuda"):
+        return _NOT_BUILT
+    try:
+        _load(name)
+    except ImportError as error:
+        return f"{error}; install it (pip install triton), or use 'reference'"
+    return None
+
+
+def _refusal(name: str, k: int, logits: Tensor) -> str | None:
+    if reason := unavailable(name):
+        return reason
+    if name != "triton":
+        return None
+    launch = importlib.import_module("topk_rkl.backends.triton.launch")
+    if not logits.is_cuda and not (logits.is_cpu and launch.INTERPRETED):
+        return (
+            f"the logits are on {logits.device}; move them to a GPU, set TRITON_INTERPRET=1 before topk_rkl is "
+            "imported to interpret the kernels on a CPU, or use 'reference'"
+        )
+    if logits.dtype not in _TRITON_DTYPES:
+        return f"the logits are {logits.dtype}; use bfloat16, float16 or float32, or the 'reference' backend"
+    if k > launch.MAX_K or logits.shape[-1] > launch.MAX_VOCAB:
+        return (
+            f"K = {k} and V = {logits.shape[-1]}; it takes K up to {launch.MAX_K} and V up to {launch.MAX_VOCAB}, "
+            "the 'reference' backend any"
+        )
+    return None
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"topk_rkl.backends.{name}")
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source}: there is no backend {name!r}; use one of {', '.join(NAMES)}")

@@ -1,0 +1,201 @@
+"""Plain PyTorch on any device: the truth that every other backend is compared with.
+
+Rows are taken in chunks, so that what is held besides the results stays below CHUNK_BYTES.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from topk_rkl.divergence import reverse_kl
+
+CHUNK_BYTES = 32 << 20
+
+
+def select(
+    logits: Tensor,  # (N, V)
+    k: int,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K) float32 (float64 from float64)
+    n, vocab = logits.shape
+    ids = torch.empty((n, k), dtype=torch.int32, device=logits.device)
+    values = torch.empty((n, k), dtype=result_dtype(logits), device=logits.device)
+    for rows in _chunks(n, bytes_per_row=16 * vocab):
+        x = logits[rows]
+        chosen = _top_ids(x, k)
+        w = x.gather(1, chosen).to(values.dtype)
+        empty = w == -torch.inf
+        if normalize:
+            total = x.to(values.dtype).logsumexp(1, keepdim=True)
+            w = w - total.masked_fill(total == torch.inf, torch.nan)
+        ids[rows] = chosen.int().masked_fill(empty, -1)
+        values[rows] = w.masked_fill(empty, -torch.inf)
+    return ids, values
+
+
+def _top_ids(
+    x: Tensor,  # (N, V)
+    k: int,
+) -> Tensor:  # (N, K) int64, by value descending, then id ascending
+    """torch.topk leaves open which of the values that equal the K-th it takes, and their order; here the lowest ids."""
+    vocab = x.shape[1]
+    values, ids = x.topk(k)
+    kth = values[:, -1:]
+    tied = (x == kth) | (x.isnan() & kth.isnan())
+    countdown = torch.arange(vocab, 0, -1, dtype=torch.int32, device=x.device)
+    lowest_tied = vocab - torch.where(tied, countdown, 0).topk(k).values.long()
+    tied_slot = (values == kth) | (values.isnan() & kth.isnan())
+    nth_tied = (tied_slot.cumsum(1) - 1).clamp(min=0)
+    ids = torch.where(tied_slot, lowest_tied.gather(1, nth_tied), ids).sort(dim=1).values
+    # One zero and one NaN, since a radix sort would tell them apart by their sign.
+    values = x.gather(1, ids) + 0.0
+    order = values.masked_fill(values.isnan(), torch.nan).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, order)
+
+
+def support_loss(
+    student: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K)
+    values: Tensor,  # (N, K)
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32 (float64 from float64): times the weight of the row
+    n, k = ids.shape
+    loss = torch.empty(n, dtype=result_dtype(student), device=student.device)
+    g = torch.empty((n, k), dtype=result_dtype(student), device=student.device)
+    for rows in _chunks(n, bytes_per_row=100 * k):
+        live = _live(ids[rows], values[rows], student.shape[1])
+        z = student[rows].gather(1, torch.where(live, ids[rows], 0).long())
+        weight = None if weights is None else weights[rows]
+        loss[rows], g[rows] = _weigh(*reverse_kl(z, values[rows], live, temperature), weight)
+    return loss, g
+
+
+def select_loss(
+    student: Tensor,  # (N, V_student)
+    teacher: Tensor,  # (N, V)
+    k: int,
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
+    ids, values = select(teacher, k)
+    loss, g = support_loss(student, ids, values, weights, temperature)
+    if weights is not None:
+        ids = torch.where(weights[:, None] == 0, -1, ids)
+    return loss, ids, g
+
+
+def scatter(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+    grad_output: Tensor,  # (N,)
+    out: Tensor,  # (N, V), overwritten
+    unique: bool,
+) -> None:
+    """out[i] = grad_output[i] * the sum over the slots j of row i of g[i, j] at column ids[i, j], and 0 elsewhere."""
+    columns = torch.where((ids >= 0) & (ids < out.shape[1]), ids, -1).long()
+    value = g * grad_output[:, None]
+    if not unique:
+        columns, value = _merge_duplicates(columns, value)
+    empty = columns < 0
+    # Added, not stored: an empty slot then adds 0 to column 0, and no column receives two other numbers.
+    out.zero_().scatter_add_(1, columns.masked_fill(empty, 0), value.masked_fill(empty, 0).to(out.dtype))
+
+
+def _merge_duplicates(
+    columns: Tensor,  # (N, K)
+    value: Tensor,  # (N, K)
+) -> tuple[Tensor, Tensor]:
+    """One slot of each column carries the sum of all, the others are emptied; the order of the sum is fixed."""
+    columns, slots = columns.sort(dim=1, stable=True)
+    value = value.gather(1, slots)
+    distance = 1
+    while distance < columns.shape[1]:
+        same = columns[:, distance:] == columns[:, :-distance]
+        value[:, :-distance] += torch.where(same, value[:, distance:], 0)
+        distance *= 2
+    repeated = torch.zeros_like(columns, dtype=torch.bool)
+    repeated[:, 1:] = columns[:, 1:] == columns[:, :-1]
+    return columns.masked_fill(repeated, -1), value
+
+
+def sparse_head(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (N, K)
+    values: Tensor,  # (N, K)
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # loss (N,), g (N, K), dhidden (N, H)
+    """support_loss of the logits cap(logit_scale (hidden @ head.T + bias)), of which only K a row are computed.
+
+    g is the gradient with respect to hidden @ head.T + bias, so that dhidden = sum_j g[:, j] head[ids[:, j]].
+    """
+    (n, k), dtype = ids.shape, result_dtype(hidden)
+    loss = torch.empty(n, dtype=dtype, device=hidden.device)
+    g = torch.empty((n, k), dtype=dtype, device=hidden.device)
+    dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+    for rows in _chunks(n, bytes_per_row=8 * k * head.shape[1]):
+        live = _live(ids[rows], values[rows], head.shape[0])
+        columns = torch.where(live, ids[rows], 0).long()
+        kept = head[columns].to(dtype)  # (n, K, H)
+        z = torch.einsum("nkh,nh->nk", kept, hidden[rows].to(dtype))
+        if bias is not None:
+            z = z + bias[columns]
+        z, slope = z * logit_scale, torch.full_like(z, logit_scale)
+        if softcap is not None:
+            bent = (z / softcap).tanh()
+            z, slope = softcap * bent, slope * (1 - bent * bent)
+        weight = None if weights is None else weights[rows]
+        loss[rows], dz = _weigh(*reverse_kl(z, values[rows], live, temperature), weight)
+        # An empty slot has gradient 0 even where the row of the head that stands in for it is not finite.
+        g[rows] = torch.where(dz == 0, 0, dz * slope)
+        kept = kept.masked_fill((g[rows] == 0)[..., None], 0)
+        dhidden[rows] = torch.einsum("nkh,nk->nh", kept, g[rows])
+    return loss, g, dhidden
+
+
+def sparse_head_weight_grad(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+    hidden: Tensor,  # (N, H)
+    vocab: int,
+) -> tuple[Tensor, Tensor]:  # dhead (V, H), dbias (V,)
+    """The gradients of head and bias: the dense gradient of the logits, a chunk of rows at a time, times hidden."""
+    dhead = torch.zeros((vocab, hidden.shape[1]), dtype=g.dtype, device=g.device)
+    dbias = torch.zeros(vocab, dtype=g.dtype, device=g.device)
+    for rows in _chunks(len(g), bytes_per_row=8 * vocab):
+        dense = g.new_empty((len(g[rows]), vocab))
+        scatter(g[rows], ids[rows], g.new_ones(len(dense)), dense, unique=False)
+        dhead.addmm_(dense.T, hidden[rows].to(g.dtype))
+        dbias += dense.sum(0)
+    return dhead, dbias
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays float64; every other input gives float32 losses and gradients."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _live(ids: Tensor, values: Tensor, vocab: int) -> Tensor:  # (N, K) bool
+    return (ids >= 0) & (ids < vocab) & (values != -torch.inf)
+
+
+def _weigh(
+    loss: Tensor,  # (N,)
+    g: Tensor,  # (N, K)
+    weight: Tensor | None,  # (N,)
+) -> tuple[Tensor, Tensor]:
+    if weight is None:
+        return loss, g
+    dropped = weight == 0
+    return (loss * weight).masked_fill(dropped, 0), (g * weight[:, None]).masked_fill(dropped[:, None], 0)
+
+
+def _chunks(n: int, bytes_per_row: int) -> Iterator[slice]:
+    rows = max(1, CHUNK_BYTES // bytes_per_row)
+    return (slice(start, start + rows) for start in range(0, n, rows))

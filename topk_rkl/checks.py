@@ -1,0 +1,227 @@
+"""Every refusal and its message: the argument, the value seen, and what to do. Nothing here reads a device value."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from topk_rkl.support import Support
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+REDUCTIONS = ("none", "sum", "mean")
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+TEMPERATURES = (1e-30, 1e30)
+
+
+def logits(
+    name: str,
+    x: Tensor,  # (..., V)
+) -> None:
+    _tensor(name, x, FLOATS)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {_shape(x)}; it must be (..., V) with V of at least 1")
+
+
+def teacher_logits(
+    name: str,
+    x: Tensor,  # (..., V)
+    k: int | None,
+) -> None:
+    logits(name, x)
+    constant(name, x)
+    if k is None:
+        raise ValueError(f"k is None, but {name} holds logits; say how many tokens to compare, such as k=32")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k is {k!r}; it must be an int")
+    if not 1 <= k <= x.shape[-1]:
+        raise ValueError(f"k is {k}; it must be between 1 and V = {x.shape[-1]}, the last dimension of {name}")
+    single_slot(k)
+
+
+def support(
+    teacher: Support,
+    k: int | None,
+) -> None:
+    ids, log_probs = teacher
+    _tensor("teacher.ids", ids, INTEGERS)
+    _tensor("teacher.log_probs", log_probs, FLOATS)
+    constant("teacher.log_probs", log_probs)
+    if k is not None:
+        raise ValueError(f"k is {k}, but teacher is a Support, whose last dimension is K; leave k out")
+    if ids.shape != log_probs.shape or ids.dim() == 0 or ids.shape[-1] == 0:
+        raise ValueError(
+            f"teacher.ids has shape {_shape(ids)} and teacher.log_probs {_shape(log_probs)}; "
+            "both must be (..., K) with K of at least 1"
+        )
+    _same_device("teacher.log_probs", log_probs, "teacher.ids", ids)
+    single_slot(ids.shape[-1])
+
+
+def single_slot(k: int) -> None:
+    if k == 1:
+        warnings.warn(
+            "K = 1: a distribution renormalised over one token is always 1, so loss and gradient are exactly 0; use a "
+            "larger K",
+            stacklevel=4,
+        )
+
+
+def teacher_kind(teacher: object) -> None:
+    if isinstance(teacher, (tuple, list)):
+        raise TypeError("teacher is a plain tuple or list; wrap it: Support(ids, log_probs)")
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher is {_kind(teacher)}; it must be a (..., V) tensor of logits or a Support")
+
+
+def same_positions(
+    name: str,
+    x: Tensor,  # (..., anything) or, for a value a position, (...)
+    student: Tensor,  # (..., V)
+    value_per_position: bool = False,
+) -> None:
+    """Leading dimensions and device are those of the student's logits."""
+    lead = x.shape if value_per_position else x.shape[:-1]
+    if lead != student.shape[:-1]:
+        want = tuple(student.shape[:-1]) if value_per_position else (*student.shape[:-1], "...")
+        raise ValueError(
+            f"{name} has shape {_shape(x)} and student_logits {_shape(student)}; {name} must have one entry for each "
+            f"position: shape {want}".replace("'...'", "any")
+        )
+    _same_device(name, x, "student_logits", student)
+
+
+def weights(
+    x: Tensor | None,  # (...)
+    student: Tensor,  # (..., V)
+) -> None:
+    if x is None:
+        return
+    _tensor("weights", x, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+    constant("weights", x)
+    same_positions("weights", x, student, value_per_position=True)
+
+
+def constant(name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        raise ValueError(f"{name} requires grad, but is a constant of this loss; pass {name}.detach()")
+
+
+def temperature(value: float) -> None:
+    _number("temperature", value)
+    low, high = TEMPERATURES
+    if not low <= value <= high:
+        raise ValueError(f"temperature is {value}; it must be positive, between {low} and {high}")
+
+
+def top_p(value: float) -> None:
+    _number("top_p", value)
+    if not 0 < value <= 1:
+        raise ValueError(f"top_p is {value}; it must be above 0 and at most 1; 1 keeps every token, 1e-9 only the best")
+
+
+def sampled_ids(
+    ids: Tensor,  # (...)
+    student: Tensor,  # (..., V)
+) -> None:
+    _tensor("ids", ids, INTEGERS)
+    same_positions("ids", ids, student, value_per_position=True)
+
+
+def reduction(value: str, denominator: float | Tensor | None) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction is {value!r}; use one of {', '.join(REDUCTIONS)}")
+    if denominator is not None and value != "mean":
+        raise ValueError(f"denominator is given with reduction={value!r}; it only belongs to reduction='mean'")
+    _denominator(denominator)
+
+
+def overwritable(student: Tensor) -> None:
+    """Two elements at one address could not both hold their gradient."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(student.stride(), student.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(
+                f"overwrite_student_logits=True, but student_logits of shape {_shape(student)} and strides "
+                f"{student.stride()} overlap themselves (an expanded view?); pass a copy, or leave the option off"
+            )
+        reach = stride * (size - 1) + reach
+
+
+def aggregation(
+    per_token: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    mode: str,
+    denominator: float | Tensor | None,
+    norm: float | None,
+) -> None:
+    _tensor("per_token", per_token, FLOATS)
+    _tensor("mask", mask, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+    if per_token.dim() != 2 or mask.shape != per_token.shape:
+        raise ValueError(f"per_token has shape {_shape(per_token)} and mask {_shape(mask)}; both must be (B, T)")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+    if denominator is not None and mode == "token-sum":
+        raise ValueError("denominator is given with mode='token-sum', which divides by nothing; leave it out")
+    _denominator(denominator)
+    if norm is not None:
+        if mode != "seq-mean-token-sum-norm":
+            raise ValueError(f"norm is given with mode={mode!r}; it only belongs to 'seq-mean-token-sum-norm'")
+        _number("norm", norm)
+        if norm <= 0:
+            raise ValueError(f"norm is {norm}; it must be positive, such as the longest response")
+
+
+def special_tokens(
+    response_ids: Tensor,  # (..., T)
+    token_ids: Sequence[int] | Tensor,
+    occurrences: str,
+) -> None:
+    _tensor("response_ids", response_ids, INTEGERS)
+    if response_ids.dim() == 0:
+        raise ValueError("response_ids has no dimension; it must be (..., T)")
+    if isinstance(token_ids, (int, str)) or (isinstance(token_ids, Tensor) and token_ids.is_floating_point()):
+        raise TypeError(f"token_ids is {_kind(token_ids)}; it must be a sequence of token ids")
+    if occurrences not in ("first", "all"):
+        raise ValueError(f"occurrences is {occurrences!r}; use 'first' or 'all'")
+
+
+def _tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {_kind(x)}; it must be a torch.Tensor")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; pass a dense tensor, such as {name}.to_dense()")
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {_kind(value)}; it must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
+
+
+def _denominator(value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"denominator has shape {_shape(value)}; it must be a number or a 0-d tensor")
+        constant("denominator", value)
+    elif value is not None:
+        _number("denominator", value)
+
+
+def _same_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{name} is on {x.device} and {other} on {y.device}; move one: {name}.to({str(y.device)!r})")
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _kind(x: object) -> str:
+    return f"a {type(x).__module__}.{type(x).__qualname__}".replace("builtins.", "")

@@ -1,0 +1,58 @@
+"""`python -m topk_rkl.collect_env`: what a bug report needs. Every probe is guarded, so that it always prints."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable
+
+import torch
+
+import topk_rkl
+from topk_rkl import backends
+
+
+def facts() -> dict[str, str]:
+    """Name -> finding, in the order in which they are printed."""
+    return {
+        "topk_rkl": _guarded(lambda: topk_rkl.__version__),
+        "python": _guarded(lambda: sys.version.replace("\n", " ")),
+        "platform": _guarded(platform.platform),
+        "torch": _guarded(lambda: torch.__version__),
+        "cuda": _guarded(lambda: f"cuda {torch.version.cuda}, hip {torch.version.hip}"),
+        "triton": _guarded(lambda: importlib.metadata.version("triton")),
+        "gpus": _guarded(lambda: _gpus()),
+        "cpu threads": _guarded(torch.get_num_threads),
+        "environment": _guarded(_environment),
+        "reference backend": _guarded(lambda: _backend("reference")),
+        "native backend": _guarded(lambda: _backend("native")),
+        "triton backend": _guarded(lambda: _backend("triton")),
+        "cuda backend": _guarded(lambda: _backend("cuda")),
+    }
+
+
+def _guarded(probe: Callable[[], object]) -> str:
+    try:
+        return str(probe())
+    except Exception as error:  # a report of a broken installation is the point
+        return f"failed: {type(error).__name__}: {error}"
+
+
+def _gpus() -> list[str]:
+    return [
+        f"{torch.cuda.get_device_name(i)} sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("TOPK_RKL_BACKEND", "TRITON_INTERPRET") if name in os.environ}
+
+
+def _backend(name: str) -> str:
+    return backends.unavailable(name) or "can run"
+
+
+if __name__ == "__main__":
+    for name, finding in facts().items():
+        print(f"{name:18} {finding}")

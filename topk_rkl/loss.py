@@ -1,0 +1,156 @@
+"""What a trainer imports: truncated, renormalised reverse KL on the teacher's top-K tokens.
+
+from topk_rkl.loss import topk_reverse_kl
+
+loss = topk_reverse_kl(student_logits, teacher_logits, k=32, weights=response_mask)
+loss.backward()
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from topk_rkl import checks, ops
+from topk_rkl.autograd import Options, SelectLoss, SupportLoss
+from topk_rkl.backends import requested, use_backend
+from topk_rkl.support import Support
+from topk_rkl.weighting import reduce
+
+__all__ = ["Reduction", "Support", "TopKReverseKLLoss", "teacher_topk", "topk_reverse_kl", "use_backend"]
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+def teacher_topk(
+    teacher_logits: Tensor,  # (..., V)
+    k: int,
+    *,
+    normalize: bool = False,
+) -> Support:
+    """The K largest logits of each position: exactly the first K of a stable sort by (value descending, id ascending).
+
+    Args:
+        teacher_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; must not require grad.
+        k: 1 <= k <= V.
+        normalize: returns true log-probs instead of logits, the logsumexp over V taken in the same pass. The loss
+            needs no more than the logits, as a constant a row cancels.
+
+    Returns:
+        Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64). Logits of -inf are never
+        taken: where fewer than K are above it, the last slots are empty, with id -1 and log_prob -inf. A NaN ranks
+        above everything, -0.0 equals +0.0. With `normalize`, a row that holds NaN or +inf has NaN log-probs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.teacher_logits("teacher_logits", teacher_logits, k)
+    return Support(*ops.select(teacher_logits, k, normalize, requested()))
+
+
+def topk_reverse_kl(
+    student_logits: Tensor,  # (..., V)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    *,
+    k: int | None = None,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    denominator: float | Tensor | None = None,
+    overwrite_student_logits: bool = False,
+) -> Tensor:  # (...) or ()
+    """Reverse KL between student and teacher, both renormalised on the K tokens the teacher ranks highest.
+
+    With S those tokens, and p and q the softmax over S alone of the student's and the teacher's logits / temperature,
+    the loss of a position is sum_S p (log p - log q), and its gradient p (log p - log q - loss) / temperature on S and
+    exactly 0 elsewhere. It is equations 7 and 8 of "Revisiting On-Policy Distillation" (arXiv 2603.25562).
+
+    Position t of both sides must already speak of the same next token; nothing is shifted.
+
+    Args:
+        student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides. A logit of -inf in S has
+            probability 0 there, term 0 and gradient 0.
+        teacher: (..., V_teacher) logits, of which `k` are selected as by `teacher_topk`; or a `Support`. Must not
+            require grad. Slots whose id is outside the student's vocabulary are outside S.
+        k: how many tokens to compare, 1 <= k <= V_teacher; only with teacher logits. k = 1 gives exactly 0, and warns.
+        weights: (...) bool, integer or float, any sign, times which each position counts; None counts all as 1. A
+            position of weight 0 contributes exactly 0 whatever it holds, NaN included.
+        temperature: divides both sides' logits. The loss is not multiplied by its square.
+        reduction: "none" gives the weighted loss of each position, (...); "sum" their sum; "mean" that sum over
+            sum(weights), and 0, still attached to the graph, where sum(weights) is 0.
+        denominator: a number or 0-d tensor instead of sum(weights), already global over micro-batches and ranks.
+        overwrite_student_logits: writes the gradient into the memory of student_logits during the backward pass,
+            instead of new memory of the same size. The logits are lost then, and autograd raises if anything that saved
+            them, a second backward pass included, still needs them. Ignored under torch.compile, which plans memory
+            itself.
+
+    Returns:
+        float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN
+        or +inf in S, or a NaN anywhere in the teacher's row, makes the loss of that position NaN, and of no other.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+        RuntimeError: the backend asked for by name cannot take these tensors.
+    """
+    checks.logits("student_logits", student_logits)
+    checks.weights(weights, student_logits)
+    checks.temperature(temperature)
+    checks.reduction(reduction, denominator)
+    if weights is not None:
+        weights = weights.to(torch.float64 if student_logits.dtype == torch.float64 else torch.float32)
+    overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
+    if overwrite_student_logits:
+        checks.overwritable(student_logits)
+    options = Options(float(temperature), overwrite_student_logits, requested())
+    if isinstance(teacher, Support):
+        checks.support(teacher, k)
+        checks.same_positions("teacher.ids", teacher.ids, student_logits)
+        per_token = SupportLoss.apply(student_logits, *teacher, weights, options)
+    else:
+        checks.teacher_kind(teacher)
+        checks.teacher_logits("teacher", teacher, k)
+        checks.same_positions("teacher", teacher, student_logits)
+        per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
+    return reduce(per_token, weights, reduction, denominator)
+
+
+class TopKReverseKLLoss(nn.Module):
+    """`topk_reverse_kl` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        overwrite_student_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        checks.temperature(temperature)
+        checks.reduction(reduction, None)
+        self.k = k
+        self.temperature = temperature
+        self.reduction = reduction
+        self.overwrite_student_logits = overwrite_student_logits
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (..., V)
+        teacher: Tensor | Support,
+        weights: Tensor | None = None,  # (...)
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """See `topk_reverse_kl`."""
+        return topk_reverse_kl(
+            student_logits,
+            teacher,
+            k=self.k,
+            weights=weights,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            denominator=denominator,
+            overwrite_student_logits=self.overwrite_student_logits,
+        )
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, temperature={self.temperature}, reduction={self.reduction!r}"

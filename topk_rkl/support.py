@@ -1,0 +1,27 @@
+"""Which tokens are compared: the support S of each position."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Support(NamedTuple):
+    """The tokens on which student and teacher are compared, with the teacher's word on them.
+
+    A slot is empty, and outside S, when its id is negative or not in the student's vocabulary, or its log-prob is -inf.
+    Ids may come in any order. An id given twice is two classes, each with its own share of probability; see `unique`.
+    """
+
+    ids: Tensor
+    """(..., K) int32 or int64, vocabulary ids; negative where the slot is empty."""
+    log_probs: Tensor
+    """(..., K) float: the teacher's log-probs or logits there, since a constant a row cancels; -inf where empty."""
+
+    def unique(self) -> "Support":
+        """Keeps the first slot of each id of a row and empties the others."""
+        ids, slots = self.ids.sort(dim=-1, stable=True)
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[..., 1:] = ids[..., 1:] == ids[..., :-1]
+        repeated = torch.zeros_like(repeated).scatter(-1, slots, repeated)
+        return Support(self.ids.masked_fill(repeated, -1), self.log_probs.masked_fill(repeated, -torch.inf))
