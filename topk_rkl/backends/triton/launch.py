@@ -1,0 +1,83 @@
+"""Launch sizes: the one place that turns a vocabulary, a K and a dtype into block sizes and warps."""
+
+import ctypes
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_K = 1024
+MAX_VOCAB = 1 << 20
+SCRATCH_BYTES = 48 << 20
+"""Group maxima held at a time; a launch covers as many rows as fit."""
+
+# Trailing zero bits of a value of this dtype once it is a float32: bits a comparison need not look at.
+IDLE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+
+def pad_k(k: int) -> int:
+    """K rounded up to a power of two, as a block of Triton must be."""
+    return max(16, 1 << (k - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class SelectPlan:
+    """How one program selects from one row of the vocabulary."""
+
+    k_pad: int
+    group: int  # neighbouring columns that share one maximum
+    groups_pad: int  # groups in a row, rounded up to a power of two
+    block: int  # columns read at a time
+    num_warps: int
+
+
+def plan_select(vocab: int, k: int, itemsize: int) -> SelectPlan:
+    """Balances the two sets a program bisects: one maximum a group, and the columns of K groups."""
+    k_pad = pad_k(k)
+    group = 16
+    while triton.next_power_of_2(triton.cdiv(vocab, group)) > k_pad * group:
+        group *= 2
+    groups_pad = max(16, triton.next_power_of_2(triton.cdiv(vocab, group)))
+    num_warps = 16 if k_pad * group > 4096 else 8
+    # 128 bytes in flight a thread: enough to cover the latency of memory with two programs on a core.
+    block = min(num_warps * 32 * 128 // itemsize, max(16 * group, triton.next_power_of_2(vocab)))
+    return SelectPlan(k_pad, group, groups_pad, block, num_warps)
+
+
+@dataclass(frozen=True)
+class ScatterPlan:
+    """How one program writes its part of a row."""
+
+    block: int  # columns zeroed at a time
+    span: int  # columns a program writes
+    num_warps: int
+
+
+def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
+    """Many programs a row; fewer where each has to compare K slots with K slots first."""
+    block = min(8192, max(128, triton.next_power_of_2(vocab)))
+    return ScatterPlan(block, span=block if unique else 8 * block, num_warps=4)
+
+
+def compile_options(hip: bool) -> dict[str, int]:
+    # Without a limit ptxas aims at more programs on a core and spills a few registers to get there.
+    return {} if hip else {"maxnreg": 128}
+
+
+# Set before this module is imported, as Triton itself reads it when a kernel is decorated.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one; nothing on the CPU, where the interpreter runs."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def float32_halves(x: float) -> tuple[float, float]:
+    """A float64 as the sum of two float32, since Triton takes a Python float as a float32."""
+    high = ctypes.c_float(x).value
+    return high, x - high

@@ -1,0 +1,78 @@
+"""The dense gradient from K numbers a row: zeros and values in one pass over the output."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from topk_rkl.backends.triton.launch import INTERPRETED, compile_options, on_device_of, pad_k, plan_scatter
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """float32 -> dtype, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # where the cast cuts the low half off instead
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        return tl.where(x == x, nearest, x).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def scatter_kernel(
+    g,  # (N, K)
+    ids,  # (N, K)
+    grad_output,  # (N,)
+    out,  # (N, V)
+    out_stride,
+    out_step,
+    vocab,
+    k,
+    K_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    UNIQUE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    g += row * k
+    ids += row * k
+    out += row * out_stride
+    first = tl.program_id(1) * SPAN
+    last = tl.minimum(first + SPAN, vocab)
+    for start in range(first, last, BLOCK):
+        column = start + tl.arange(0, BLOCK)  # [BLOCK]
+        tl.store(out + column.to(tl.int64) * out_step, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < last)
+
+    slot = tl.arange(0, K_PAD)  # [K]
+    column = tl.load(ids + slot, mask=slot < k, other=-1)  # [K]
+    value = tl.load(g + slot, mask=slot < k, other=0.0)  # [K]
+    mine = (column >= first) & (column < last)  # [K]
+    if not UNIQUE:  # the first slot of an id stores the sum of all of them
+        value = tl.zeros([K_PAD], tl.float32)
+        for other in range(k):
+            same = column == tl.load(ids + other)
+            value += tl.where(same, tl.load(g + other), 0.0)
+            mine = mine & ((slot <= other) | ~same)
+    tl.debug_barrier()
+    value = _rounded(value * tl.load(grad_output + row), out.dtype.element_ty)
+    tl.store(out + column.to(tl.int64) * out_step, value, mask=mine)
+
+
+def scatter(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+    grad_output: Tensor,  # (N,)
+    out: Tensor,  # (N, V), overwritten
+    unique: bool,
+) -> None:
+    (n, k), vocab = ids.shape, out.shape[1]
+    if n == 0:
+        return
+    plan = plan_scatter(vocab, unique)
+    with on_device_of(out):
+        scatter_kernel[(n, triton.cdiv(vocab, plan.span))](
+            g, ids, grad_output, out, *out.stride(), vocab, k,
+            K_PAD=pad_k(k), BLOCK=plan.block, SPAN=plan.span, UNIQUE=unique, num_warps=plan.num_warps,
+            **compile_options(hip=torch.version.hip is not None),
+        )  # fmt: skip

@@ -1,0 +1,251 @@
+"""Exact row-wise top-K in one read of the row, and the loss on those K slots in the same launch.
+
+One program serves one row. It keeps the maximum of every group of neighbouring columns; the K best groups, the
+earlier first among equals, must hold the K best columns, since every column outside them is preceded, in the order
+(value descending, id ascending), by one column of each of those K groups. So K groups are read again and the K best
+of their columns are the answer, for any input: nothing here is a buffer that could overflow.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from topk_rkl.backends.triton.launch import (
+    IDLE_BITS,
+    INTERPRETED,
+    SCRATCH_BYTES,
+    compile_options,
+    float32_halves,
+    on_device_of,
+    plan_select,
+)
+from topk_rkl.backends.triton.support_loss import store_loss_row
+
+LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _group_max(x):
+    """[GROUPS, G] -> [GROUPS] float32; NaN wins. Two 16-bit values an instruction once compiled."""
+    x = x.to(tl.float32)
+    if INTERPRETED:  # where a reduction of our own would run element by element, and tl.max drops NaN
+        return tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(tl.where(x != x, 0.0, x), 1))
+    else:
+        return tl.reduce(x, 1, _larger)
+
+
+@triton.jit
+def _order_key(x, IDLE: tl.constexpr):
+    """Float -> int32 in the same order: -inf is LOWEST, -0.0 equals +0.0, every NaN is above +inf."""
+    x = x.to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    key = tl.where(x == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    key = tl.where(x == float("-inf"), LOWEST, tl.where(x != x, HIGHEST, key))
+    return (key >> IDLE) << IDLE
+
+
+@triton.jit
+def _store_largest(key, k, out, R: tl.constexpr, C: tl.constexpr, IDLE: tl.constexpr):
+    """Writes the indices of the k largest of [R, C] keys to out, ascending, and returns how many they are.
+
+    Equal keys go by their row-major index, the lower first; LOWEST is never taken.
+    """
+    threshold = tl.full([], LOWEST, tl.int32)  # ends as the k-th largest key, found from the top bit down
+    for i in range(32 - IDLE):
+        trial = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
+        threshold = tl.where(tl.sum((key >= trial).to(tl.int32)) >= k, trial, threshold)
+    above = key > threshold
+    tied = ((key == threshold) & (key > LOWEST)).to(tl.int32)
+    tied_row = tl.sum(tied, 1)  # [R]
+    tied_rank = tl.cumsum(tied, 1) + (tl.cumsum(tied_row, 0) - tied_row)[:, None]  # [R, C], from 1
+    taken = above | ((tied > 0) & (tied_rank <= k - tl.sum(above.to(tl.int32))))
+    taken_row = tl.sum(taken.to(tl.int32), 1)  # [R]
+    place = tl.cumsum(taken_row, 0) - taken_row
+    # Row by row, the first left in each at a time: a row seldom holds more than two or three.
+    row = tl.arange(0, R)
+    column = tl.arange(0, C)[None, :]
+    first = tl.full([R], -1, tl.int32)
+    for i in range(tl.max(taken_row, 0)):
+        first = tl.min(tl.where(taken & (column > first[:, None]), column, C), 1)  # [R]
+        tl.store(out + place + i, row * C + first, mask=first < C)
+    return tl.sum(taken_row, 0)
+
+
+@triton.jit
+def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
+    """Stores the tile's group maxima and carries on the running sum of exponentials of each lane."""
+    top = _group_max(x)  # [TILE]
+    tl.store(group_max + tile, top, mask=mask)
+    if NORMALIZE:
+        x = x.to(tl.float32)
+        higher = tl.maximum(peak, top)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        peak = higher
+    return peak, mass
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def select_kernel(
+    first_row,
+    logits,  # (N, V)
+    stride,
+    step,
+    vocab,
+    k,
+    group_max,  # (rows of this launch, groups) scratch, in the dtype of the logits
+    groups,  # ceil(V / GROUP), rounded up to a multiple of 16
+    ids,  # (N, K) int32
+    values,  # (N, K) float32
+    student,  # (N, V_student), or None: select only
+    student_stride,
+    student_step,
+    student_vocab,
+    weights,  # (N,) or None
+    inv_t_high,
+    inv_t_low,
+    loss,  # (N,)
+    g,  # (N, K)
+    K_PAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IDLE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    row = first_row + tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    group_max += tl.program_id(0).to(tl.int64) * groups
+    ids += row * k
+    values += row * k
+    slot = tl.arange(0, K_PAD)  # [K]
+    weight = 1.0
+    if student is not None:
+        loss += row
+        g += row * k
+        if weights is not None:
+            weight = tl.load(weights + row)
+            if weight == 0.0:
+                tl.store(loss, 0.0)
+                tl.store(g + slot, 0.0, mask=slot < k)
+                tl.store(ids + slot, -1, mask=slot < k)
+                return
+
+    # 1. The only full read of the row: one maximum a group.
+    TILE: tl.constexpr = BLOCK // GROUP
+    tile = tl.arange(0, TILE)  # [TILE]
+    column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
+    whole = vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        x = tl.load(logits + (start + column).to(tl.int64) * step)  # [TILE, GROUP]
+        peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
+    if whole < vocab:
+        inside = whole + column < vocab
+        x = tl.load(logits + (whole + column).to(tl.int64) * step, mask=inside, other=float("-inf"))
+        first = whole // GROUP
+        peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
+    if NORMALIZE:
+        highest = tl.max(peak, 0)
+        log_total = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
+    tl.debug_barrier()
+
+    # 2. The K best groups. Until the end the output rows hold what was picked: groups in values, columns in ids.
+    picked = values.to(tl.pointer_type(tl.int32), bitcast=True)
+    group = tl.arange(0, GROUPS_PAD // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]  # [GROUPS / 16, 16]
+    x = tl.load(group_max + group, mask=group < groups, other=float("-inf"))
+    count = _store_largest(_order_key(x, IDLE), k, picked, GROUPS_PAD // 16, 16, IDLE)
+    tl.debug_barrier()
+
+    # 3. The K best columns of those groups.
+    group = tl.load(picked + slot, mask=slot < count, other=groups)  # [K]
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [K, GROUP]
+    x = tl.load(logits + column.to(tl.int64) * step, mask=column < vocab, other=float("-inf"))
+    count = _store_largest(_order_key(x, IDLE), k, ids, K_PAD, GROUP, IDLE)
+    tl.debug_barrier()
+
+    # 4. In order: value descending, id ascending.
+    candidate = tl.load(ids + slot, mask=slot < count, other=0)
+    column = tl.load(picked + candidate // GROUP, mask=slot < count, other=0) * GROUP + candidate % GROUP
+    x = tl.load(logits + column.to(tl.int64) * step, mask=slot < count, other=float("-inf"))
+    tl.debug_barrier()
+    order = (_order_key(x, IDLE).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+    column = 0x7FFFFFFF - (tl.sort(order, descending=True) & 0x7FFFFFFF).to(tl.int32)  # [K]
+    filled = slot < count
+    w = tl.load(logits + column.to(tl.int64) * step, mask=filled, other=float("-inf")).to(tl.float32)
+    column = tl.where(filled, column, -1)
+    if NORMALIZE:
+        w = tl.where(filled, w - log_total, float("-inf"))
+    tl.store(ids + slot, column, mask=slot < k)
+    tl.store(values + slot, w, mask=slot < k)
+
+    # 5. The loss on those slots.
+    if student is not None:
+        student += row * student_stride
+        inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
+        store_loss_row(student, student_step, student_vocab, column.to(tl.int64), w, weight, inv_t, loss, g, slot, k)
+
+
+def select(
+    logits: Tensor,  # (N, V)
+    k: int,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K) float32
+    return _launch(logits, k, normalize)[:2]
+
+
+def select_loss(
+    student: Tensor,  # (N, V_student)
+    teacher: Tensor,  # (N, V)
+    k: int,
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K) float32
+    ids, _, loss, g = _launch(teacher, k, False, student, weights, temperature)
+    assert loss is not None and g is not None  # the type of _launch cannot say that they come with a student
+    return loss, ids, g
+
+
+def _launch(
+    logits: Tensor,  # (N, V)
+    k: int,
+    normalize: bool,
+    student: Tensor | None = None,  # (N, V_student)
+    weights: Tensor | None = None,  # (N,)
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # ids, values, loss, g
+    n, vocab = logits.shape
+    ids = torch.empty((n, k), dtype=torch.int32, device=logits.device)
+    values = torch.empty((n, k), dtype=torch.float32, device=logits.device)
+    loss = g = None
+    student_layout: tuple[int, ...] = (0, 1, 0)
+    if student is not None:
+        loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+        g = torch.empty((n, k), dtype=torch.float32, device=logits.device)
+        student_layout = (*student.stride(), student.shape[1])
+    if n == 0:
+        return ids, values, loss, g
+
+    plan = plan_select(vocab, k, logits.element_size())
+    groups = triton.cdiv(vocab, 16 * plan.group) * 16
+    launches = triton.cdiv(n * groups * logits.element_size(), SCRATCH_BYTES)
+    rows = triton.cdiv(n, launches)
+    group_max = torch.empty((rows, groups), dtype=logits.dtype, device=logits.device)
+    with on_device_of(logits):
+        for first_row in range(0, n, rows):
+            select_kernel[(min(rows, n - first_row),)](
+                first_row, logits, *logits.stride(), vocab, k, group_max, groups, ids, values,
+                student, *student_layout, weights, *float32_halves(1.0 / temperature), loss, g,
+                K_PAD=plan.k_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad, BLOCK=plan.block,
+                IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, num_warps=plan.num_warps,
+                **compile_options(hip=torch.version.hip is not None),
+            )  # fmt: skip
+    return ids, values, loss, g
