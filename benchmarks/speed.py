@@ -1,0 +1,165 @@
+"""`python -m benchmarks.speed`: time and peak memory beside plain PyTorch, as JSON lines.
+
+The contestants take turns in one process; medians and their ratio are what counts. "floor" is the time that copying
+the bytes that must move would take at the copy rate measured here: the teacher read, the gradient written.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from topk_rkl import teacher_topk, topk_reverse_kl
+from topk_rkl.backends import choose
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def plain(
+    student: Tensor,  # (N, V)
+    teacher: Tensor,  # (N, V)
+    k: int,
+) -> Tensor:
+    """The loss as the README's plain form writes it."""
+    w, ids = teacher.float().topk(k, dim=-1)
+    return on_ids(student.float(), w, ids)
+
+
+def on_ids(
+    student: Tensor,  # (N, V)
+    w: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+) -> Tensor:
+    log_p = student.gather(-1, ids).log_softmax(-1)
+    return (log_p.exp() * (log_p - w.log_softmax(-1))).sum(-1).mean()
+
+
+def trained(loss: Callable[[Tensor, Tensor, int], Tensor], student: Tensor, teacher: Tensor, k: int) -> None:
+    student.grad = None
+    loss(student, teacher, k).backward()
+
+
+def contests(student: Tensor, teacher: Tensor, k: int) -> dict[str, tuple[int, dict[str, Callable[[], object]]]]:
+    """Work -> the bytes that must move, and the contestants."""
+
+    def ours(z: Tensor, w: Tensor, k: int) -> Tensor:
+        return topk_reverse_kl(z, w, k=k)
+
+    size = teacher.numel() * teacher.element_size()
+    compiled = torch.compile(plain)
+    return {
+        "select": (
+            size,
+            {"topk_rkl": lambda: teacher_topk(teacher, k), "torch.topk": lambda: teacher.topk(k)},
+        ),
+        "loss and gradient": (
+            2 * size,
+            {
+                "topk_rkl": lambda: trained(ours, student, teacher, k),
+                "plain": lambda: trained(plain, student, teacher, k),
+                "torch.compile": lambda: trained(compiled, student, teacher, k),
+            },
+        ),
+    }
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(calls: dict[str, Callable[[], object]], runs: int, device: str) -> dict[str, float]:
+    for call in calls.values():
+        call(), call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """Peak beyond what was held before; only a GPU's allocator says it."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written a second by a copy of 512 MiB."""
+    source = torch.empty(128 << 20, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, 11, device)["copy"]
+
+
+def setting(device: str) -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or "unknown",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="*", default=[256, 16_384] if cuda else [128])
+    parser.add_argument("--vocab", type=int, nargs="*", default=[151_936])
+    parser.add_argument("--k", type=int, nargs="*", default=[16, 64, 256] if cuda else [32])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=["bfloat16"])
+    parser.add_argument("--runs", type=int, default=21 if cuda else 7)
+    parser.add_argument("--out", type=Path, help="a file to which the lines are appended")
+    options = parser.parse_args()
+    device = "cuda" if cuda else "cpu"
+    shared, rate = setting(device), copy_rate(device)
+    for n, vocab, k, dtype in (
+        (n, v, k, d) for n in options.rows for v in options.vocab for k in options.k for d in options.dtype
+    ):
+        student, teacher = (torch.randn(n, vocab, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+        student.requires_grad_()
+        # torch.topk takes any of equal logits, so the plain form is checked on the ids of the stable order.
+        ids, w = teacher_topk(teacher, k)
+        want = on_ids(student.double(), w.double(), ids.long())
+        torch.testing.assert_close(topk_reverse_kl(student, teacher, k=k).double(), want, rtol=1e-5, atol=0)
+        backend = choose("auto", k, student, teacher).__name__.rpartition(".")[2]
+        for work, (size, calls) in contests(student, teacher, k).items():
+            times = medians(calls, options.runs, device)
+            for name, taken in times.items():
+                line = {
+                    "work": work, "contestant": name, "backend": backend, "n": n, "v": vocab, "k": k, "dtype": dtype,
+                    "median_ms": round(taken * 1e3, 4), "over_topk_rkl": round(taken / times["topk_rkl"], 2),
+                    "over_floor": round(taken * rate / size, 2), "peak_bytes": peak_bytes(calls[name], device),
+                    "copy_gb_s": round(rate / 1e9, 1), **shared,
+                }  # fmt: skip
+                print(json.dumps(line), flush=True)
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
