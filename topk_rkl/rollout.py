@@ -1,0 +1,193 @@
+"""The student's side of a rollout: nucleus sampling, and the sampled-token objective to compare with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from topk_rkl import checks
+from topk_rkl.weighting import reduce
+
+CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB, however many rows there are
+
+
+def top_p_filter(
+    logits: Tensor,  # (..., V)
+    top_p: float,
+    temperature: float = 1.0,
+) -> Tensor:  # (..., V)
+    """Scaled logits with every token outside the nucleus at -inf.
+
+    A token stays if and only if the tokens ranked above it hold less than `top_p` of the probability. So the best token
+    always stays, and `top_p=1` keeps every token. Rank is by (value descending, id ascending): of equal logits at the
+    edge, the lower ids stay.
+
+    Args:
+        logits: (..., V) bfloat16, float16, float32 or float64.
+        top_p: in (0, 1].
+        temperature: positive; divides the logits before the nucleus is found.
+
+    Returns:
+        (..., V) `logits / temperature`, float64 for float64 logits and float32 for every other dtype.
+    """
+    checks.logits("logits", logits)
+    checks.top_p(top_p)
+    checks.temperature(temperature)
+    scores = _at_least_float32(logits) / temperature  # (..., V)
+    if top_p == 1:
+        return scores  # a rounded sum could reach 1 early and cut the tail
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)  # (..., V)
+    # A shifted sum, not `cumsum - mass`: it never decreases, so the nucleus is always a prefix of the ranking.
+    mass_above = pad(ranked.softmax(-1)[..., :-1].cumsum(-1), (1, 0))  # (..., V)
+    outside = mass_above >= top_p  # (..., V)
+    return scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+@torch.no_grad()
+def sample_top_p(
+    logits: Tensor,  # (..., V)
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # (...)
+    """One token for every position, drawn from its nucleus (see `top_p_filter`).
+
+    Args:
+        logits: (..., V) bfloat16, float16, float32 or float64.
+        top_p: in (0, 1]; 1 samples from the whole vocabulary.
+        temperature: positive.
+        generator: on the device of `logits`; None draws from that device's default generator.
+
+    Returns:
+        (...) int64 ids. The same generator state gives the same ids.
+    """
+    probs = top_p_filter(logits, top_p, temperature).softmax(-1)  # (..., V)
+    # The first of V exponential clocks with rates `probs` rings at v with probability probs[v]; torch.multinomial
+    # does the same but checks its input on the host. A clock at 0 would let a token of probability 0 win as 0 / 0.
+    noise = torch.empty_like(probs).exponential_(generator=generator)  # (..., V)
+    return (probs / noise.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(-1)
+
+
+def sampled_token_loss(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V_teacher)
+    ids: Tensor,  # (...)
+    *,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> Tensor:  # (...) or ()
+    """The sampled-token objective of on-policy distillation: the log-ratio of the sampled token is its own penalty.
+
+    It is equation 5 of "Revisiting On-Policy Distillation" (arXiv 2603.25562), the baseline `topk_reverse_kl` is
+    compared with. For a token y sampled from the student, with p the student's and q the teacher's distribution over
+    the whole vocabulary:
+
+        value     r = log p(y) - log q(y)
+        gradient  r * grad log p(y), with r held constant
+
+    The gradient is on purpose not the derivative of the value. Averaged over y ~ p the value is KL(p || q), but its
+    derivative, grad log p(y), averages to 0 and teaches nothing. The gradient above is the score-function estimate
+    (REINFORCE with advantage -r), which averages to grad KL(p || q). Both averages are over p itself: ids drawn from a
+    nucleus below 1 bias them.
+
+    Args:
+        student_logits: (..., V) bfloat16, float16, float32 or float64.
+        teacher_logits: (..., V_teacher), where the same ids mean the same tokens; must not require grad.
+        ids: (...) int32 or int64, the sampled tokens. They must be below V and V_teacher wherever the weight is not 0.
+        weights: (...) bool, integer or float, times which each position counts; None counts all as 1. A position of
+            weight 0 contributes exactly 0 whatever it holds, NaN included.
+        temperature: divides both sides' logits; use the one that sampled `ids`.
+        reduction: "none" gives the weighted value of each position, (...); "sum" their sum; "mean" that sum over
+            sum(weights).
+        denominator: a number or 0-d tensor instead of sum(weights).
+
+    Returns:
+        float32, or float64 from float64 student logits; the gradient has the dtype of student_logits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.logits("student_logits", student_logits)
+    checks.logits("teacher_logits", teacher_logits)
+    checks.constant("teacher_logits", teacher_logits)
+    checks.same_positions("teacher_logits", teacher_logits, student_logits)
+    checks.sampled_ids(ids, student_logits)
+    checks.weights(weights, student_logits)
+    checks.temperature(temperature)
+    checks.reduction(reduction, denominator)
+    kept = torch.ones_like(ids, dtype=torch.bool) if weights is None else weights != 0  # (...)
+    per_token = _LogRatio.apply(
+        student_logits.reshape(-1, student_logits.shape[-1]),
+        teacher_logits.reshape(-1, teacher_logits.shape[-1]),
+        ids.reshape(-1),
+        kept.reshape(-1),
+        temperature,
+    ).view(ids.shape)  # (...)
+    if weights is not None:
+        per_token = per_token * weights.to(per_token.dtype)
+    return reduce(per_token, weights, reduction, denominator)
+
+
+class _LogRatio(torch.autograd.Function):
+    """log p(y) - log q(y) of each row, with that ratio times grad log p(y) as its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,  # (N, V)
+        teacher_logits: Tensor,  # (N, V)
+        ids: Tensor,  # (N,)
+        kept: Tensor,  # (N,) bool
+        temperature: float,
+    ) -> Tensor:  # (N,)
+        ids = ids.long().masked_fill(~kept, 0)  # padding may hold an id that is no token, -100 for one
+        log_p, lse = _token_log_probs(student_logits, ids, temperature)  # (N,), (N,)
+        log_q, _ = _token_log_probs(teacher_logits, ids, temperature)  # (N,)
+        ratio = (log_p - log_q).to(log_p.dtype).masked_fill_(~kept, 0)  # (N,)
+        ctx.save_for_backward(student_logits, ids, kept, lse, ratio)
+        ctx.temperature = temperature
+        return ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_output: Tensor,  # (N,)
+    ) -> tuple[Tensor | None, ...]:
+        student_logits, ids, kept, lse, ratio = ctx.saved_tensors
+        scale = (grad_output * ratio / ctx.temperature).unsqueeze(-1)  # (N, 1)
+        grad = torch.empty_like(student_logits)  # (N, V)
+        for rows in _row_chunks(student_logits):
+            probs = (_at_least_float32(student_logits[rows]) / ctx.temperature - lse[rows, None]).exp_()  # (n, V)
+            dense = probs.mul_(-scale[rows]).scatter_add_(-1, ids[rows, None], scale[rows])
+            grad[rows] = dense.masked_fill_(~kept[rows, None], 0)  # not by a factor: 0 * NaN is NaN
+        return grad, None, None, None, None
+
+
+def _token_log_probs(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """log softmax(logits / temperature) at ids, and its normaliser."""
+    lse = [(_at_least_float32(logits[rows]) / temperature).logsumexp(-1) for rows in _row_chunks(logits)]
+    normaliser = torch.cat(lse)  # (N,)
+    chosen = _at_least_float32(logits.gather(-1, ids[:, None]).squeeze(-1)) / temperature  # (N,)
+    return chosen - normaliser, normaliser
+
+
+def _row_chunks(
+    logits: Tensor,  # (N, V)
+) -> list[slice]:
+    """Slices that cover the rows, each of at most CHUNK_ELEMENTS or one row; one empty slice when N is 0."""
+    rows, vocab = logits.shape
+    step = max(1, CHUNK_ELEMENTS // vocab)
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
