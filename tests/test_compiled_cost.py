@@ -1,0 +1,79 @@
+"""What the kernels cost once compiled for a GPU: no spill anywhere, and few instructions an element of the scan."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to compile")
+
+from benchmarks.compiled_cost import TARGETS, Sass
+
+ROOT = Path(__file__).parent.parent
+
+SNIPPET = """
+.L_x_0:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   STL [R1], R0 ;
+.L_x_1:
+        /*0020*/                   LDS R2, [R0] ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/              @!P1 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0050*/                   FMNMX R4, R4, R5, !PT ;
+        /*0060*/                   LDL R0, [R1] ;
+        /*0070*/                   BRA.U UP0, `(.L_x_2) ;
+        /*0080*/               @P2 BRA `(.L_x_3) ;
+.L_x_3:
+        /*0090*/                   EXIT ;
+"""
+
+
+def run(*options: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), **env}
+    command = [sys.executable, "-m", "benchmarks.compiled_cost", *options]
+    return subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def instruction_limit(record: dict[str, Any]) -> int:
+    """An H100 can issue about 20 instructions in the time it reads 2 bytes, and 40 for 4."""
+    half = record["dtype"] != "float32"
+    whole_vectors = record["vocab"] % 16 == 0
+    if record["kernel"] == "normalize":
+        # The exponential of every element, with its scaling and sum, takes about ten instructions more.
+        limits = (16, 20) if whole_vectors else (50, 50)
+    else:
+        limits = (8, 12) if whole_vectors else (16, 16)  # rows at odd addresses are loaded one element at a time
+    return limits[0] if half else limits[1]
+
+
+@pytest.mark.parametrize(("cases", "targets"), [("small", ["sm_90"]), ("few", [t for t in TARGETS if t != "sm_90"])])
+def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    done = run("--cases", cases, "--targets", *targets, "--json", str(out), cache=tmp_path / "cache")
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(out.read_text())
+    assert {record["target"] for record in records} == set(targets)
+    assert [record for record in records if record["spills"] or record["spilled_scalars"]] == []
+    scans = [record for record in records if record["target"] == "sm_90" and record["scan_per_element"] is not None]
+    assert bool(scans) == ("sm_90" in targets)
+    assert [record for record in scans if record["scan_per_element"] > instruction_limit(record)] == []
+
+
+def test_spills_and_loops_are_seen() -> None:
+    sass = Sass.parse(SNIPPET)
+    assert sass.names == ["S2R", "STL", "LDS", "BRA", "LDG", "FMNMX", "LDL", "BRA", "BRA", "EXIT"]
+    assert sass.spills == 2
+    assert sass.loops == [range(2, 4), range(4, 8)]
+    assert sass.scan_length == 4
+
+
+def test_the_interpreter_is_refused(tmp_path: Path) -> None:
+    done = run(cache=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET is set" in done.stderr
