@@ -12,8 +12,12 @@ from torch import Tensor
 
 NAMES = ("auto", "reference", "native", "triton", "cuda")
 
-_NOT_BUILT = "the compiled extension is not part of this version; use 'reference' on a CPU, 'triton' on a GPU"
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NO_CUDA = "the compiled extension has no CUDA part in this version; use 'triton' on a GPU, or 'reference'"
+_WAY_OUT = {
+    "native": "the compiled extension was not built; install a C++20 compiler (GCC or Clang) and reinstall topk_rkl",
+    "triton": "install it (pip install triton)",
+}
+_LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # A plain global: torch.compile guards on it, and autograd's threads see the one that the forward pass captured.
 _requested = os.environ.get("TOPK_RKL_BACKEND", "auto")
@@ -25,8 +29,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain PyTorch, any device), "triton" (GPU; CPU tensors only under TRITON_INTERPRET=1, set
-            before the package is imported), "native" and "cuda" (the compiled extension), or "auto", the default:
-            the fastest that can take the tensors. The environment variable TOPK_RKL_BACKEND sets it for a process.
+            before the package is imported), "native" (the compiled extension, CPU), "cuda", or "auto", the default: the
+            fastest that can take the tensors. The environment variable TOPK_RKL_BACKEND sets it for a process.
 
     Raises:
         ValueError: there is no such backend.
@@ -55,9 +59,10 @@ def choose(
 ) -> ModuleType:
     """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all."""
     _check_name(name, "TOPK_RKL_BACKEND")
-    reasons = [reason for x in logits if (reason := _refusal("triton" if name == "auto" else name, k, x))]
+    wanted = ("triton" if logits[0].is_cuda else "native") if name == "auto" else name
+    reasons = [reason for x in logits if (reason := _refusal(wanted, k, x))]
     if name == "auto":
-        name = "triton" if logits[0].is_cuda and not reasons else "reference"
+        name = "reference" if reasons else wanted
     elif reasons:
         raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reasons[0]}")
     return _load(name)
@@ -65,28 +70,38 @@ def choose(
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot run in this process whatever the tensors, or None."""
-    if name in ("native", "cuda"):
-        return _NOT_BUILT
+    if name == "cuda":
+        return _NO_CUDA
     try:
         _load(name)
     except ImportError as error:
-        return f"{error}; install it (pip install triton), or use 'reference'"
+        return f"{error}; {_WAY_OUT[name]}, or use 'reference'"
     return None
 
 
 def _refusal(name: str, k: int, logits: Tensor) -> str | None:
     if reason := unavailable(name):
         return reason
-    if name != "triton":
+    if name == "reference":
         return None
+    if logits.dtype not in _LOW_DTYPES:
+        return f"the logits are {logits.dtype}; use bfloat16, float16 or float32, or the 'reference' backend"
+    return _native_refusal(logits) if name == "native" else _triton_refusal(k, logits)
+
+
+def _native_refusal(logits: Tensor) -> str | None:
+    if not logits.is_cpu:
+        return f"the logits are on {logits.device}; move them to the CPU, or use 'triton' or 'reference'"
+    return None
+
+
+def _triton_refusal(k: int, logits: Tensor) -> str | None:
     launch = importlib.import_module("topk_rkl.backends.triton.launch")
     if not logits.is_cuda and not (logits.is_cpu and launch.INTERPRETED):
         return (
             f"the logits are on {logits.device}; move them to a GPU, set TRITON_INTERPRET=1 before topk_rkl is "
             "imported to interpret the kernels on a CPU, or use 'reference'"
         )
-    if logits.dtype not in _TRITON_DTYPES:
-        return f"the logits are {logits.dtype}; use bfloat16, float16 or float32, or the 'reference' backend"
     if k > launch.MAX_K or logits.shape[-1] > launch.MAX_VOCAB:
         return (
             f"K = {k} and V = {logits.shape[-1]}; it takes K up to {launch.MAX_K} and V up to {launch.MAX_VOCAB}, "

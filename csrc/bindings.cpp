@@ -1,0 +1,65 @@
+// topk_rkl._native: integers for pointers, all checked in topk_rkl/backends/native.py. The GIL is released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/cpu.hpp"
+
+namespace py = pybind11;
+using namespace topk_rkl;
+
+namespace {
+
+using M = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // pointer, kind, columns, stride, step
+using V = std::tuple<uintptr_t, int>;                             // pointer, kind
+
+Matrix matrix(const M& x) {
+  auto [data, kind, columns, stride, step] = x;
+  return {reinterpret_cast<void*>(data), Kind(kind), columns, stride, step};
+}
+
+Vector vector(const V& x) {
+  return {reinterpret_cast<void*>(std::get<0>(x)), Kind(std::get<1>(x))};
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  const py::call_guard<py::gil_scoped_release> released;
+  m.attr("BUILD") = TOPK_RKL_BUILD;
+  m.def("isas", isas);
+  m.def("isa", isa);
+  m.def("set_isa", set_isa);
+  m.def(
+      "select",
+      [](M logits, int64_t n, int64_t k, bool normalize, int threads, uintptr_t ids, uintptr_t values) {
+        select(matrix(logits), n, k, normalize, threads, pointer<int32_t>(ids), pointer<float>(values));
+      },
+      released);
+  m.def(
+      "support_loss",
+      [](M student, int64_t n, int64_t k, M ids, M values, V weights, double temperature, int threads, uintptr_t loss,
+         uintptr_t g) {
+        support_loss(matrix(student), n, k, matrix(ids), matrix(values), vector(weights), temperature, threads,
+                     pointer<float>(loss), pointer<float>(g));
+      },
+      released);
+  m.def(
+      "select_loss",
+      [](M student, M teacher, int64_t n, int64_t k, V weights, double temperature, int threads, uintptr_t loss,
+         uintptr_t ids, uintptr_t g) {
+        select_loss(matrix(student), matrix(teacher), n, k, vector(weights), temperature, threads, pointer<float>(loss),
+                    pointer<int32_t>(ids), pointer<float>(g));
+      },
+      released);
+  m.def(
+      "scatter",
+      [](M g, M ids, V grad_output, M out, int64_t n, int64_t k, int threads) {
+        scatter(matrix(g), matrix(ids), vector(grad_output), matrix(out), n, k, threads);
+      },
+      released);
+}

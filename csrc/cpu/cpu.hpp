@@ -1,0 +1,51 @@
+// The four functions of the backend, on the CPU. See topk_rkl/backends/reference.py for what they mean.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "types.hpp"
+
+namespace topk_rkl {
+
+// The instruction sets built in that this machine has, the best first; and the choice of one, for tests.
+std::vector<std::string> isas();
+std::string isa();
+void set_isa(const std::string& name);
+
+// A vector, or nothing where data is null; contiguous.
+struct Vector {
+  void* data;
+  Kind kind;
+
+  double operator[](int64_t i) const { return load(static_cast<char*>(data) + i * size_of(kind), kind); }
+};
+
+void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int threads,
+            int32_t* ids,    // (n, k)
+            float* values);  // (n, k)
+
+void support_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values,
+                  const Vector& weights, double temperature, int threads,
+                  float* loss,  // (n)
+                  float* g);    // (n, k)
+
+void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_t k, const Vector& weights,
+                 double temperature, int threads,
+                 float* loss,   // (n)
+                 int32_t* ids,  // (n, k)
+                 float* g);     // (n, k)
+
+// g and grad_output are float32.
+void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, const Matrix& out, int64_t n, int64_t k,
+             int threads);
+
+// One row of the loss; `work` holds 3 k.
+void loss_row(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k, double weight,
+              double temperature, double* work, float* loss, float* g);
+
+// One row of the gradient, zeros included; `items` and `spare` hold k each.
+void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,
+                 bool streamed, uint64_t* items, uint64_t* spare);
+
+}  // namespace topk_rkl

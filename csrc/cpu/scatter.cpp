@@ -1,0 +1,120 @@
+// The dense gradient: zeros and values in one pass over the row.
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "cpu.hpp"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace topk_rkl {
+namespace {
+
+constexpr int64_t LINE = 64;  // bytes
+
+uint16_t bfloat16_bits(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t float16_bits(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
+  // A subnormal of float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 on.
+  if (size < 0x38800000) return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
+void store(char* to, Kind kind, float value) {
+  if (kind == Kind::float32) {
+    std::memcpy(to, &value, 4);
+  } else {
+    const uint16_t bits = kind == Kind::bfloat16 ? bfloat16_bits(value) : float16_bits(value);
+    std::memcpy(to, &bits, 2);
+  }
+}
+
+// Past the caches: a large gradient is not read again soon, and its lines need not be read in order to be written.
+void stream_line(char* to, const char* line) {
+#if defined(__SSE2__)
+  for (int i = 0; i < LINE; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(line + i)));
+  }
+#else
+  std::memcpy(to, line, LINE);
+#endif
+}
+
+void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The live slots as (column, slot), by column and then slot; empty ones are left out.
+int64_t sorted_slots(const Matrix& ids, int64_t row, int64_t k, int64_t columns, uint64_t* items, uint64_t* spare) {
+  int64_t live = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t id = load_integer(ids.at(row, j), ids.kind);
+    if (id >= 0 && id < columns) items[live++] = uint64_t(id) << 32 | uint64_t(j);
+  }
+  sort_by_key(items, spare, live, (std::bit_width(uint64_t(columns - 1)) + 7) / 8);
+  return live;
+}
+
+// Gives the sum of one column's slots, and moves on to the next column.
+float next_value(const float* g, float grad_output, const uint64_t* items, int64_t live, int64_t& i) {
+  const uint64_t column = items[i] >> 32;
+  float sum = g[uint32_t(items[i])] * grad_output;
+  for (++i; i < live && items[i] >> 32 == column; ++i) sum += g[uint32_t(items[i])] * grad_output;
+  return sum;
+}
+
+void stream_row(const Matrix& out, char* start, const float* g, float grad_output, const uint64_t* items, int64_t live) {
+  alignas(LINE) static constexpr char zeros[LINE] = {};
+  alignas(LINE) char line[LINE];
+  const int64_t size = size_of(out.kind), end = out.columns * size;
+  int64_t i = 0;
+  for (int64_t at = -int64_t(reinterpret_cast<uintptr_t>(start) % LINE); at < end; at += LINE) {
+    const int64_t next = i < live ? int64_t(items[i] >> 32) * size : end;
+    const bool filled = next < at + LINE && i < live;
+    if (filled) std::memset(line, 0, LINE);
+    while (i < live && int64_t(items[i] >> 32) * size < at + LINE) {
+      const int64_t column = int64_t(items[i] >> 32);
+      store(line + (column * size - at), out.kind, next_value(g, grad_output, items, live, i));
+    }
+    const char* from = filled ? line : zeros;
+    if (at >= 0 && at + LINE <= end) {
+      stream_line(start + at, from);
+    } else {
+      const int64_t first = at < 0 ? 0 : at, last = at + LINE < end ? at + LINE : end;
+      std::memcpy(start + first, from + (first - at), last - first);
+    }
+  }
+  end_of_stream();
+}
+
+}  // namespace
+
+void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,
+                 bool streamed, uint64_t* items, uint64_t* spare) {
+  const float* slots = reinterpret_cast<const float*>(g.at(row));
+  const int64_t live = sorted_slots(ids, row, k, out.columns, items, spare);
+  const auto scale = float(grad_output);
+  if (streamed && out.step == 1) return stream_row(out, out.at(row), slots, scale, items, live);
+  if (out.step == 1) {
+    std::memset(out.at(row), 0, out.columns * size_of(out.kind));
+  } else {
+    for (int64_t column = 0; column < out.columns; ++column) store(out.at(row, column), out.kind, 0);
+  }
+  for (int64_t i = 0; i < live;) {
+    char* to = out.at(row, int64_t(items[i] >> 32));
+    store(to, out.kind, next_value(slots, scale, items, live, i));
+  }
+}
+
+}  // namespace topk_rkl

@@ -1,0 +1,56 @@
+#include "types.hpp"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+namespace topk_rkl {
+namespace {
+
+template <class T>
+T read(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+double half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                               : std::ldexp(fraction, -24);
+  return bits >> 15 ? -size : size;
+}
+
+}  // namespace
+
+double load(const void* element, Kind kind) {
+  switch (kind) {
+    case Kind::bfloat16: return std::bit_cast<float>(uint32_t(read<uint16_t>(element)) << 16);
+    case Kind::float16: return half(read<uint16_t>(element));
+    case Kind::float32: return read<float>(element);
+    case Kind::float64: return read<double>(element);
+    default: return 0;
+  }
+}
+
+int64_t load_integer(const void* element, Kind kind) {
+  return kind == Kind::int64 ? read<int64_t>(element) : read<int32_t>(element);
+}
+
+void sort_by_key(uint64_t* items, uint64_t* spare, int64_t n, int bytes) {
+  uint64_t* from = items;
+  uint64_t* to = spare;
+  for (int shift = 32; shift < 32 + 8 * bytes; shift += 8) {
+    int64_t place[256] = {};
+    for (int64_t i = 0; i < n; ++i) ++place[from[i] >> shift & 255];
+    int64_t below = 0;
+    for (int64_t& count : place) below += std::exchange(count, below);
+    for (int64_t i = 0; i < n; ++i) to[place[from[i] >> shift & 255]++] = from[i];
+    std::swap(from, to);
+  }
+  if (from != items) std::memcpy(items, from, n * sizeof *items);
+}
+
+}  // namespace topk_rkl

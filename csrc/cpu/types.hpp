@@ -1,0 +1,32 @@
+// What crosses the border: raw pointers, and sizes and strides in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace topk_rkl {
+
+enum class Kind : int { bfloat16, float16, float32, float64, int32, int64 };
+
+inline int64_t size_of(Kind kind) {
+  return kind == Kind::bfloat16 || kind == Kind::float16 ? 2 : kind == Kind::float32 || kind == Kind::int32 ? 4 : 8;
+}
+
+// (rows, columns) of any strides.
+struct Matrix {
+  void* data;
+  Kind kind;
+  int64_t columns, stride, step;
+
+  char* at(int64_t row, int64_t column = 0) const {
+    return static_cast<char*>(data) + (row * stride + column * step) * size_of(kind);
+  }
+};
+
+// One element as a double, exactly, of the kinds that are floating point; and of those that are integers.
+double load(const void* element, Kind kind);
+int64_t load_integer(const void* element, Kind kind);
+
+// (key << 32 | payload), ascending by `bytes` bytes of the key; equal keys keep their order.
+void sort_by_key(uint64_t* items, uint64_t* spare, int64_t n, int bytes);
+
+}  // namespace topk_rkl

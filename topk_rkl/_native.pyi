@@ -1,0 +1,36 @@
+"""csrc/bindings.cpp. A matrix is (pointer, kind, columns, stride, step), a vector (pointer, kind)."""
+
+BUILD: str
+
+Matrix = tuple[int, int, int, int, int]
+Vector = tuple[int, int]
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def select(logits: Matrix, n: int, k: int, normalize: bool, threads: int, ids: int, values: int) -> None: ...
+def support_loss(
+    student: Matrix,
+    n: int,
+    k: int,
+    ids: Matrix,
+    values: Matrix,
+    weights: Vector,
+    temperature: float,
+    threads: int,
+    loss: int,
+    g: int,
+) -> None: ...
+def select_loss(
+    student: Matrix,
+    teacher: Matrix,
+    n: int,
+    k: int,
+    weights: Vector,
+    temperature: float,
+    threads: int,
+    loss: int,
+    ids: int,
+    g: int,
+) -> None: ...
+def scatter(g: Matrix, ids: Matrix, grad_output: Vector, out: Matrix, n: int, k: int, threads: int) -> None: ...

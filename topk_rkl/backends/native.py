@@ -1,0 +1,144 @@
+"""The compiled extension, on CPU tensors: allocates, checks what a pointer cannot say, and calls csrc/.
+
+float64 goes to the reference: `choose` sees to it.
+"""
+
+import torch
+from torch import Tensor
+
+from topk_rkl import _native
+
+KINDS = {
+    dtype: kind
+    for kind, dtype in enumerate(
+        (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
+    )
+}  # as in csrc/cpu/types.hpp
+LOGITS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_OFFSET = 2**63 - 1
+MAX_VOCAB = 2**31 - 1
+
+Matrix = tuple[int, int, int, int, int]
+Vector = tuple[int, int]
+
+
+def select(
+    logits: Tensor,  # (N, V)
+    k: int,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K) float32
+    n, vocab = logits.shape
+    _in_range("k", k, vocab)
+    ids, values = _empty(n, k, dtype=torch.int32), _empty(n, k)
+    _native.select(
+        _matrix("logits", logits), n, k, normalize, torch.get_num_threads(), ids.data_ptr(), values.data_ptr()
+    )
+    return ids, values
+
+
+def support_loss(
+    student: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K)
+    values: Tensor,  # (N, K)
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32: times the weight of the row
+    n, k = ids.shape
+    _same_shape("values", values, (n, k))
+    _same_shape("student", student, (n, student.shape[1]))
+    loss, g = _empty(n), _empty(n, k)
+    _native.support_loss(
+        _matrix("student", student), n, k, _matrix("ids", ids), _matrix("values", values), _vector("weights", weights, n),
+        temperature, torch.get_num_threads(), loss.data_ptr(), g.data_ptr(),
+    )  # fmt: skip
+    return loss, g
+
+
+def select_loss(
+    student: Tensor,  # (N, V_student)
+    teacher: Tensor,  # (N, V)
+    k: int,
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
+    n, vocab = teacher.shape
+    _in_range("k", k, vocab)
+    _same_shape("student", student, (n, student.shape[1]))
+    loss, ids, g = _empty(n), _empty(n, k, dtype=torch.int32), _empty(n, k)
+    _native.select_loss(
+        _matrix("student", student), _matrix("teacher", teacher), n, k, _vector("weights", weights, n),
+        temperature, torch.get_num_threads(), loss.data_ptr(), ids.data_ptr(), g.data_ptr(),
+    )  # fmt: skip
+    return loss, ids, g
+
+
+def scatter(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+    grad_output: Tensor,  # (N,)
+    out: Tensor,  # (N, V), overwritten
+    unique: bool,  # noqa: ARG001  equal ids are neighbours once sorted: there is nothing to save
+) -> None:
+    """out[i] = grad_output[i] * the sum over the slots j of row i of g[i, j] at column ids[i, j], and 0 elsewhere."""
+    n, k = ids.shape
+    _same_shape("g", g, (n, k))
+    _same_shape("out", out, (n, out.shape[1]))
+    g, grad_output = g.float().contiguous(), grad_output.float().contiguous()
+    _native.scatter(
+        _matrix("g", g), _matrix("ids", ids), _vector("grad_output", grad_output, n), _matrix("out", out), n, k,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _matrix(
+    name: str,
+    x: Tensor,  # (N, columns)
+) -> Matrix:
+    _on_cpu(name, x)
+    check_extent(name, tuple(x.shape), x.stride(), x.element_size())
+    return x.data_ptr(), KINDS[x.dtype], x.shape[1], x.stride(0), x.stride(1)
+
+
+def _vector(
+    name: str,
+    x: Tensor | None,  # (N,)
+    n: int,
+) -> Vector:
+    if x is None:
+        return 0, 0
+    _on_cpu(name, x)
+    _same_shape(name, x, (n,))
+    x = x.contiguous()
+    return x.data_ptr(), KINDS[x.dtype]
+
+
+def check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
+    """Refuses what would put a byte of the tensor out of the reach of a 64-bit offset, or before its start."""
+    if any(stride < 0 for stride in strides):
+        raise ValueError(f"{name} has strides {strides}; a negative one cannot be read, pass {name}.contiguous()")
+    if shape[-1] > MAX_VOCAB:
+        raise ValueError(f"{name} has {shape[-1]} columns; ids are int32, so that at most {MAX_VOCAB} are possible")
+    reach = sum(max(0, size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    if max(reach, *strides) * itemsize > MAX_OFFSET:
+        raise ValueError(f"{name} of shape {shape} and strides {strides} reaches past 2^63 bytes; pass a smaller part")
+
+
+def _on_cpu(name: str, x: Tensor) -> None:
+    if not x.is_cpu:
+        raise ValueError(f"{name} is on {x.device}; the native backend takes CPU tensors")
+    if x.dtype not in KINDS:
+        raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(map(str, KINDS))}")
+
+
+def _same_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}")
+
+
+def _in_range(name: str, k: int, vocab: int) -> None:
+    if not 1 <= k <= vocab:
+        raise ValueError(f"{name} is {k}; it must be between 1 and V = {vocab}")
