@@ -73,14 +73,18 @@ struct Select {
   }
 
   template <int LEVEL>
-  static V tree(const Key* from) {
-    if constexpr (LEVEL == 0) return group_max(from);
-    else return merge<Key, LEVEL>(tree<LEVEL - 1>(from), tree<LEVEL - 1>(from + (GROUP << (LEVEL - 1))));
+  static V tree(const V* tops) {
+    if constexpr (LEVEL == 0) return *tops;
+    else return merge<Key, LEVEL>(tree<LEVEL - 1>(tops), tree<LEVEL - 1>(tops + (1 << (LEVEL - 1))));
   }
 
-  // The maxima of the LANES groups of a block.
+  // The maxima of the LANES groups of a block. A short loop reads them: the processor fetches ahead of a load
+  // instruction by the steps that it takes, and of those of an unrolled tree each would take too large ones.
   static V block_maxima(const Key* from) {
-    return F::finished(in_order<Key>(tree<log2_of(LANES)>(from), std::make_integer_sequence<int, LANES>()));
+    V tops[LANES];
+#pragma GCC unroll 1
+    for (int i = 0; i < LANES; ++i) tops[i] = group_max(from + i * GROUP);
+    return F::finished(in_order<Key>(tree<log2_of(LANES)>(tops), std::make_integer_sequence<int, LANES>()));
   }
 
   // How many of n keys, a multiple of LANES, are at least `floor`.
@@ -141,7 +145,7 @@ struct Select {
     for (int64_t i = 0; i < found; ++i) row.ids[i] = int32_t(uint32_t(scratch.items[i]));
     for (int64_t i = 0; i < found; ++i) row.values[i] = float(load(data + row.ids[i], kind()));
     for (int64_t i = found; i < row.k; ++i) row.ids[i] = -1, row.values[i] = -__builtin_inff();
-    if (row.normalize && found) normalize(row, data, tail, whole, found, Key(~(scratch.items[0] >> 32) ^ F::LOWEST));
+    if (row.normalize && found) normalize(row, data, tail, whole, found, Key(uint32_t(F::HIGHEST) - uint32_t(scratch.items[0] >> 32)));
   }
 
   static constexpr Kind kind() {
@@ -179,7 +183,7 @@ struct Select {
     for (int64_t i = n; i % LANES; ++i) keys[i] = F::LOWEST;
     int64_t found = 0;
     visit_largest(keys, (n + LANES - 1) / LANES * LANES, k, [&](int64_t i, Key key) {
-      const uint32_t descending = ~(uint32_t(key) ^ uint32_t(F::LOWEST));
+      const uint32_t descending = uint32_t(F::HIGHEST) - uint32_t(key);
       scratch.items[found++] = uint64_t(descending) << 32 | uint32_t(scratch.columns[i]);
     });
     return found;
