@@ -27,12 +27,14 @@ lint: .venv/test.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info topk_rkl/_native*.so
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-.venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml
+SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+
+.venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 

@@ -1,0 +1,127 @@
+// Bytes -> a row, K, a kind, a stride -> every instruction set against a stable sort; and the loss and the gradient on
+// what was selected. `fuzz SECONDS [SEED]` draws the bytes itself; with clang's -fsanitize=fuzzer libFuzzer does.
+// `fuzz plant` reads one element past a row, to show that a sanitizer is on.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/cpu.hpp"
+
+using namespace topk_rkl;
+
+namespace {
+
+struct Case {
+  Kind kind;
+  int64_t n, vocab, k, stride, step;
+  std::unique_ptr<char[]> memory;  // exactly as large as the matrix reaches, so that a step past it shows
+
+  Matrix matrix() const { return {memory.get(), kind, vocab, stride, step}; }
+};
+
+Case case_of(const uint8_t* bytes, size_t size) {
+  uint64_t head[2] = {};
+  std::memcpy(head, bytes, std::min(size, sizeof head));
+  Case c;
+  c.kind = Kind(head[0] % 3);
+  c.n = (head[1] >> 32) % 16 ? 1 + (head[0] >> 8) % 3 : 100;  // enough for several threads
+  c.vocab = 1 + (head[0] >> 16) % ((head[0] >> 10) % 4 ? 300 : 9000);
+  c.k = 1 + (head[0] >> 32) % ((head[0] >> 12) % 4 ? std::min<int64_t>(c.vocab, 40) : c.vocab);
+  c.step = (head[1] % 4) ? 1 : 1 + (head[1] >> 8) % 3;
+  c.stride = (head[1] >> 16) % 5 ? c.vocab * c.step + (head[1] >> 24) % 7 : (head[1] >> 24) % 7;
+  const int64_t elements = (c.n - 1) * c.stride + (c.vocab - 1) * c.step + 1, total = elements * size_of(c.kind);
+  c.memory.reset(new char[total]);
+  for (int64_t i = 0; i < total; ++i) c.memory[i] = size > 16 ? char(bytes[16 + i % (size - 16)]) : 0;
+  return c;
+}
+
+void require(bool condition, const char* what, const Case& c) {
+  if (condition) return;
+  std::printf("%s: kind %d, n %ld, V %ld, K %ld, stride %ld, step %ld, %s\n", what, int(c.kind), long(c.n),
+              long(c.vocab), long(c.k), long(c.stride), long(c.step), isa().c_str());
+  std::abort();
+}
+
+// NaN above everything, -0.0 equal to +0.0, and the lower id first.
+std::vector<int32_t> stable_order(const Case& c, int64_t row) {
+  std::vector<double> x(c.vocab);
+  for (int64_t i = 0; i < c.vocab; ++i) x[i] = load(c.matrix().at(row, i), c.kind);
+  std::vector<int32_t> ids(c.vocab);
+  for (int64_t i = 0; i < c.vocab; ++i) ids[i] = int32_t(i);
+  std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) {
+    if (std::isnan(x[a]) || std::isnan(x[b])) return std::isnan(x[a]) && !std::isnan(x[b]);
+    return x[a] > x[b];
+  });
+  for (int32_t& id : ids)
+    if (x[id] == -INFINITY) id = -1;
+  return ids;
+}
+
+void check(const Case& c, int threads) {
+  std::vector<int32_t> ids(c.n * c.k), same(c.n * c.k);
+  std::vector<float> values(c.n * c.k), loss(c.n), g(c.n * c.k), ones(c.n, 1);
+  select(c.matrix(), c.n, c.k, c.vocab % 2, threads, ids.data(), values.data());
+  for (int64_t row = 0; row < c.n; ++row) {
+    const auto want = stable_order(c, row);
+    require(std::equal(want.begin(), want.begin() + c.k, ids.begin() + row * c.k), "ids", c);
+  }
+  select_loss(c.matrix(), c.matrix(), c.n, c.k, {nullptr, Kind::float32}, 1, threads, loss.data(), same.data(), g.data());
+  require(ids == same, "ids of select_loss", c);
+  for (float one : loss) require(one == 0 || std::isnan(one), "loss of a row and itself", c);
+  for (float& one : g) one = 1;
+  std::vector<char> out(c.n * c.vocab * size_of(c.kind));
+  const Matrix dense{out.data(), c.kind, c.vocab, c.vocab, 1};
+  scatter({g.data(), Kind::float32, c.k, c.k, 1}, {ids.data(), Kind::int32, c.k, c.k, 1}, {ones.data(), Kind::float32},
+          dense, c.n, c.k, threads);
+  for (int64_t row = 0; row < c.n; ++row) {
+    double sum = 0, live = 0;
+    for (int64_t i = 0; i < c.vocab; ++i) sum += load(dense.at(row, i), c.kind);
+    for (int64_t j = 0; j < c.k; ++j) live += ids[row * c.k + j] >= 0;
+    require(sum == live, "gradient", c);
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
+  const Case c = case_of(bytes, size);
+  for (const auto& name : isas()) {
+    set_isa(name);
+    check(c, 1 + size % 3);
+  }
+  return 0;
+}
+
+#if !defined(TOPK_RKL_LIBFUZZER)
+int main(int count, char** words) {
+  if (count > 1 && std::string(words[1]) == "plant") {
+    const uint8_t bytes[17] = {};
+    Case c = case_of(bytes, sizeof bytes);
+    c.vocab += 1;
+    std::puts("in bounds");
+    std::fflush(stdout);
+    check(c, 1);
+    std::puts("not caught");
+    return 0;
+  }
+  const double seconds = count > 1 ? std::atof(words[1]) : 5;
+  std::mt19937_64 random(count > 2 ? std::atoll(words[2]) : 0);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  long cases = 0;
+  for (; std::chrono::steady_clock::now() < end; ++cases) {
+    std::vector<uint8_t> bytes(16 + random() % 400 + (random() % 8 ? 0 : 20000));
+    // Of few different bytes there are many ties; of all, NaN and infinities of either sign.
+    const int mode = int(random() % 3);
+    const uint8_t few[4] = {uint8_t(random()), uint8_t(random()), 0x80, 0x7f};
+    for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = i < 16 || mode == 0 ? uint8_t(random()) : few[random() % (mode + 2)];
+    LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
+  }
+  std::printf("%ld cases\n", cases);
+}
+#endif

@@ -1,5 +1,6 @@
 """`python -m topk_rkl.collect_env`: what a bug report needs. Every probe is guarded, so that it always prints."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -26,6 +27,7 @@ def facts() -> dict[str, str]:
         "environment": _guarded(_environment),
         "reference backend": _guarded(lambda: _backend("reference")),
         "native backend": _guarded(lambda: _backend("native")),
+        "native build": _guarded(_native_build),
         "triton backend": _guarded(lambda: _backend("triton")),
         "cuda backend": _guarded(lambda: _backend("cuda")),
     }
@@ -47,6 +49,13 @@ def _gpus() -> list[str]:
 
 def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("TOPK_RKL_BACKEND", "TRITON_INTERPRET") if name in os.environ}
+
+
+def _native_build() -> str:
+    if backends.unavailable("native"):
+        return "none"
+    native = importlib.import_module("topk_rkl._native")
+    return f"{native.BUILD}; runs {native.isa()} of {', '.join(native.isas())}"
 
 
 def _backend(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 NAMES = ("auto", "reference", "native", "triton", "cuda")
 
-_NO_CUDA = "the compiled extension has no CUDA part in this version; use 'triton' on a GPU, or 'reference'"
+_NO_CUDA = "the compiled extension has no CUDA part in this version; use 'triton' on a GPU, or use 'reference'"
 _WAY_OUT = {
     "native": "the compiled extension was not built; install a C++20 compiler (GCC or Clang) and reinstall topk_rkl",
     "triton": "install it (pip install triton)",

@@ -1,0 +1,126 @@
+"""What only the compiled extension promises: each instruction set, many threads, and refusals before a pointer."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import BACKENDS
+from test_select import DTYPES, assert_selects
+
+from tests import cases
+from topk_rkl import backends
+
+pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the extension was not built here")
+
+ISAS = ["portable", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest):
+    from topk_rkl import _native
+
+    if request.param not in _native.isas():
+        pytest.skip("not on this machine")
+    before = _native.isa()
+    _native.set_isa(request.param)
+    yield request.param
+    _native.set_isa(before)
+
+
+@pytest.fixture
+def native():
+    return backends._load("native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1), (33, 33), (4_099, 20), (4_099, 1_024), (50_257, 64), (151_936, 256)], ids=str)
+def test_exact_selection_with_each_instruction_set(native, isa: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_selects(native, cases.rows(*size, dtype), size[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalize_with_each_instruction_set(native, isa: str, dtype: torch.dtype) -> None:
+    logits = cases.rows(50_257, 20, dtype, [*cases.FINITE, "padded_vocabulary"])
+    logits[0] *= 5
+    ids, values = native.select(logits, 20, True)
+    want = logits.double().log_softmax(-1).gather(1, ids.long())
+    torch.testing.assert_close(values.double(), want, rtol=1e-6, atol=4e-6)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    from topk_rkl import _native
+
+    with pytest.raises(ValueError, match="no instruction set 'sse9'"):
+        _native.set_isa("sse9")
+
+
+def test_many_threads_at_once(native) -> None:
+    student, teacher = torch.randn(2, 64, 5_000)
+    want = native.select_loss(student, teacher, 16, None, 1.0)
+
+    def once(_: int) -> bool:
+        got = native.select_loss(student, teacher, 16, None, 1.0)
+        out = torch.empty_like(student)
+        native.scatter(got[2], got[1], got[0], out, True)
+        return all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and not out.isnan().any()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(once, range(64)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scatter_of_a_large_gradient(native, dtype: torch.dtype) -> None:
+    """Large enough to be written past the caches; rows that begin and end inside a line."""
+    n, vocab, k = 41, 151_937, 33
+    buffer = torch.full((n, vocab + 3), 7.0, dtype=dtype)
+    out = buffer[:, 1:-2]
+    ids = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)]).int()
+    ids[:, 0], ids[:, 1] = 0, vocab - 1
+    g = torch.randn(n, k) * torch.logspace(-9, 4, k)  # float16's subnormals and its overflow
+    native.scatter(g, ids, torch.ones(n), out, True)
+    want = torch.zeros(n, vocab).scatter_(1, ids.long(), g).to(dtype)
+    want_ids = torch.zeros(n, vocab, dtype=torch.bool).scatter_(1, ids.long(), True)
+    assert torch.equal(out[want_ids], want[want_ids]) and (out[~want_ids] == 0).all()
+    assert (buffer[:, [0, -2, -1]] == 7).all()
+
+
+def test_every_bfloat16_and_float16_rounds_to_nearest(native) -> None:
+    bits = torch.randint(-(2**31), 2**31 - 1, (1, 200_000), dtype=torch.int64).int()
+    g = bits.view(torch.float32)
+    g[0, :4] = torch.tensor([65519.996, 65520.0, 2.0**-25, 2.0**-24 * 1.5])
+    ids = torch.arange(g.shape[1], dtype=torch.int32)[None]
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.empty(g.shape, dtype=dtype)
+        native.scatter(g, ids, torch.ones(1), out, True)
+        torch.testing.assert_close(out, g.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "message"),
+    [
+        ((2, 5), (-5, 1), "strides"),
+        ((2, 5), (2**62, 1), "reaches past"),
+        ((2**40, 5), (2**40, 1), "reaches past"),
+        ((1, 2**31), (1, 0), "at most 2147483647"),
+    ],
+)
+def test_an_extent_out_of_reach_is_refused_by_name(native, shape, strides, message: str) -> None:
+    with pytest.raises(ValueError, match=f"teacher .*{message}"):
+        native.check_extent("teacher", shape, strides, 4)
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name(native) -> None:
+    x = torch.randn(3, 9)
+    ids, values = native.select(x, 2)
+    with pytest.raises(ValueError, match="k is 10"):
+        native.select(x, 10)
+    with pytest.raises(ValueError, match="student has shape"):
+        native.select_loss(x[:2], x, 2, None, 1.0)
+    with pytest.raises(ValueError, match="values has shape"):
+        native.support_loss(x, ids, values[:, :1], None, 1.0)
+    with pytest.raises(ValueError, match="weights has shape"):
+        native.support_loss(x, ids, values, torch.ones(2), 1.0)
+    with pytest.raises(ValueError, match="out has shape"):
+        native.scatter(values, ids, torch.ones(3), x[:2], True)
+    with pytest.raises(ValueError, match="grad_output has shape"):
+        native.scatter(values, ids, torch.ones(2), x, True)
