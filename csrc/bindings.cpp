@@ -10,7 +10,7 @@ using namespace topk_rkl;
 namespace {
 
 using M = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // pointer, kind, columns, stride, step
-using V = std::tuple<uintptr_t, int>;                             // pointer, kind
+using V = std::tuple<uintptr_t, int, int64_t>;                    // pointer, kind, stride
 
 Matrix matrix(const M& x) {
   auto [data, kind, columns, stride, step] = x;
@@ -18,7 +18,8 @@ Matrix matrix(const M& x) {
 }
 
 Vector vector(const V& x) {
-  return {reinterpret_cast<void*>(std::get<0>(x)), Kind(std::get<1>(x))};
+  auto [data, kind, stride] = x;
+  return {reinterpret_cast<void*>(data), Kind(kind), stride};
 }
 
 template <class T>

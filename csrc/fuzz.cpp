@@ -71,13 +71,14 @@ void check(const Case& c, int threads) {
     const auto want = stable_order(c, row);
     require(std::equal(want.begin(), want.begin() + c.k, ids.begin() + row * c.k), "ids", c);
   }
-  select_loss(c.matrix(), c.matrix(), c.n, c.k, {nullptr, Kind::float32}, 1, threads, loss.data(), same.data(), g.data());
+  select_loss(c.matrix(), c.matrix(), c.n, c.k, {nullptr, Kind::float32, 0}, 1, threads, loss.data(), same.data(),
+              g.data());
   require(ids == same, "ids of select_loss", c);
   for (float one : loss) require(one == 0 || std::isnan(one), "loss of a row and itself", c);
   for (float& one : g) one = 1;
   std::vector<char> out(c.n * c.vocab * size_of(c.kind));
   const Matrix dense{out.data(), c.kind, c.vocab, c.vocab, 1};
-  scatter({g.data(), Kind::float32, c.k, c.k, 1}, {ids.data(), Kind::int32, c.k, c.k, 1}, {ones.data(), Kind::float32},
+  scatter({g.data(), Kind::float32, c.k, c.k, 1}, {ids.data(), Kind::int32, c.k, c.k, 1}, {ones.data(), Kind::float32, 1},
           dense, c.n, c.k, threads);
   for (int64_t row = 0; row < c.n; ++row) {
     double sum = 0, live = 0;
@@ -119,7 +120,9 @@ int main(int count, char** words) {
     // Of few different bytes there are many ties; of all, NaN and infinities of either sign.
     const int mode = int(random() % 3);
     const uint8_t few[4] = {uint8_t(random()), uint8_t(random()), 0x80, 0x7f};
-    for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = i < 16 || mode == 0 ? uint8_t(random()) : few[random() % (mode + 2)];
+    for (size_t i = 0; i < bytes.size(); ++i) {
+      bytes[i] = i < 16 || mode == 0 ? uint8_t(random()) : few[random() % (mode + 2)];
+    }
     LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
   }
   std::printf("%ld cases\n", cases);

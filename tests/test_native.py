@@ -124,3 +124,17 @@ def test_shapes_that_do_not_fit_are_refused_by_name(native) -> None:
         native.scatter(values, ids, torch.ones(3), x[:2], True)
     with pytest.raises(ValueError, match="grad_output has shape"):
         native.scatter(values, ids, torch.ones(2), x, True)
+    with pytest.raises(TypeError, match=r"weights is torch\.bool"):
+        native.support_loss(x, ids, values, torch.ones(3, dtype=torch.bool), 1.0)
+
+
+def test_weights_and_grad_output_of_any_stride(native) -> None:
+    student, teacher = torch.randn(2, 6, 90)
+    weights = torch.tensor([[2.0, 0.0, -1.0, 1.0, 0.5, 3.0]] * 2).t().double()[:, 0]
+    loss, ids, g = native.select_loss(student, teacher, 5, weights, 1.0)
+    want = native.select_loss(student, teacher, 5, weights.float().contiguous(), 1.0)
+    assert torch.equal(loss, want[0]) and torch.equal(ids, want[1]) and torch.equal(g, want[2])
+    out, one = torch.empty(2, 6, 90)
+    native.scatter(g, ids, weights, out, True)
+    native.scatter(g, ids, weights.contiguous(), one, True)
+    assert torch.equal(out, one)

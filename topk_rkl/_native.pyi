@@ -1,9 +1,9 @@
-"""csrc/bindings.cpp. A matrix is (pointer, kind, columns, stride, step), a vector (pointer, kind)."""
+"""csrc/bindings.cpp. A matrix is (pointer, kind, columns, stride, step), a vector (pointer, kind, stride)."""
 
 BUILD: str
 
 Matrix = tuple[int, int, int, int, int]
-Vector = tuple[int, int]
+Vector = tuple[int, int, int]
 
 def isas() -> list[str]: ...
 def isa() -> str: ...

@@ -25,11 +25,13 @@ constexpr const Isa* ALL[] = {
     &isa_portable};
 
 std::atomic<const Isa*>& chosen() {
-  static std::atomic<const Isa*> isa = *std::find_if(std::begin(ALL), std::end(ALL), [](auto x) { return x->runs_here(); });
+  static std::atomic<const Isa*> isa =
+      *std::find_if(std::begin(ALL), std::end(ALL), [](auto one) { return one->runs_here(); });
   return isa;
 }
 
-int64_t grain_of(int64_t elements_per_row) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_row)); }
+// Rows that make up so many.
+int64_t grain_of(int64_t elements_per_row) { return std::max<int64_t>(1, GRAIN / elements_per_row); }
 
 template <class T>
 std::vector<std::unique_ptr<T[]>> for_threads(int threads, int64_t size) {
@@ -45,8 +47,9 @@ class Workspace {
     const int64_t size = size_of(logits.kind);
     const int64_t groups = logits.columns / GROUP + MAX_BLOCK / GROUP + 1;
     const int64_t columns = std::min(k, groups) * GROUP + MAX_BLOCK;
-    const int64_t sizes[] = {groups * size, MAX_BLOCK * size, std::min(k, groups) * 4, columns * size, columns * 4, k * 8,
-                             k * 8, logits.step == 1 ? 0 : logits.columns * size};
+    const int64_t sizes[] = {groups * size,  MAX_BLOCK * size, std::min(k, groups) * 4,
+                             columns * size, columns * 4,      k * 8,
+                             k * 8,          logits.step == 1 ? 0 : logits.columns * size};
     int64_t at[8], total = 0;
     for (int i = 0; i < 8; ++i) at[i] = std::exchange(total, total + (sizes[i] + 63) / 64 * 64);
     memory_.reset(new char[total]);
@@ -61,7 +64,8 @@ class Workspace {
     copy_ = memory_.get() + at[7];
   }
 
-  void select(const Isa& isa, const Matrix& logits, int64_t row, int64_t k, bool normalize, int32_t* ids, float* values) {
+  void select(const Isa& isa, const Matrix& logits, int64_t row, int64_t k, bool normalize, int32_t* ids,
+              float* values) {
     const void* data = logits.step == 1 ? logits.at(row) : gathered(logits, row);
     isa.select_row[int(logits.kind)]({data, logits.columns, k, normalize, ids, values}, scratch_);
   }
@@ -133,7 +137,8 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
       workspace[thread].select(isa, teacher, row, k, false, ids + row * k, row_values);
     }
     const Matrix row_of_values{row_values, Kind::float32, k, 0, 1}, row_of_ids{ids, Kind::int32, k, k, 1};
-    loss_row(student, row_of_ids, row_of_values, row, k, weight, temperature, work[thread].get(), loss + row, g + row * k);
+    loss_row(student, row_of_ids, row_of_values, row, k, weight, temperature, work[thread].get(), loss + row,
+             g + row * k);
   });
 }
 

@@ -13,12 +13,13 @@ std::vector<std::string> isas();
 std::string isa();
 void set_isa(const std::string& name);
 
-// A vector, or nothing where data is null; contiguous.
+// A vector, or nothing where data is null.
 struct Vector {
   void* data;
   Kind kind;
+  int64_t stride;
 
-  double operator[](int64_t i) const { return load(static_cast<char*>(data) + i * size_of(kind), kind); }
+  double operator[](int64_t i) const { return load(static_cast<char*>(data) + i * stride * size_of(kind), kind); }
 };
 
 void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int threads,

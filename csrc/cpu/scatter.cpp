@@ -25,7 +25,9 @@ uint16_t float16_bits(float value) {
   if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
   // A subnormal of float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 on.
-  if (size < 0x38800000) return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000));
+  if (size < 0x38800000) {
+    return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000));
+  }
   return uint16_t(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
 }
 
@@ -74,7 +76,8 @@ float next_value(const float* g, float grad_output, const uint64_t* items, int64
   return sum;
 }
 
-void stream_row(const Matrix& out, char* start, const float* g, float grad_output, const uint64_t* items, int64_t live) {
+void stream_row(const Matrix& out, char* start, const float* g, float grad_output, const uint64_t* items,
+                int64_t live) {
   alignas(LINE) static constexpr char zeros[LINE] = {};
   alignas(LINE) char line[LINE];
   const int64_t size = size_of(out.kind), end = out.columns * size;

@@ -165,7 +165,9 @@ struct Select {
     Key* keys = static_cast<Key*>(scratch.keys);
     const Key* maxima = static_cast<const Key*>(scratch.maxima);
     Key floor = F::HIGHEST;
-    for (int64_t i = 0; i < chosen; ++i) floor = maxima[scratch.groups[i]] < floor ? maxima[scratch.groups[i]] : floor;
+    for (int64_t i = 0; i < chosen; ++i) {
+      if (maxima[scratch.groups[i]] < floor) floor = maxima[scratch.groups[i]];
+    }
     if (chosen < k) floor = F::LOWEST + 1;  // fewer maxima than k say nothing of the k-th column
     int64_t n = 0;
     for (int64_t i = 0; i < chosen; ++i) {

@@ -15,11 +15,13 @@ KINDS = {
     )
 }  # as in csrc/cpu/types.hpp
 LOGITS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (*LOGITS, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 MAX_OFFSET = 2**63 - 1
 MAX_VOCAB = 2**31 - 1
 
 Matrix = tuple[int, int, int, int, int]
-Vector = tuple[int, int]
+Vector = tuple[int, int, int]
 
 
 def select(
@@ -48,8 +50,8 @@ def support_loss(
     _same_shape("student", student, (n, student.shape[1]))
     loss, g = _empty(n), _empty(n, k)
     _native.support_loss(
-        _matrix("student", student), n, k, _matrix("ids", ids), _matrix("values", values), _vector("weights", weights, n),
-        temperature, torch.get_num_threads(), loss.data_ptr(), g.data_ptr(),
+        _matrix("student", student), n, k, _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS),
+        _vector("weights", weights, n), temperature, torch.get_num_threads(), loss.data_ptr(), g.data_ptr(),
     )  # fmt: skip
     return loss, g
 
@@ -83,10 +85,10 @@ def scatter(
     n, k = ids.shape
     _same_shape("g", g, (n, k))
     _same_shape("out", out, (n, out.shape[1]))
-    g, grad_output = g.float().contiguous(), grad_output.float().contiguous()
+    g = g.float().contiguous()
     _native.scatter(
-        _matrix("g", g), _matrix("ids", ids), _vector("grad_output", grad_output, n), _matrix("out", out), n, k,
-        torch.get_num_threads(),
+        _matrix("g", g), _matrix("ids", ids, INTEGERS), _vector("grad_output", grad_output, n),
+        _matrix("out", out), n, k, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -97,8 +99,9 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _matrix(
     name: str,
     x: Tensor,  # (N, columns)
+    dtypes: tuple[torch.dtype, ...] = LOGITS,
 ) -> Matrix:
-    _on_cpu(name, x)
+    _on_cpu(name, x, dtypes)
     check_extent(name, tuple(x.shape), x.stride(), x.element_size())
     return x.data_ptr(), KINDS[x.dtype], x.shape[1], x.stride(0), x.stride(1)
 
@@ -109,11 +112,11 @@ def _vector(
     n: int,
 ) -> Vector:
     if x is None:
-        return 0, 0
-    _on_cpu(name, x)
+        return 0, 0, 0
+    _on_cpu(name, x, FLOATS)
     _same_shape(name, x, (n,))
-    x = x.contiguous()
-    return x.data_ptr(), KINDS[x.dtype]
+    check_extent(name, (1, n), (0, x.stride(0)), x.element_size())
+    return x.data_ptr(), KINDS[x.dtype], x.stride(0)
 
 
 def check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
@@ -127,11 +130,11 @@ def check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...], it
         raise ValueError(f"{name} of shape {shape} and strides {strides} reaches past 2^63 bytes; pass a smaller part")
 
 
-def _on_cpu(name: str, x: Tensor) -> None:
+def _on_cpu(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not x.is_cpu:
         raise ValueError(f"{name} is on {x.device}; the native backend takes CPU tensors")
-    if x.dtype not in KINDS:
-        raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(map(str, KINDS))}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(map(str, dtypes))}")
 
 
 def _same_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
