@@ -7,6 +7,10 @@
 #include <stdexcept>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "parallel.hpp"
 #include "rows.hpp"
 
@@ -38,6 +42,19 @@ std::vector<std::unique_ptr<T[]>> for_threads(int threads, int64_t size) {
   std::vector<std::unique_ptr<T[]>> all(threads);
   for (auto& one : all) one.reset(new T[size]);
   return all;
+}
+
+// Memory that is new is given by the kernel page by page as it is first written, which takes longer than the writing
+// itself: in pages of 2 MiB it takes a fraction. Advice only, and no matter whether it is heeded.
+void want_huge_pages([[maybe_unused]] const Matrix& out, [[maybe_unused]] int64_t n) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(out.at(0)) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(out.at(n - 1, out.columns)) / PAGE * PAGE;
+  if (out.step == 1 && out.stride == out.columns && first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
 }
 
 // The working memory of one thread, in one piece.
@@ -146,6 +163,7 @@ void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, cons
              int threads) {
   auto items = for_threads<uint64_t>(threads, 2 * k);
   const bool streamed = n * out.columns * size_of(out.kind) >= STREAMED_BYTES;
+  if (streamed) want_huge_pages(out, n);
   for_each_row(n, threads, grain_of(out.columns), [&](int thread, int64_t row) {
     uint64_t* mine = items[thread].get();
     scatter_row(g, ids, grad_output[row], out, row, k, streamed, mine, mine + k);
