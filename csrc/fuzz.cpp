@@ -78,7 +78,8 @@ void check(const Case& c, int threads) {
   for (float& one : g) one = 1;
   std::vector<char> out(c.n * c.vocab * size_of(c.kind));
   const Matrix dense{out.data(), c.kind, c.vocab, c.vocab, 1};
-  scatter({g.data(), Kind::float32, c.k, c.k, 1}, {ids.data(), Kind::int32, c.k, c.k, 1}, {ones.data(), Kind::float32, 1},
+  scatter({g.data(), Kind::float32, c.k, c.k, 1},
+          {ids.data(), Kind::int32, c.k, c.k, 1}, {ones.data(), Kind::float32, 1},
           dense, c.n, c.k, threads);
   for (int64_t row = 0; row < c.n; ++row) {
     double sum = 0, live = 0;

@@ -145,7 +145,9 @@ struct Select {
     for (int64_t i = 0; i < found; ++i) row.ids[i] = int32_t(uint32_t(scratch.items[i]));
     for (int64_t i = 0; i < found; ++i) row.values[i] = float(load(data + row.ids[i], kind()));
     for (int64_t i = found; i < row.k; ++i) row.ids[i] = -1, row.values[i] = -__builtin_inff();
-    if (row.normalize && found) normalize(row, data, tail, whole, found, Key(uint32_t(F::HIGHEST) - uint32_t(scratch.items[0] >> 32)));
+    if (row.normalize && found) {
+      normalize(row, data, tail, whole, found, Key(uint32_t(F::HIGHEST) - uint32_t(scratch.items[0] >> 32)));
+    }
   }
 
   static constexpr Kind kind() {
