@@ -44,8 +44,13 @@ def assert_selects(module, logits: Tensor, k: int) -> None:
 @pytest.mark.parametrize("size", cases.SIZES, ids=str)
 def test_exact_selection(module, size: tuple[int, int], dtype: torch.dtype) -> None:
     vocab, k = size
-    slow = DEVICE == "cpu" and module.__name__.endswith("triton") and (vocab > 5_000 or k > 100)
-    logits = cases.rows(vocab, k, dtype, CHOSEN[dtype] if slow else None, DEVICE)
+    names = list(cases.ROWS)
+    if DEVICE == "cpu" and module.__name__.endswith("triton"):
+        if vocab > 5_000 or k > 100:
+            names = CHOSEN[dtype]
+        elif dtype == torch.bfloat16:
+            names.remove("subnormals")  # which the interpreter of Triton 3.7 does not widen to what they are
+    logits = cases.rows(vocab, k, dtype, names, DEVICE)
     assert_selects(module, logits, k)
 
 
