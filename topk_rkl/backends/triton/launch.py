@@ -29,13 +29,14 @@ class SelectPlan:
     """How one program selects from one row of the vocabulary."""
 
     k_pad: int
+    picked_pad: int  # groups read again: K, or all where there are fewer
     group: int  # neighbouring columns that share one maximum
     groups_pad: int  # groups in a row, rounded up to a power of two
     block: int  # columns read at a time
     num_warps: int
 
 
-def plan_select(vocab: int, k: int, itemsize: int) -> SelectPlan:
+def plan_select(vocab: int, k: int, itemsize: int, aligned: bool) -> SelectPlan:
     """Balances the two sets a program bisects: one maximum a group, and the columns of K groups."""
     k_pad = pad_k(k)
     group = 16
@@ -43,9 +44,11 @@ def plan_select(vocab: int, k: int, itemsize: int) -> SelectPlan:
         group *= 2
     groups_pad = max(16, triton.next_power_of_2(triton.cdiv(vocab, group)))
     num_warps = 16 if k_pad * group > 4096 else 8
-    # 128 bytes in flight a thread: enough to cover the latency of memory with two programs on a core.
-    block = min(num_warps * 32 * 128 // itemsize, max(16 * group, triton.next_power_of_2(vocab)))
-    return SelectPlan(k_pad, group, groups_pad, block, num_warps)
+    # 128 bytes in flight a thread cover the latency of memory with two programs on a core. Where rows start at odd
+    # addresses each element needs an address of its own, and so many do not fit into the registers.
+    in_flight = num_warps * 32 * (128 if aligned else 32) // itemsize
+    block = min(in_flight, max(16 * group, triton.next_power_of_2(vocab)))
+    return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps)
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
     return ScatterPlan(block, span=block if unique else 8 * block, num_warps=4)
 
 
-def compile_options(hip: bool) -> dict[str, int]:
-    # Without a limit ptxas aims at more programs on a core and spills a few registers to get there.
-    return {} if hip else {"maxnreg": 128}
+def compile_options(num_warps: int, hip: bool) -> dict[str, int]:
+    # Without a limit ptxas aims at more programs on a core and spills a few registers to get there; with 16 warps
+    # two programs do not fit in any case, and the limit is what makes it spill.
+    return {} if hip or num_warps > 8 else {"maxnreg": 128}
 
 
 # Set before this module is imported, as Triton itself reads it when a kernel is decorated.

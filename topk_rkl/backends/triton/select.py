@@ -114,6 +114,7 @@ def select_kernel(
     loss,  # (N,)
     g,  # (N, K)
     K_PAD: tl.constexpr,
+    PICKED_PAD: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -166,10 +167,11 @@ def select_kernel(
     tl.debug_barrier()
 
     # 3. The K best columns of those groups.
-    group = tl.load(picked + slot, mask=slot < count, other=groups)  # [K]
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [K, GROUP]
+    place = tl.arange(0, PICKED_PAD)  # [PICKED]
+    group = tl.load(picked + place, mask=place < count, other=groups)  # [PICKED]
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [PICKED, GROUP]
     x = tl.load(logits + column.to(tl.int64) * step, mask=column < vocab, other=float("-inf"))
-    count = _store_largest(_order_key(x, IDLE), k, ids, K_PAD, GROUP, IDLE)
+    count = _store_largest(_order_key(x, IDLE), k, ids, PICKED_PAD, GROUP, IDLE)
     tl.debug_barrier()
 
     # 4. In order: value descending, id ascending.
@@ -234,7 +236,7 @@ def _launch(
     if n == 0:
         return ids, values, loss, g
 
-    plan = plan_select(vocab, k, logits.element_size())
+    plan = plan_select(vocab, k, logits.element_size(), aligned=logits.stride(0) % 16 == 0)
     groups = triton.cdiv(vocab, 16 * plan.group) * 16
     launches = triton.cdiv(n * groups * logits.element_size(), SCRATCH_BYTES)
     rows = triton.cdiv(n, launches)
@@ -244,8 +246,8 @@ def _launch(
             select_kernel[(min(rows, n - first_row),)](
                 first_row, logits, *logits.stride(), vocab, k, group_max, groups, ids, values,
                 student, *student_layout, weights, *float32_halves(1.0 / temperature), loss, g,
-                K_PAD=plan.k_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad, BLOCK=plan.block,
-                IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, num_warps=plan.num_warps,
-                **compile_options(hip=torch.version.hip is not None),
+                K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
+                BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, num_warps=plan.num_warps,
+                **compile_options(plan.num_warps, hip=torch.version.hip is not None),
             )  # fmt: skip
     return ids, values, loss, g
