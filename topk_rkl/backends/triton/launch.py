@@ -36,7 +36,7 @@ class SelectPlan:
     num_warps: int
 
 
-def plan_select(vocab: int, k: int, itemsize: int, aligned: bool) -> SelectPlan:
+def plan_select(vocab: int, k: int, itemsize: int, wide: bool) -> SelectPlan:
     """Balances the two sets a program bisects: one maximum a group, and the columns of K groups."""
     k_pad = pad_k(k)
     group = 16
@@ -44,9 +44,9 @@ def plan_select(vocab: int, k: int, itemsize: int, aligned: bool) -> SelectPlan:
         group *= 2
     groups_pad = max(16, triton.next_power_of_2(triton.cdiv(vocab, group)))
     num_warps = 16 if k_pad * group > 4096 else 8
-    # 128 bytes in flight a thread cover the latency of memory with two programs on a core. Where rows start at odd
-    # addresses each element needs an address of its own, and so many do not fit into the registers.
-    in_flight = num_warps * 32 * (128 if aligned else 32) // itemsize
+    # 128 bytes in flight a thread cover the latency of memory with two programs on a core. Exponentials, and rows that
+    # no 16-byte load fits, keep more numbers an element in registers.
+    in_flight = num_warps * 32 * (128 // itemsize if wide else 16)
     block = min(in_flight, max(16 * group, triton.next_power_of_2(vocab)))
     return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps)
 
@@ -66,10 +66,10 @@ def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
     return ScatterPlan(block, span=block if unique else 8 * block, num_warps=4)
 
 
-def compile_options(num_warps: int, hip: bool) -> dict[str, int]:
-    # Without a limit ptxas aims at more programs on a core and spills a few registers to get there; with 16 warps
-    # two programs do not fit in any case, and the limit is what makes it spill.
-    return {} if hip or num_warps > 8 else {"maxnreg": 128}
+def compile_options(hip: bool) -> dict[str, int]:
+    # Without a limit ptxas aims at more programs on a core and spills a few registers to get there. Fusion is the
+    # default that Triton 3.10 turns off, and 3.9 warns of.
+    return {"enable_fp_fusion": True} | ({} if hip else {"maxnreg": 128})
 
 
 # Set before this module is imported, as Triton itself reads it when a kernel is decorated.

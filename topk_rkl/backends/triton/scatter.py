@@ -74,5 +74,5 @@ def scatter(
         scatter_kernel[(n, triton.cdiv(vocab, plan.span))](
             g, ids, grad_output, out, *out.stride(), vocab, k,
             K_PAD=pad_k(k), BLOCK=plan.block, SPAN=plan.span, UNIQUE=unique, num_warps=plan.num_warps,
-            **compile_options(plan.num_warps, hip=torch.version.hip is not None),
+            **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip

@@ -52,8 +52,8 @@ def _order_key(x, IDLE: tl.constexpr):
 
 
 @triton.jit
-def _store_largest(key, k, out, R: tl.constexpr, C: tl.constexpr, IDLE: tl.constexpr):
-    """Writes the indices of the k largest of [R, C] keys to out, ascending, and returns how many they are.
+def _store_largest(key, k, out, R: tl.constexpr, IDLE: tl.constexpr):
+    """Writes the indices of the k largest of [R, 16] keys to out, ascending, and returns how many they are.
 
     Equal keys go by their row-major index, the lower first; LOWEST is never taken.
     """
@@ -61,20 +61,29 @@ def _store_largest(key, k, out, R: tl.constexpr, C: tl.constexpr, IDLE: tl.const
     for i in range(32 - IDLE):
         trial = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
         threshold = tl.where(tl.sum((key >= trial).to(tl.int32)) >= k, trial, threshold)
-    above = key > threshold
-    tied = ((key == threshold) & (key > LOWEST)).to(tl.int32)
-    tied_row = tl.sum(tied, 1)  # [R]
-    tied_rank = tl.cumsum(tied, 1) + (tl.cumsum(tied_row, 0) - tied_row)[:, None]  # [R, C], from 1
-    taken = above | ((tied > 0) & (tied_rank <= k - tl.sum(above.to(tl.int32))))
-    taken_row = tl.sum(taken.to(tl.int32), 1)  # [R]
-    place = tl.cumsum(taken_row, 0) - taken_row
-    # Row by row, the first left in each at a time: a row seldom holds more than two or three.
+    # A row in one integer: one bit a column in the low half, their number in the high half.
+    column = (1 << tl.arange(0, 16))[None, :] + 65536
+    above = tl.sum(tl.where(key > threshold, column, 0), 1)  # [R]
+    tied = tl.where(threshold > LOWEST, tl.sum(tl.where(key == threshold, column, 0), 1), 0)  # [R]
     row = tl.arange(0, R)
-    column = tl.arange(0, C)[None, :]
-    first = tl.full([R], -1, tl.int32)
-    for i in range(tl.max(taken_row, 0)):
-        first = tl.min(tl.where(taken & (column > first[:, None]), column, C), 1)  # [R]
-        tl.store(out + place + i, row * C + first, mask=first < C)
+    # The identity, in a layout of its own: keys loaded from odd addresses leave sixteen copies of every row.
+    above = tl.gather(above, row, 0)
+    tied = tl.gather(tied, row, 0)
+    tied_row = tied >> 16
+    room = k - tl.sum(above >> 16, 0) - (tl.cumsum(tied_row, 0) - tied_row)
+    room = tl.minimum(tl.maximum(room, 0), tied_row)  # [R] the ties this row may take
+    taken_row = (above >> 16) + room
+    place = tl.cumsum(taken_row, 0) - taken_row
+    above &= 0xFFFF
+    tied &= 0xFFFF
+    for i in range(tl.max(taken_row, 0)):  # a row seldom holds more than two or three
+        left = above | tl.where(room > 0, tied, 0)
+        lowest = left & -left
+        first = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        tl.store(out + place + i, row * 16 + first, mask=left != 0)
+        room -= ((tied & lowest) != 0).to(tl.int32)
+        above &= ~lowest
+        tied &= ~lowest
     return tl.sum(taken_row, 0)
 
 
@@ -163,15 +172,16 @@ def select_kernel(
     picked = values.to(tl.pointer_type(tl.int32), bitcast=True)
     group = tl.arange(0, GROUPS_PAD // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]  # [GROUPS / 16, 16]
     x = tl.load(group_max + group, mask=group < groups, other=float("-inf"))
-    count = _store_largest(_order_key(x, IDLE), k, picked, GROUPS_PAD // 16, 16, IDLE)
+    count = _store_largest(_order_key(x, IDLE), k, picked, GROUPS_PAD // 16, IDLE)
     tl.debug_barrier()
 
     # 3. The K best columns of those groups.
-    place = tl.arange(0, PICKED_PAD)  # [PICKED]
-    group = tl.load(picked + place, mask=place < count, other=groups)  # [PICKED]
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [PICKED, GROUP]
+    PARTS: tl.constexpr = GROUP // 16
+    part = tl.arange(0, PICKED_PAD * PARTS)  # sixteen columns each
+    group = tl.load(picked + part // PARTS, mask=part // PARTS < count, other=groups)  # [PICKED * PARTS]
+    column = (group * GROUP + part % PARTS * 16)[:, None] + tl.arange(0, 16)[None, :]  # [PICKED * PARTS, 16]
     x = tl.load(logits + column.to(tl.int64) * step, mask=column < vocab, other=float("-inf"))
-    count = _store_largest(_order_key(x, IDLE), k, ids, PICKED_PAD, GROUP, IDLE)
+    count = _store_largest(_order_key(x, IDLE), k, ids, PICKED_PAD * PARTS, IDLE)
     tl.debug_barrier()
 
     # 4. In order: value descending, id ascending.
@@ -236,7 +246,8 @@ def _launch(
     if n == 0:
         return ids, values, loss, g
 
-    plan = plan_select(vocab, k, logits.element_size(), aligned=logits.stride(0) % 16 == 0)
+    whole_vectors = logits.stride(1) == 1 and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    plan = plan_select(vocab, k, logits.element_size(), wide=whole_vectors and not normalize)
     groups = triton.cdiv(vocab, 16 * plan.group) * 16
     launches = triton.cdiv(n * groups * logits.element_size(), SCRATCH_BYTES)
     rows = triton.cdiv(n, launches)
@@ -248,6 +259,6 @@ def _launch(
                 student, *student_layout, weights, *float32_halves(1.0 / temperature), loss, g,
                 K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
                 BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, num_warps=plan.num_warps,
-                **compile_options(plan.num_warps, hip=torch.version.hip is not None),
+                **compile_options(hip=torch.version.hip is not None),
             )  # fmt: skip
     return ids, values, loss, g

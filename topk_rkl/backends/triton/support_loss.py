@@ -107,6 +107,6 @@ def support_loss(
             student, student.stride(0), student.stride(1), student.shape[1],
             ids, values, weights, *float32_halves(1.0 / temperature),
             loss, g, k, K_PAD=pad_k(k), num_warps=4,
-            **compile_options(4, hip=torch.version.hip is not None),
+            **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
     return loss, g
