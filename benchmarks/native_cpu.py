@@ -5,14 +5,13 @@ by the side of which a selection, which must read them all, is judged.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.speed import DTYPES, medians, plain, setting, trained
+from benchmarks.speed import DTYPES, medians, plain, record, setting, trained
 from tests import cases
 from topk_rkl import _native, teacher_topk, topk_reverse_kl, use_backend
 
@@ -80,11 +79,7 @@ def main() -> None:
                 "work": work, "contestant": name, "n": options.rows, "v": vocab, "k": k, "dtype": dtype,
                 "median_ms": round(taken * 1e3, 3), "over_topk_rkl": round(taken / times["topk_rkl"], 2), **shared,
             }  # fmt: skip
-            print(json.dumps(line), flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            record(line, options.out)
 
 
 if __name__ == "__main__":

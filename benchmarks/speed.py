@@ -123,6 +123,15 @@ def setting(device: str) -> dict[str, object]:
     }
 
 
+def record(line: dict[str, object], out: Path | None) -> None:
+    """Prints the line, and appends it to the file."""
+    print(json.dumps(line), flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,11 +163,7 @@ def main() -> None:
                     "over_floor": round(taken * rate / size, 2), "peak_bytes": peak_bytes(calls[name], device),
                     "copy_gb_s": round(rate / 1e9, 1), **shared,
                 }  # fmt: skip
-                print(json.dumps(line), flush=True)
-                if options.out:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                record(line, options.out)
 
 
 if __name__ == "__main__":
