@@ -59,8 +59,8 @@ def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path:
     assert done.returncode == 0, done.stderr
     records = json.loads(out.read_text())
     assert {record["target"] for record in records} == set(targets)
-    # A scalar register that does not fit goes to a lane of a vector register, on gfx targets: shown, but no spill.
-    assert [record for record in records if record["spills"]] == []
+    # A scalar register that does not fit goes to a lane of a vector register, on gfx targets.
+    assert [record for record in records if record["spills"] or record["spilled_scalars"]] == []
     scans = [record for record in records if record["target"] == "sm_90" and record["scan_per_element"] is not None]
     assert bool(scans) == ("sm_90" in targets)
     assert [record for record in scans if record["scan_per_element"] > instruction_limit(record)] == []

@@ -341,3 +341,11 @@ def test_sampling_refuses(arguments, error, message):
     for function in (top_p_filter, sample_top_p):
         with pytest.raises(error, match=message):
             function(*arguments)
+
+
+def test_a_second_derivative_of_the_baseline_raises():
+    student = torch.randn(3, 9, requires_grad=True)
+    loss = sampled_token_loss(student, torch.randn(3, 9), torch.tensor([1, 2, 3]))
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -3,6 +3,7 @@
 Only those K numbers and their ids are kept between the two. The incoming gradient scales them on the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topk_rkl import ops
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def differentiable_once(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
+    """A backward whose own derivative raises; once_differentiable alone lets a constant grad_output pass in silence."""
+    refusing = once_differentiable(backward)
+
+    def refusing_always(ctx: Any, grad_output: Tensor) -> Gradients:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grad_output = grad_output.detach().requires_grad_()
+        return refusing(ctx, grad_output)
+
+    return refusing_always
 
 
 @dataclass(frozen=True)
@@ -26,11 +41,20 @@ class _RowLoss(torch.autograd.Function):
     """What the two losses share: five inputs, of which the first, the student's logits, has a gradient."""
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: once_differentiable makes a second derivative raise, but only if this requires grad.
-            grad_output = grad_output.detach().requires_grad_()
-        return _gradients(ctx, grad_output)
+    @differentiable_once
+    def backward(
+        ctx: Any,
+        grad_output: Tensor,  # (...), any strides
+    ) -> Gradients:  # (..., V), and nothing for the other four
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        g, ids, student = ctx.saved_tensors
+        shape, dtype = ctx.student_like
+        out = torch.empty(shape, dtype=dtype, device=g.device) if student is None else student.detach()
+        ops.scatter(g, ids, grad_output, out, ctx.unique, ctx.backend)
+        if student is not None:
+            torch.autograd.graph.increment_version(student)
+        return out, None, None, None, None
 
 
 class SupportLoss(_RowLoss):
@@ -74,19 +98,3 @@ def _save(ctx: Any, student: Tensor, g: Tensor, ids: Tensor, options: Options, u
     ctx.backend, ctx.unique = options.backend, unique
     # Saved for its version: autograd then refuses a second backward pass, which would find the logits overwritten.
     ctx.save_for_backward(g, ids, student if options.overwrite_student_logits else None)
-
-
-@once_differentiable
-def _gradients(
-    ctx: Any,
-    grad_output: Tensor,  # (...), any strides
-) -> tuple[Tensor | None, ...]:  # (..., V), and nothing for the other four
-    if not ctx.needs_input_grad[0]:
-        return None, None, None, None, None
-    g, ids, student = ctx.saved_tensors
-    shape, dtype = ctx.student_like
-    out = torch.empty(shape, dtype=dtype, device=g.device) if student is None else student.detach()
-    ops.scatter(g, ids, grad_output, out, ctx.unique, ctx.backend)
-    if student is not None:
-        torch.autograd.graph.increment_version(student)
-    return out, None, None, None, None

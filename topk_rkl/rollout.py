@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from topk_rkl import checks
+from topk_rkl.autograd import differentiable_once
 from topk_rkl.weighting import reduce
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB, however many rows there are
@@ -153,7 +153,7 @@ class _LogRatio(torch.autograd.Function):
         return ratio
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (N,)
