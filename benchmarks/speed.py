@@ -83,12 +83,14 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def medians(calls: dict[str, Callable[[], object]], runs: int, device: str) -> dict[str, float]:
-    for call in calls.values():
-        call(), call()
+    """Of each, in turns. A call goes before the timed one, whose caches and allocator are then its own doing."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(runs):
+    for run in range(-1, runs):
         for name, call in calls.items():
-            times[name].append(seconds(call, device))
+            call()
+            taken = seconds(call, device)
+            if run >= 0:
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

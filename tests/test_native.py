@@ -9,6 +9,7 @@ from test_select import DTYPES, assert_selects
 
 from tests import cases
 from topk_rkl import backends
+from topk_rkl.backends import reference
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the extension was not built here")
 
@@ -45,6 +46,26 @@ def test_normalize_with_each_instruction_set(native, isa: str, dtype: torch.dtyp
     ids, values = native.select(logits, 20, True)
     want = logits.double().log_softmax(-1).gather(1, ids.long())
     torch.testing.assert_close(values.double(), want, rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("k", [1, 7, 8, 33, 300])
+def test_the_loss_with_each_instruction_set(native, isa: str, k: int, temperature: float) -> None:
+    """Of K that fill whole vectors and that do not; -inf and empty slots among them, up to a row without any."""
+    student, values = torch.randn(2, 12, 300) * 9
+    values = values[:, :k].contiguous()
+    ids = torch.stack([torch.randperm(300)[:k] for _ in range(12)])
+    student[1:, ids[1:, 0]] = -torch.inf
+    values[2, -1] = -torch.inf
+    ids[3] = -1
+    ids[4, : k // 2] = 300
+    values[5] = student[5, ids[5]]
+    got = native.support_loss(student, ids, values, torch.linspace(-1, 2, 12), temperature)
+    want = reference.support_loss(
+        student.double(), ids, values.double(), torch.linspace(-1, 2, 12).double(), temperature
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-6, atol=1e-30)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

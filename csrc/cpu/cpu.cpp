@@ -12,7 +12,6 @@
 #endif
 
 #include "parallel.hpp"
-#include "rows.hpp"
 
 namespace topk_rkl {
 namespace {
@@ -24,9 +23,9 @@ constexpr int64_t STREAMED_BYTES = 8 << 20;
 
 constexpr const Isa* ALL[] = {
 #if defined(TOPK_RKL_X86)
-    &isa_avx512, &isa_avx2,
+    &avx512::ISA, &avx2::ISA,
 #endif
-    &isa_portable};
+    &portable::ISA};
 
 std::atomic<const Isa*>& chosen() {
   static std::atomic<const Isa*> isa =
@@ -132,10 +131,11 @@ void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int thre
 
 void support_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values,
                   const Vector& weights, double temperature, int threads, float* loss, float* g) {
-  auto work = for_threads<double>(threads, 3 * k);
+  const Isa& isa = *chosen().load();
+  auto work = for_threads<double>(threads, 4 * padded_slots(k));
   for_each_row(n, threads, grain_of(64 * k), [&](int thread, int64_t row) {
     const double weight = weights.data ? weights[row] : 1;
-    loss_row(student, ids, values, row, k, weight, temperature, work[thread].get(), loss + row, g + row * k);
+    loss_row(isa, student, ids, values, row, k, weight, temperature, work[thread].get(), loss + row, g + row * k);
   });
 }
 
@@ -143,7 +143,7 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
                  double temperature, int threads, float* loss, int32_t* ids, float* g) {
   const Isa& isa = *chosen().load();
   auto workspace = workspaces(teacher, n, k, threads);
-  auto work = for_threads<double>(threads, 3 * k);
+  auto work = for_threads<double>(threads, 4 * padded_slots(k));
   auto values = for_threads<float>(threads, k);
   for_each_row(n, threads, grain_of(teacher.columns), [&](int thread, int64_t row) {
     const double weight = weights.data ? weights[row] : 1;
@@ -154,7 +154,7 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
       workspace[thread].select(isa, teacher, row, k, false, ids + row * k, row_values);
     }
     const Matrix row_of_values{row_values, Kind::float32, k, 0, 1}, row_of_ids{ids, Kind::int32, k, k, 1};
-    loss_row(student, row_of_ids, row_of_values, row, k, weight, temperature, work[thread].get(), loss + row,
+    loss_row(isa, student, row_of_ids, row_of_values, row, k, weight, temperature, work[thread].get(), loss + row,
              g + row * k);
   });
 }

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "types.hpp"
+#include "isa.hpp"
 
 namespace topk_rkl {
 
@@ -41,9 +41,11 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
 void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, const Matrix& out, int64_t n, int64_t k,
              int threads);
 
-// One row of the loss; `work` holds 3 k.
-void loss_row(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k, double weight,
-              double temperature, double* work, float* loss, float* g);
+inline int64_t padded_slots(int64_t k) { return (k + SLOTS - 1) / SLOTS * SLOTS; }
+
+// One row of the loss; `work` holds 4 times padded_slots(k).
+void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
+              double weight, double temperature, double* work, float* loss, float* g);
 
 // One row of the gradient, zeros included; `items` and `spare` hold k each.
 void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,

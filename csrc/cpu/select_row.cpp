@@ -1,15 +1,15 @@
-// Exact top-K of one row. Compiled once for each instruction set, with TOPK_RKL_ISA its name.
+// Exact top-K of one row, for one instruction set.
 //
 // The row is read once for the maximum of every group of GROUP neighbouring columns. The K best groups, the earlier
 // first among equals, must hold the K best columns: every column outside them is preceded, in the order (value
 // descending, id ascending), by one column of each of those K groups. So K groups are read again.
 
-#include "rows.hpp"
+#include "isa.hpp"
 #include "simd.hpp"
 
 extern "C" double log(double);
 
-namespace topk_rkl {
+namespace topk_rkl::TOPK_RKL_ISA {
 namespace {
 
 // Keys are the bits of the element as an integer in the same order: -inf is the lowest, -0.0 equals +0.0, and every
@@ -234,25 +234,8 @@ struct Select {
   }
 };
 
-bool runs_here() {
-#if defined(__AVX512BW__)
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-#else
-  return true;
-#endif
-}
-
 }  // namespace
 
-#define JOINED(a, b) a##b
-#define ISA_OBJECT(name) JOINED(isa_, name)
-#define QUOTED(name) #name
-#define ISA_NAME(name) QUOTED(name)
+extern const SelectRow SELECT_ROW[3] = {Select<BFloat16>::run, Select<Float16>::run, Select<Float32>::run};
 
-extern const Isa ISA_OBJECT(TOPK_RKL_ISA) = {
-    ISA_NAME(TOPK_RKL_ISA), runs_here, {Select<BFloat16>::run, Select<Float16>::run, Select<Float32>::run}};
-
-}  // namespace topk_rkl
+}  // namespace topk_rkl::TOPK_RKL_ISA

@@ -1,5 +1,4 @@
-// Vectors of whatever width this file is compiled for. All in an unnamed namespace, and nothing of the standard library
-// but constants: code for AVX-512 must never be what the linker keeps for a machine without it.
+// Vectors of whatever width this file is compiled for.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +9,7 @@
 #include <immintrin.h>
 #endif
 
-namespace topk_rkl {
-namespace {
+namespace topk_rkl::TOPK_RKL_ISA {
 
 #if defined(__AVX512BW__)
 constexpr int BYTES = 64;
@@ -106,5 +104,4 @@ inline Vec<T> in_order(Vec<T> merged, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(merged, merged, merged_lane(I, BYTES / sizeof(T), 16 / sizeof(T))...);
 }
 
-}  // namespace
-}  // namespace topk_rkl
+}  // namespace topk_rkl::TOPK_RKL_ISA

@@ -1,4 +1,6 @@
-// What is compiled once for each instruction set: selection from one row.
+// What is compiled once for each instruction set, in a namespace of its name: TOPK_RKL_ISA, which CMake defines. Of the
+// standard library such code uses constants only: what is compiled for AVX-512 must never be the copy of an inline
+// function that the linker keeps for a machine without it.
 #pragma once
 
 #include "types.hpp"
@@ -31,15 +33,32 @@ struct Row {
 
 using SelectRow = void (*)(const Row&, const Scratch&);
 
+// The K slots of a row are padded with -inf to a multiple of this.
+constexpr int64_t SLOTS = 8;
+
+// Leaves the gradient in g, spoils z and w, and returns the loss.
+using SlotsLoss = double (*)(double* z, double* w, double* g, int64_t n, double inv_t);
+
 struct Isa {
   const char* name;
   bool (*runs_here)();
   SelectRow select_row[3];  // by Kind
+  SlotsLoss slots_loss;
 };
 
-extern const Isa isa_portable;
+// clang-format off
+namespace portable { extern const Isa ISA; }
 #if defined(TOPK_RKL_X86)
-extern const Isa isa_avx2, isa_avx512;
+namespace avx2 { extern const Isa ISA; }
+namespace avx512 { extern const Isa ISA; }
+#endif
+// clang-format on
+
+#if defined(TOPK_RKL_ISA)
+namespace TOPK_RKL_ISA {
+extern const SelectRow SELECT_ROW[3];
+double slots_loss(double* z, double* w, double* g, int64_t n, double inv_t);
+}  // namespace TOPK_RKL_ISA
 #endif
 
 }  // namespace topk_rkl
