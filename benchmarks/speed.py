@@ -82,15 +82,16 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def medians(calls: dict[str, Callable[[], object]], runs: int, device: str) -> dict[str, float]:
-    """Of each, in turns. A call goes before the timed one, whose caches and allocator are then its own doing."""
+def medians(calls: dict[str, Callable[[], object]], runs: int, device: str, settled: bool = False) -> dict[str, float]:
+    """Of each, in turns. `settled` puts a call before each timed one, so that what it is given was freed by itself."""
+    for call in calls.values():
+        call(), call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(-1, runs):
+    for _ in range(runs):
         for name, call in calls.items():
-            call()
-            taken = seconds(call, device)
-            if run >= 0:
-                times[name].append(taken)
+            if settled:
+                call()
+            times[name].append(seconds(call, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -59,8 +59,8 @@ PYBIND11_MODULE(_native, m) {
       released);
   m.def(
       "scatter",
-      [](M g, M ids, V grad_output, M out, int64_t n, int64_t k, int threads) {
-        scatter(matrix(g), matrix(ids), vector(grad_output), matrix(out), n, k, threads);
+      [](M g, M ids, V grad_output, M out, int64_t n, int64_t k, bool unique, int threads) {
+        scatter(matrix(g), matrix(ids), vector(grad_output), matrix(out), n, k, unique, threads);
       },
       released);
 }

@@ -80,7 +80,7 @@ void check(const Case& c, int threads) {
   const Matrix dense{out.data(), c.kind, c.vocab, c.vocab, 1};
   scatter({g.data(), Kind::float32, c.k, c.k, 1},
           {ids.data(), Kind::int32, c.k, c.k, 1}, {ones.data(), Kind::float32, 1},
-          dense, c.n, c.k, threads);
+          dense, c.n, c.k, c.k % 2, threads);
   for (int64_t row = 0; row < c.n; ++row) {
     double sum = 0, live = 0;
     for (int64_t i = 0; i < c.vocab; ++i) sum += load(dense.at(row, i), c.kind);

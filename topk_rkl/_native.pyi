@@ -33,4 +33,13 @@ def select_loss(
     ids: int,
     g: int,
 ) -> None: ...
-def scatter(g: Matrix, ids: Matrix, grad_output: Vector, out: Matrix, n: int, k: int, threads: int) -> None: ...
+def scatter(
+    g: Matrix,
+    ids: Matrix,
+    grad_output: Vector,
+    out: Matrix,
+    n: int,
+    k: int,
+    unique: bool,
+    threads: int,
+) -> None: ...

@@ -18,8 +18,8 @@ namespace {
 
 // Elements that are worth a thread's while.
 constexpr int64_t GRAIN = 1 << 15;
-// From here on an output is written past the caches.
-constexpr int64_t STREAMED_BYTES = 8 << 20;
+// From here on an output is too large for the last cache, and written past it.
+constexpr int64_t STREAMED_BYTES = 32 << 20;
 
 constexpr const Isa* ALL[] = {
 #if defined(TOPK_RKL_X86)
@@ -160,13 +160,13 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
 }
 
 void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, const Matrix& out, int64_t n, int64_t k,
-             int threads) {
+             bool unique, int threads) {
   auto items = for_threads<uint64_t>(threads, 2 * k);
   const bool streamed = n * out.columns * size_of(out.kind) >= STREAMED_BYTES;
   if (streamed) want_huge_pages(out, n);
   for_each_row(n, threads, grain_of(out.columns), [&](int thread, int64_t row) {
     uint64_t* mine = items[thread].get();
-    scatter_row(g, ids, grad_output[row], out, row, k, streamed, mine, mine + k);
+    scatter_row(g, ids, grad_output[row], out, row, k, unique, streamed, mine, mine + k);
   });
 }
 

@@ -37,9 +37,9 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
                  int32_t* ids,  // (n, k)
                  float* g);     // (n, k)
 
-// g and grad_output are float32.
+// g and grad_output are float32. `unique` says that no row has an id twice.
 void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, const Matrix& out, int64_t n, int64_t k,
-             int threads);
+             bool unique, int threads);
 
 inline int64_t padded_slots(int64_t k) { return (k + SLOTS - 1) / SLOTS * SLOTS; }
 
@@ -49,6 +49,6 @@ void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Ma
 
 // One row of the gradient, zeros included; `items` and `spare` hold k each.
 void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,
-                 bool streamed, uint64_t* items, uint64_t* spare);
+                 bool unique, bool streamed, uint64_t* items, uint64_t* spare);
 
 }  // namespace topk_rkl

@@ -79,7 +79,7 @@ def scatter(
     ids: Tensor,  # (N, K)
     grad_output: Tensor,  # (N,)
     out: Tensor,  # (N, V), overwritten
-    unique: bool,  # noqa: ARG001  equal ids are neighbours once sorted: there is nothing to save
+    unique: bool,
 ) -> None:
     """out[i] = grad_output[i] * the sum over the slots j of row i of g[i, j] at column ids[i, j], and 0 elsewhere."""
     n, k = ids.shape
@@ -88,7 +88,7 @@ def scatter(
     g = g.float().contiguous()
     _native.scatter(
         _matrix("g", g), _matrix("ids", ids, INTEGERS), _vector("grad_output", grad_output, n),
-        _matrix("out", out), n, k, torch.get_num_threads(),
+        _matrix("out", out), n, k, unique, torch.get_num_threads(),
     )  # fmt: skip
 
 
