@@ -5,8 +5,11 @@ the bytes that must move would take at the copy rate measured here: the teacher 
 """
 
 import argparse
+import contextlib
 import datetime
 import json
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -114,12 +117,21 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, 11, device)["copy"]
 
 
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+    return platform.processor() or platform.machine()
+
+
 def setting(device: str) -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit or "unknown",
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "triton": triton.__version__,
