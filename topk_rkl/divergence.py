@@ -38,6 +38,22 @@ def reverse_kl(
     return loss.squeeze(-1), gradient
 
 
+def capped(
+    raw: Tensor,  # (...) hidden @ head.T + bias
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # (...), (...)
+    """The logits that a model makes of the product with its head, and their derivative with respect to it.
+
+    The scale comes first (Cohere, Granite), then softcap * tanh(z / softcap) (Gemma 2).
+    """
+    z = raw * logit_scale
+    if softcap is None:
+        return z, torch.full_like(z, logit_scale)
+    bent = (z / softcap).tanh()
+    return softcap * bent, logit_scale * (1 - bent * bent)
+
+
 def _finite_max(x: Tensor) -> Tensor:  # (..., K) -> (..., 1)
     top = x.amax(-1, keepdim=True)
     return torch.where(top == -torch.inf, 0, top)

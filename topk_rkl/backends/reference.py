@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from topk_rkl.divergence import reverse_kl
+from topk_rkl.divergence import capped, reverse_kl
 
 CHUNK_BYTES = 32 << 20
 
@@ -130,32 +130,33 @@ def sparse_head(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # loss (N,), g (N, K), dhidden (N, H)
+    want_dhidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # loss (N,), g (N, K), dhidden (N, H), or (0, H) if it is not wanted
     """support_loss of the logits cap(logit_scale (hidden @ head.T + bias)), of which only K a row are computed.
 
-    g is the gradient with respect to hidden @ head.T + bias, so that dhidden = sum_j g[:, j] head[ids[:, j]].
+    g is the gradient with respect to hidden @ head.T + bias, so that dhidden = sum_j g[:, j] head[ids[:, j]]. All is
+    times the weight of the row; float32, and float64 from float64.
     """
-    (n, k), dtype = ids.shape, result_dtype(hidden)
+    (n, k), (vocab, width), dtype = ids.shape, head.shape, result_dtype(hidden)
     loss = torch.empty(n, dtype=dtype, device=hidden.device)
     g = torch.empty((n, k), dtype=dtype, device=hidden.device)
-    dhidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-    for rows in _chunks(n, bytes_per_row=8 * k * head.shape[1]):
-        live = _live(ids[rows], values[rows], head.shape[0])
+    dhidden = torch.empty((n if want_dhidden else 0, width), dtype=dtype, device=hidden.device)
+    for rows in _chunks(n, bytes_per_row=24 * k * width):
+        live = _live(ids[rows], values[rows], vocab)
         columns = torch.where(live, ids[rows], 0).long()
-        kept = head[columns].to(dtype)  # (n, K, H)
-        z = torch.einsum("nkh,nh->nk", kept, hidden[rows].to(dtype))
+        kept = head[columns].double()  # (n, K, H)
+        raw = torch.einsum("nkh,nh->nk", kept, hidden[rows].double())
         if bias is not None:
-            z = z + bias[columns]
-        z, slope = z * logit_scale, torch.full_like(z, logit_scale)
-        if softcap is not None:
-            bent = (z / softcap).tanh()
-            z, slope = softcap * bent, slope * (1 - bent * bent)
+            raw = raw + bias[columns]
+        z, slope = capped(raw, logit_scale, softcap)
         weight = None if weights is None else weights[rows]
         loss[rows], dz = _weigh(*reverse_kl(z, values[rows], live, temperature), weight)
         # An empty slot has gradient 0 even where the row of the head that stands in for it is not finite.
-        g[rows] = torch.where(dz == 0, 0, dz * slope)
-        kept = kept.masked_fill((g[rows] == 0)[..., None], 0)
-        dhidden[rows] = torch.einsum("nkh,nk->nh", kept, g[rows])
+        draw = torch.where(dz == 0, 0, dz * slope)
+        g[rows] = draw.to(dtype)
+        if want_dhidden:
+            kept = kept.masked_fill((draw == 0)[..., None], 0)
+            dhidden[rows] = torch.einsum("nkh,nk->nh", kept, draw).to(dtype)
     return loss, g, dhidden
 
 
@@ -163,17 +164,25 @@ def sparse_head_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)
-    vocab: int,
-) -> tuple[Tensor, Tensor]:  # dhead (V, H), dbias (V,)
-    """The gradients of head and bias: the dense gradient of the logits, a chunk of rows at a time, times hidden."""
-    dhead = torch.zeros((vocab, hidden.shape[1]), dtype=g.dtype, device=g.device)
-    dbias = torch.zeros(vocab, dtype=g.dtype, device=g.device)
-    for rows in _chunks(len(g), bytes_per_row=8 * vocab):
-        dense = g.new_empty((len(g[rows]), vocab))
-        scatter(g[rows], ids[rows], g.new_ones(len(dense)), dense, unique=False)
-        dhead.addmm_(dense.T, hidden[rows].to(g.dtype))
-        dbias += dense.sum(0)
-    return dhead, dbias
+    dhead: Tensor | None,  # (V, H), overwritten
+    dbias: Tensor | None,  # (V,), overwritten
+) -> None:
+    """dhead[v] = the sum of g[i, j] hidden[i] over the slots whose id is v, and dbias[v] that of g[i, j].
+
+    Slots with g = 0 are left out: a row of weight 0 contributes nothing, whatever its hidden state holds.
+    """
+    live = (ids >= 0) & (g != 0)
+    columns, terms = torch.where(live, ids, 0).long(), torch.where(live, g, 0)
+    for out, factor in ((dhead, hidden), (dbias, None)):
+        if out is None:
+            continue
+        total = out.zero_() if out.dtype == g.dtype else torch.zeros_like(out, dtype=g.dtype)
+        for rows in _chunks(len(g), bytes_per_row=16 * columns.shape[1] * out[:1].numel()):
+            added = terms[rows]
+            if factor is not None:
+                added = torch.where(live[rows, :, None], added[..., None] * factor[rows, None].to(g.dtype), 0)
+            total.index_put_((columns[rows],), added, accumulate=True)  # in a fixed order, on a GPU too
+        out.copy_(total)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
