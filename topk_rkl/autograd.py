@@ -98,3 +98,85 @@ def _save(ctx: Any, student: Tensor, g: Tensor, ids: Tensor, options: Options, u
     ctx.backend, ctx.unique = options.backend, unique
     # Saved for its version: autograd then refuses a second backward pass, which would find the logits overwritten.
     ctx.save_for_backward(g, ids, student if options.overwrite_student_logits else None)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Everything about the entry from hidden states that is not a tensor."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    weight_grad: str
+    backend: str
+
+
+class SparseHeadLoss(torch.autograd.Function):
+    """The loss of every row from its hidden state, for which the head makes only K logits, times its weight.
+
+    The gradient of the hidden states is found in the forward pass, in float32, while the rows of the head are at hand.
+    Those of head and bias are sums over all rows, which need grad_output first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (..., H)
+        head: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        ids: Tensor,  # (..., K)
+        values: Tensor,  # (..., K)
+        weights: Tensor | None,  # (...)
+        options: HeadOptions,
+    ) -> Tensor:  # (...)
+        loss: Tensor
+        of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
+        loss, g, dhidden = ops.sparse_head(
+            hidden, head, bias, ids, values, weights, options.temperature, options.logit_scale, options.softcap,
+            of_hidden, options.backend,
+        )  # fmt: skip
+        ctx.options, ctx.vocab, ctx.dtype = options, len(head), hidden.dtype
+        summed = (g, ids, hidden) if of_head or of_bias else (None, None, None)
+        ctx.save_for_backward(dhidden if of_hidden else None, *summed)
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(
+        ctx: Any,
+        grad_output: Tensor,  # (...), any strides
+    ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other four
+        dhidden, g, ids, hidden = ctx.saved_tensors
+        of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
+        sparse = of_head and ctx.options.weight_grad == "sparse"
+        dhead = dbias = None
+        if of_hidden:
+            dhidden = (dhidden * grad_output[..., None]).to(ctx.dtype)
+        if of_head or of_bias:
+            g = g * grad_output[..., None]
+        if of_bias:
+            dbias = hidden.new_empty(ctx.vocab)
+        if of_head and not sparse:
+            dhead = hidden.new_empty(ctx.vocab, hidden.shape[-1])
+        if dhead is not None or dbias is not None:
+            ops.sparse_head_weight_grad(g, ids, hidden, dhead, dbias, ctx.options.backend)
+        if sparse:
+            dhead = _row_sparse(g, ids, hidden, ctx.vocab, ctx.options.backend)
+        return dhidden, dhead, dbias, None, None, None, None
+
+
+def _row_sparse(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    hidden: Tensor,  # (..., H)
+    vocab: int,
+    backend: str,
+) -> Tensor:  # (V, H) sparse, coalesced
+    """The gradient over the touched rows of the head: the dense one of a head that has only those."""
+    live = (ids >= 0) & (ids < vocab) & (g != 0)
+    touched = ids[live].unique().long()  # how many is read on the host
+    place = torch.searchsorted(touched, ids.long().contiguous()).where(live, -1)
+    values = hidden.new_empty(len(touched), hidden.shape[-1])
+    ops.sparse_head_weight_grad(g, place, hidden, values, None, backend)
+    shape = (vocab, hidden.shape[-1])
+    return torch.sparse_coo_tensor(touched[None], values, shape, is_coalesced=True, check_invariants=False)

@@ -33,13 +33,7 @@ def teacher_logits(
 ) -> None:
     logits(name, x)
     constant(name, x)
-    if k is None:
-        raise ValueError(f"k is None, but {name} holds logits; say how many tokens to compare, such as k=32")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k is {k!r}; it must be an int")
-    if not 1 <= k <= x.shape[-1]:
-        raise ValueError(f"k is {k}; it must be between 1 and V = {x.shape[-1]}, the last dimension of {name}")
-    single_slot(k)
+    single_slot(_top(k, x.shape[-1], name))
 
 
 def support(
@@ -61,6 +55,73 @@ def support(
     single_slot(ids.shape[-1])
 
 
+def head(
+    hidden_name: str,
+    hidden: Tensor,  # (..., H)
+    weight_name: str,
+    weight: Tensor,  # (V, H)
+    bias_name: str,
+    bias: Tensor | None,  # (V,)
+) -> None:
+    _tensor(hidden_name, hidden, FLOATS)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{hidden_name} has shape {_shape(hidden)}; it must be (..., H) with H of at least 1")
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(f"{weight_name} is sharded, a DTensor; pass {weight_name}.full_tensor()")
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{weight_name} is partitioned by DeepSpeed ZeRO-3 and holds nothing here; call the loss inside "
+            "deepspeed.zero.GatheredParameters"
+        )
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise TypeError(f"{weight_name} is {weight.dtype}; a quantised head must be given dequantised, (V, H) floats")
+    _tensor(weight_name, weight, FLOATS)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} has shape {_shape(weight)} and {hidden_name} {_shape(hidden)}; the head must be (V, H), "
+            f"one row of H = {hidden.shape[-1]} a token, as nn.Linear keeps it (a sharded one: gathered first)"
+        )
+    _same_dtype(weight_name, weight, hidden_name, hidden)
+    _same_device(weight_name, weight, hidden_name, hidden)
+    if bias is None:
+        return
+    _tensor(bias_name, bias, FLOATS)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} has shape {_shape(bias)}; it must be (V,), here ({weight.shape[0]},)")
+    _same_dtype(bias_name, bias, hidden_name, hidden)
+    _same_device(bias_name, bias, hidden_name, hidden)
+
+
+def linear_teacher(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    k: int,
+    chunk_rows: int | None,
+) -> None:
+    head("teacher_hidden", hidden, "teacher_weight", weight, "bias", bias)
+    for name, x in (("teacher_hidden", hidden), ("teacher_weight", weight), ("bias", bias)):
+        if x is not None:
+            constant(name, x)
+    k = _top(k, weight.shape[0], "teacher_hidden @ teacher_weight.T")
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"chunk_rows is {chunk_rows!r}; it must be a positive int, or None for a memory budget")
+    single_slot(k)
+
+
+def logit_options(logit_scale: float, softcap: float | None) -> None:
+    _number("logit_scale", logit_scale)
+    if softcap is not None:
+        _number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
+
+
+def weight_grad(value: str) -> None:
+    if value not in ("dense", "sparse"):
+        raise ValueError(f"weight_grad is {value!r}; use 'dense' or 'sparse'")
+
+
 def single_slot(k: int) -> None:
     if k == 1:
         warnings.warn(
@@ -80,29 +141,31 @@ def teacher_kind(teacher: object) -> None:
 def same_positions(
     name: str,
     x: Tensor,  # (..., anything) or, for a value a position, (...)
-    student: Tensor,  # (..., V)
+    student: Tensor,  # (..., V) or (..., H)
     value_per_position: bool = False,
+    student_name: str = "student_logits",
 ) -> None:
-    """Leading dimensions and device are those of the student's logits."""
+    """Leading dimensions and device are those of the student's logits, or hidden states."""
     lead = x.shape if value_per_position else x.shape[:-1]
     if lead != student.shape[:-1]:
         want = tuple(student.shape[:-1]) if value_per_position else (*student.shape[:-1], "...")
         raise ValueError(
-            f"{name} has shape {_shape(x)} and student_logits {_shape(student)}; {name} must have one entry for each "
+            f"{name} has shape {_shape(x)} and {student_name} {_shape(student)}; {name} must have one entry for each "
             f"position: shape {want}".replace("'...'", "any")
         )
-    _same_device(name, x, "student_logits", student)
+    _same_device(name, x, student_name, student)
 
 
 def weights(
     x: Tensor | None,  # (...)
-    student: Tensor,  # (..., V)
+    student: Tensor,  # (..., V) or (..., H)
+    student_name: str = "student_logits",
 ) -> None:
     if x is None:
         return
     _tensor("weights", x, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
     constant("weights", x)
-    same_positions("weights", x, student, value_per_position=True)
+    same_positions("weights", x, student, value_per_position=True, student_name=student_name)
 
 
 def constant(name: str, x: Tensor) -> None:
@@ -189,6 +252,16 @@ def special_tokens(
         raise ValueError(f"occurrences is {occurrences!r}; use 'first' or 'all'")
 
 
+def _top(k: int | None, vocab: int, name: str) -> int:
+    if k is None:
+        raise ValueError(f"k is None, but {name} holds logits; say how many tokens to compare, such as k=32")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k is {k!r}; it must be an int")
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k is {k}; it must be between 1 and V = {vocab}, the last dimension of {name}")
+    return k
+
+
 def _tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {_kind(x)}; it must be a torch.Tensor")
@@ -217,6 +290,11 @@ def _denominator(value: float | Tensor | None) -> None:
 def _same_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
     if x.device != y.device:
         raise ValueError(f"{name} is on {x.device} and {other} on {y.device}; move one: {name}.to({str(y.device)!r})")
+
+
+def _same_dtype(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name} is {x.dtype} and {other} {y.dtype}; cast one, such as {name}.to({y.dtype})")
 
 
 def _shape(x: Tensor) -> str:

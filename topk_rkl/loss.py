@@ -12,14 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from topk_rkl import checks, ops
-from topk_rkl.autograd import Options, SelectLoss, SupportLoss
+from topk_rkl.autograd import HeadOptions, Options, SelectLoss, SparseHeadLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
 from topk_rkl.support import Support
 from topk_rkl.weighting import reduce
 
-__all__ = ["Reduction", "Support", "TopKReverseKLLoss", "teacher_topk", "topk_reverse_kl", "use_backend"]
+__all__ = [
+    "LinearTopKReverseKLLoss",
+    "Reduction",
+    "Support",
+    "TopKReverseKLLoss",
+    "WeightGrad",
+    "linear_teacher_topk",
+    "linear_topk_reverse_kl",
+    "teacher_topk",
+    "topk_reverse_kl",
+    "use_backend",
+]
 
 Reduction = Literal["none", "sum", "mean"]
+WeightGrad = Literal["dense", "sparse"]
+
+CHUNK_BYTES = 128 << 20  # of teacher logits at a time: enough rows for a matrix product at full speed
 
 
 def teacher_topk(
@@ -96,8 +110,7 @@ def topk_reverse_kl(
     checks.weights(weights, student_logits)
     checks.temperature(temperature)
     checks.reduction(reduction, denominator)
-    if weights is not None:
-        weights = weights.to(torch.float64 if student_logits.dtype == torch.float64 else torch.float32)
+    weights = _as_factors(weights, student_logits)
     overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite_student_logits:
         checks.overwritable(student_logits)
@@ -112,6 +125,119 @@ def topk_reverse_kl(
         checks.same_positions("teacher", teacher, student_logits)
         per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
     return reduce(per_token, weights, reduction, denominator)
+
+
+def linear_teacher_topk(
+    teacher_hidden: Tensor,  # (..., H)
+    teacher_weight: Tensor,  # (V, H)
+    k: int,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    chunk_rows: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Support:
+    """`teacher_topk` of the logits teacher_hidden @ teacher_weight.T + bias, which never exist all at once.
+
+    The platform's own matrix product fills one buffer of `chunk_rows` positions at a time, which is selected from at
+    once: the ids are, to the bit, those that `teacher_topk` gives for the buffer.
+
+    Args:
+        teacher_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states; constant.
+        teacher_weight: (V, H), the LM head as nn.Linear keeps it, of the same dtype and device; constant.
+        k: 1 <= k <= V.
+        bias: (V,), of the same dtype.
+        chunk_rows: positions a buffer; None takes as many as 128 MiB hold.
+        logit_scale: times the logits (Cohere, Granite), before
+        softcap: softcap * tanh(logits / softcap) (Gemma 2).
+
+    Returns:
+        Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64), which hold logits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.linear_teacher(teacher_hidden, teacher_weight, bias, k, chunk_rows)
+    checks.logit_options(logit_scale, softcap)
+    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (len(teacher_weight) * teacher_weight.element_size()))
+    softcap = None if softcap is None else float(softcap)
+    return Support(
+        *ops.linear_select(
+            teacher_hidden, teacher_weight, bias, k, chunk_rows, float(logit_scale), softcap, requested()
+        )
+    )
+
+
+def linear_topk_reverse_kl(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    *,
+    student_bias: Tensor | None = None,  # (V,)
+    k: int | None = None,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    denominator: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    weight_grad: WeightGrad = "dense",
+) -> Tensor:  # (...) or ()
+    """`topk_reverse_kl` of the logits that the student's head would make of its hidden states, without making them.
+
+    With z = student_hidden @ student_weight.T + student_bias, the student's logits are those of
+    `logit_scale` * z, then `softcap` * tanh(. / `softcap`). Only the K rows of the head that the teacher's tokens name
+    are read, for each position: nothing of the size N V exists in the forward or in the backward pass.
+
+    Args:
+        student_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states.
+        student_weight: (V, H), the LM head as nn.Linear keeps it, of the same dtype and device; whole, not sharded or
+            quantised. Frozen, it costs nothing in the backward pass.
+        teacher: (..., V_teacher) logits with `k`, or a `Support`, such as of `linear_teacher_topk`. Slots whose id is
+            outside the head are outside S.
+        student_bias: (V,), of the same dtype.
+        k, weights, temperature, reduction, denominator: see `topk_reverse_kl`.
+        logit_scale: times the logits (Cohere, Granite), before
+        softcap: the final cap of the logits (Gemma 2); None for none.
+        weight_grad: "dense", (V, H); or "sparse", a row-sparse gradient over the ids that occur, as nn.Embedding with
+            sparse=True gives and torch.optim.SparseAdam and SGD take, whose number of rows is read on the host.
+
+    Returns:
+        float32, or float64 from float64. Dot products are summed in float32; the gradients of head and bias too, over
+        all positions, and in a fixed order: the same bits every run.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+        RuntimeError: the backend asked for by name cannot take these tensors.
+    """
+    checks.head("student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias)
+    checks.weights(weights, student_hidden, "student_hidden")
+    checks.temperature(temperature)
+    checks.reduction(reduction, denominator)
+    checks.logit_options(logit_scale, softcap)
+    checks.weight_grad(weight_grad)
+    if isinstance(teacher, Support):
+        checks.support(teacher, k)
+        checks.same_positions("teacher.ids", teacher.ids, student_hidden, student_name="student_hidden")
+    else:
+        checks.teacher_kind(teacher)
+        checks.teacher_logits("teacher", teacher, k)
+        checks.same_positions("teacher", teacher, student_hidden, student_name="student_hidden")
+        teacher = Support(*ops.select(teacher, k, False, requested()))
+    weights = _as_factors(weights, student_hidden)
+    softcap = None if softcap is None else float(softcap)
+    options = HeadOptions(float(temperature), float(logit_scale), softcap, weight_grad, requested())
+    per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *teacher, weights, options)
+    return reduce(per_token, weights, reduction, denominator)
+
+
+def _as_factors(
+    weights: Tensor | None,  # (...)
+    student: Tensor,  # (..., V) or (..., H)
+) -> Tensor | None:
+    if weights is None:
+        return None
+    return weights.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
 
 
 class TopKReverseKLLoss(nn.Module):
@@ -154,3 +280,60 @@ class TopKReverseKLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, temperature={self.temperature}, reduction={self.reduction!r}"
+
+
+class LinearTopKReverseKLLoss(nn.Module):
+    """`linear_topk_reverse_kl` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        weight_grad: WeightGrad = "dense",
+    ) -> None:
+        super().__init__()
+        checks.temperature(temperature)
+        checks.reduction(reduction, None)
+        checks.logit_options(logit_scale, softcap)
+        checks.weight_grad(weight_grad)
+        self.k = k
+        self.temperature = temperature
+        self.reduction = reduction
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.weight_grad = weight_grad
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # (..., H)
+        student_weight: Tensor,  # (V, H)
+        teacher: Tensor | Support,
+        weights: Tensor | None = None,  # (...)
+        denominator: float | Tensor | None = None,
+        student_bias: Tensor | None = None,  # (V,)
+    ) -> Tensor:
+        """See `linear_topk_reverse_kl`."""
+        return linear_topk_reverse_kl(
+            student_hidden,
+            student_weight,
+            teacher,
+            student_bias=student_bias,
+            k=self.k,
+            weights=weights,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            denominator=denominator,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            weight_grad=self.weight_grad,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"k={self.k}, temperature={self.temperature}, reduction={self.reduction!r}, "
+            f"logit_scale={self.logit_scale}, softcap={self.softcap}, weight_grad={self.weight_grad!r}"
+        )

@@ -5,11 +5,12 @@ runs. Logits have any leading dimensions and strides; rows are never copied. Onl
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from topk_rkl.backends import choose
+from topk_rkl.backends import choose, choose_head
 from topk_rkl.backends.reference import result_dtype
 
 
@@ -122,11 +123,136 @@ def _(g: Tensor, ids: Tensor, grad_output: Tensor, out: Tensor, unique: bool, ba
     return None
 
 
+@_op(
+    "(Tensor hidden, Tensor head, Tensor? bias, int k, int chunk_rows, float logit_scale, float? softcap, str backend)"
+    " -> (Tensor, Tensor)"
+)
+def linear_select(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    k: int,
+    chunk_rows: int,
+    logit_scale: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # (..., K) int32, (..., K) float32
+    """Logits by the platform's own matrix product, some rows at a time in one buffer, and `select` on those."""
+    lead, vocab = hidden.shape[:-1], head.shape[0]
+    buffer = hidden.new_empty(min(chunk_rows, lead.numel()), vocab)
+    module = choose(backend, k, buffer)
+    ids = hidden.new_empty((lead.numel(), k), dtype=torch.int32)
+    values = hidden.new_empty((lead.numel(), k), dtype=result_dtype(hidden))
+    done = 0
+    for (rows,) in _rows(hidden):
+        for part in rows.split(chunk_rows):
+            logits = buffer[: len(part)]
+            if bias is None:
+                torch.mm(part, head.T, out=logits)
+            else:
+                torch.addmm(bias, part, head.T, out=logits)
+            if logit_scale != 1:
+                logits.mul_(logit_scale)
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            chunk = slice(done, done + len(part))
+            ids[chunk], values[chunk] = module.select(logits, k)
+            done += len(part)
+    return ids.view(*lead, k), values.view(*lead, k)
+
+
+@torch.library.register_fake("topk_rkl::linear_select")
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    k: int,
+    chunk_rows: int,
+    logit_scale: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (*hidden.shape[:-1], k)
+    return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=result_dtype(hidden))
+
+
+@_op(
+    "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor? weights, float temperature,"
+    " float logit_scale, float? softcap, bool want_dhidden, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def sparse_head(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    values: Tensor,  # (..., K)
+    weights: Tensor | None,  # (...)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    want_dhidden: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., H) or (0, H)
+    lead = hidden.shape[:-1]
+    module = choose_head(backend, ids.shape[-1], hidden, len(head))
+    loss, g, dhidden = _cat(
+        module.sparse_head(
+            rows, head, bias, row_ids, row_values, weight, temperature, logit_scale, softcap, want_dhidden
+        )
+        for rows, row_ids, row_values, weight in _rows(
+            hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
+        )
+    )
+    return loss.view(lead), g.view(ids.shape), dhidden.view(hidden.shape) if want_dhidden else dhidden
+
+
+@torch.library.register_fake("topk_rkl::sparse_head")
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    want_dhidden: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = result_dtype(hidden)
+    return (
+        hidden.new_empty(hidden.shape[:-1], dtype=dtype),
+        hidden.new_empty(ids.shape, dtype=dtype),
+        hidden.new_empty(hidden.shape if want_dhidden else (0, hidden.shape[-1]), dtype=dtype),
+    )
+
+
+@_op("(Tensor g, Tensor ids, Tensor hidden, Tensor(a!)? dhead, Tensor(b!)? dbias, str backend) -> ()")
+def sparse_head_weight_grad(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    hidden: Tensor,  # (..., H)
+    dhead: Tensor | None,  # (V, H), overwritten
+    dbias: Tensor | None,  # (V,), overwritten
+    backend: str,
+) -> None:
+    vocab = next(len(out) for out in (dhead, dbias) if out is not None)
+    module = choose_head(backend, ids.shape[-1], hidden, vocab)
+    flat_g, flat_ids, rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (g, ids, hidden))
+    module.sparse_head_weight_grad(flat_g, flat_ids, rows, dhead, dbias)
+
+
+@torch.library.register_fake("topk_rkl::sparse_head_weight_grad")
+def _(g: Tensor, ids: Tensor, hidden: Tensor, dhead: Tensor | None, dbias: Tensor | None, backend: str) -> None:
+    return None
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _rows(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+def _rows(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors (lead..., X) as views (n, X), all of the same rows; several where strides forbid a single view."""
     tensors, lead = (first, *others), first.dim() - 1
     try:

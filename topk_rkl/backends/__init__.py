@@ -19,6 +19,8 @@ _WAY_OUT = {
 }
 _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+DENSE_FROM = 8
+
 # A plain global: torch.compile guards on it, and autograd's threads see the one that the forward pass captured.
 _requested = os.environ.get("TOPK_RKL_BACKEND", "auto")
 
@@ -66,6 +68,25 @@ def choose(
     elif reasons:
         raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reasons[0]}")
     return _load(name)
+
+
+def choose_head(
+    name: str,
+    k: int,
+    hidden: Tensor,  # (N, H)
+    vocab: int,
+) -> ModuleType:
+    """The module that serves K rows of the head a position, or for "auto" the dense product where that is cheaper.
+
+    Gathering moves K rows of the head a position at the pace of the memory, a product multiplies all V at the pace of
+    the processor: the product is cheaper from about K = V / DENSE_FROM on. Chosen only where that has been measured,
+    on CPUs, and where a float32 product has not been allowed fewer bits.
+    """
+    module = choose(name, k, hidden)
+    dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES
+    if name == "auto" and dense_pays and torch.get_float32_matmul_precision() == "highest":
+        return _load("dense_head")
+    return module
 
 
 def unavailable(name: str) -> str | None:
