@@ -63,4 +63,20 @@ PYBIND11_MODULE(_native, m) {
         scatter(matrix(g), matrix(ids), vector(grad_output), matrix(out), n, k, unique, threads);
       },
       released);
+  m.def(
+      "sparse_head",
+      [](M hidden, M head, int64_t vocab, V bias, int64_t n, int64_t k, M ids, M values, V weights, double temperature,
+         double logit_scale, double softcap, int threads, uintptr_t loss, uintptr_t g, uintptr_t dhidden) {
+        sparse_head(matrix(hidden), matrix(head), vocab, vector(bias), n, k, matrix(ids), matrix(values),
+                    vector(weights), temperature, logit_scale, softcap, threads, pointer<float>(loss),
+                    pointer<float>(g), pointer<float>(dhidden));
+      },
+      released);
+  m.def(
+      "sparse_head_weight_grad",
+      [](M g, M ids, M hidden, int64_t n, int64_t k, int64_t vocab, M dhead, V dbias, int threads) {
+        sparse_head_weight_grad(matrix(g), matrix(ids), matrix(hidden), n, k, vocab, matrix(dhead), vector(dbias),
+                                threads);
+      },
+      released);
 }

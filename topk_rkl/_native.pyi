@@ -43,3 +43,32 @@ def scatter(
     unique: bool,
     threads: int,
 ) -> None: ...
+def sparse_head(
+    hidden: Matrix,
+    head: Matrix,
+    vocab: int,
+    bias: Vector,
+    n: int,
+    k: int,
+    ids: Matrix,
+    values: Matrix,
+    weights: Vector,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    threads: int,
+    loss: int,
+    g: int,
+    dhidden: int,
+) -> None: ...
+def sparse_head_weight_grad(
+    g: Matrix,
+    ids: Matrix,
+    hidden: Matrix,
+    n: int,
+    k: int,
+    vocab: int,
+    dhead: Matrix,
+    dbias: Vector,
+    threads: int,
+) -> None: ...

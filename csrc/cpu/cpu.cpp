@@ -7,20 +7,15 @@
 #include <stdexcept>
 #include <utility>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "loss.hpp"
 #include "parallel.hpp"
+#include "stream.hpp"
 
 namespace topk_rkl {
 namespace {
 
 // Elements that are worth a thread's while.
 constexpr int64_t GRAIN = 1 << 15;
-// From here on an output is too large for the last cache, and written past it.
-constexpr int64_t STREAMED_BYTES = 32 << 20;
-
 constexpr const Isa* ALL[] = {
 #if defined(TOPK_RKL_X86)
     &avx512::ISA, &avx2::ISA,
@@ -41,19 +36,6 @@ std::vector<std::unique_ptr<T[]>> for_threads(int threads, int64_t size) {
   std::vector<std::unique_ptr<T[]>> all(threads);
   for (auto& one : all) one.reset(new T[size]);
   return all;
-}
-
-// Memory that is new is given by the kernel page by page as it is first written, which takes longer than the writing
-// itself: in pages of 2 MiB it takes a fraction. Advice only, and no matter whether it is heeded.
-void want_huge_pages([[maybe_unused]] const Matrix& out, [[maybe_unused]] int64_t n) {
-#if defined(__linux__)
-  constexpr uintptr_t PAGE = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(out.at(0)) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = reinterpret_cast<uintptr_t>(out.at(n - 1, out.columns)) / PAGE * PAGE;
-  if (out.step == 1 && out.stride == out.columns && first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
 }
 
 // The working memory of one thread, in one piece.
@@ -113,7 +95,9 @@ std::vector<std::string> isas() {
   return names;
 }
 
-std::string isa() { return chosen().load()->name; }
+const Isa& current_isa() { return *chosen().load(); }
+
+std::string isa() { return current_isa().name; }
 
 void set_isa(const std::string& name) {
   for (const Isa* one : ALL)
@@ -122,7 +106,7 @@ void set_isa(const std::string& name) {
 }
 
 void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int threads, int32_t* ids, float* values) {
-  const Isa& isa = *chosen().load();
+  const Isa& isa = current_isa();
   auto workspace = workspaces(logits, n, k, threads);
   for_each_row(n, threads, grain_of(logits.columns), [&](int thread, int64_t row) {
     workspace[thread].select(isa, logits, row, k, normalize, ids + row * k, values + row * k);
@@ -131,19 +115,19 @@ void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int thre
 
 void support_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values,
                   const Vector& weights, double temperature, int threads, float* loss, float* g) {
-  const Isa& isa = *chosen().load();
-  auto work = for_threads<double>(threads, 4 * padded_slots(k));
+  const Isa& isa = current_isa();
+  std::vector<Slots> slots(threads, Slots(k));
   for_each_row(n, threads, grain_of(64 * k), [&](int thread, int64_t row) {
     const double weight = weights.data ? weights[row] : 1;
-    loss_row(isa, student, ids, values, row, k, weight, temperature, work[thread].get(), loss + row, g + row * k);
+    loss_row(isa, student, ids, values, row, k, weight, temperature, slots[thread], loss + row, g + row * k);
   });
 }
 
 void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_t k, const Vector& weights,
                  double temperature, int threads, float* loss, int32_t* ids, float* g) {
-  const Isa& isa = *chosen().load();
+  const Isa& isa = current_isa();
   auto workspace = workspaces(teacher, n, k, threads);
-  auto work = for_threads<double>(threads, 4 * padded_slots(k));
+  std::vector<Slots> slots(threads, Slots(k));
   auto values = for_threads<float>(threads, k);
   for_each_row(n, threads, grain_of(teacher.columns), [&](int thread, int64_t row) {
     const double weight = weights.data ? weights[row] : 1;
@@ -154,7 +138,7 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
       workspace[thread].select(isa, teacher, row, k, false, ids + row * k, row_values);
     }
     const Matrix row_of_values{row_values, Kind::float32, k, 0, 1}, row_of_ids{ids, Kind::int32, k, k, 1};
-    loss_row(isa, student, row_of_ids, row_of_values, row, k, weight, temperature, work[thread].get(), loss + row,
+    loss_row(isa, student, row_of_ids, row_of_values, row, k, weight, temperature, slots[thread], loss + row,
              g + row * k);
   });
 }

@@ -1,4 +1,4 @@
-// The four functions of the backend, on the CPU. See topk_rkl/backends/reference.py for what they mean.
+// The functions of the backend, on the CPU. See topk_rkl/backends/reference.py for what they mean.
 #pragma once
 
 #include <string>
@@ -12,6 +12,7 @@ namespace topk_rkl {
 std::vector<std::string> isas();
 std::string isa();
 void set_isa(const std::string& name);
+const Isa& current_isa();
 
 // A vector, or nothing where data is null.
 struct Vector {
@@ -19,7 +20,8 @@ struct Vector {
   Kind kind;
   int64_t stride;
 
-  double operator[](int64_t i) const { return load(static_cast<char*>(data) + i * stride * size_of(kind), kind); }
+  char* at(int64_t i) const { return static_cast<char*>(data) + i * stride * size_of(kind); }
+  double operator[](int64_t i) const { return load(at(i), kind); }
 };
 
 void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int threads,
@@ -41,11 +43,24 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
 void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, const Matrix& out, int64_t n, int64_t k,
              bool unique, int threads);
 
-inline int64_t padded_slots(int64_t k) { return (k + SLOTS - 1) / SLOTS * SLOTS; }
+// softcap 0 is none; dhidden may be null.
+void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
+                 const Matrix& ids, const Matrix& values, const Vector& weights, double temperature,
+                 double logit_scale, double softcap, int threads,
+                 float* loss,      // (n)
+                 float* g,         // (n, k)
+                 float* dhidden);  // (n, hidden.columns)
 
-// One row of the loss; `work` holds 4 times padded_slots(k).
+// g is float32, hidden has contiguous columns, and n k is below 2^32. dhead (vocab, hidden.columns), of the kind of
+// hidden, and dbias (vocab) may have null data.
+void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k,
+                             int64_t vocab, const Matrix& dhead, const Vector& dbias, int threads);
+
+class Slots;
+
+// One row of the loss.
 void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
-              double weight, double temperature, double* work, float* loss, float* g);
+              double weight, double temperature, Slots& slots, float* loss, float* g);
 
 // One row of the gradient, zeros included; `items` and `spare` hold k each.
 void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,

@@ -20,7 +20,6 @@ bool runs_here() {
 
 }  // namespace
 
-extern const Isa ISA = {
-    NAME_OF(TOPK_RKL_ISA), runs_here, {SELECT_ROW[0], SELECT_ROW[1], SELECT_ROW[2]}, slots_loss};
+extern const Isa ISA = {NAME_OF(TOPK_RKL_ISA), runs_here, SELECT_ROW, slots_loss, HEAD_ROWS};
 
 }  // namespace topk_rkl::TOPK_RKL_ISA

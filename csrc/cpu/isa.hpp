@@ -39,11 +39,21 @@ constexpr int64_t SLOTS = 8;
 // Leaves the gradient in g, spoils z and w, and returns the loss.
 using SlotsLoss = double (*)(double* z, double* w, double* g, int64_t n, double inv_t);
 
+// By Kind of the rows, which are contiguous; x and out are padded to a multiple of this.
+constexpr int64_t HEAD_BLOCK = 64;
+struct HeadRows {
+  double (*dot[3])(const void* row, const float* x, int64_t n);
+  // out += the sum over j of factors[j] rows[j]
+  void (*add_rows[3])(const void* const* rows, const float* factors, int64_t count, int64_t n, float* out);
+  void (*round_bfloat16)(const float* from, char* to, int64_t n);
+};
+
 struct Isa {
   const char* name;
   bool (*runs_here)();
-  SelectRow select_row[3];  // by Kind
+  const SelectRow* select_row;  // by Kind
   SlotsLoss slots_loss;
+  const HeadRows& head;
 };
 
 // clang-format off
@@ -58,6 +68,7 @@ namespace avx512 { extern const Isa ISA; }
 namespace TOPK_RKL_ISA {
 extern const SelectRow SELECT_ROW[3];
 double slots_loss(double* z, double* w, double* g, int64_t n, double inv_t);
+extern const HeadRows HEAD_ROWS;
 }  // namespace TOPK_RKL_ISA
 #endif
 

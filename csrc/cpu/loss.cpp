@@ -1,44 +1,50 @@
-// The loss of one row: its live slots gathered, and the results put back where they came from.
+#include "loss.hpp"
+
+#include <algorithm>
 #include <cmath>
 #include <limits>
-
-#include "cpu.hpp"
 
 namespace topk_rkl {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
+void Slots::add(int64_t j, double z, double w) {
+  part(0)[live_] = z;
+  part(1)[live_] = w;
+  finite_ = finite_ && z < INF && w < INF;  // false of NaN as well
+  part(3)[live_++] = double(j);
+}
+
+double Slots::solve(const Isa& isa, double temperature, double weight) {
+  double *z = part(0), *w = part(1), *g = part(2);
+  if (live_ == 0) return 0;
+  if (!finite_) {
+    std::fill_n(g, live_, NAN);
+    return NAN;
+  }
+  const int64_t padded = padded_slots(live_);
+  for (int64_t i = live_; i < padded; ++i) z[i] = w[i] = -INF;
+  const double loss = isa.slots_loss(z, w, g, padded, 1 / temperature);
+  for (int64_t i = 0; i < live_; ++i) g[i] *= weight;
+  return loss * weight;
+}
+
 void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
-              double weight, double temperature, double* work, float* loss, float* g) {
-  const int64_t padded = padded_slots(k);
-  double *z = work, *w = work + padded, *slot_g = work + 2 * padded, *slot = work + 3 * padded;
-  const double inv_t = 1 / temperature;
-  int64_t live = 0;
-  bool finite = true;
-  *loss = 0;
+              double weight, double temperature, Slots& slots, float* loss, float* g) {
+  slots.clear();
   for (int64_t j = 0; j < k; ++j) {  // all at once, and not one after the other as they are needed
     const int64_t id = load_integer(ids.at(row, j), ids.kind);
     if (id >= 0 && id < student.columns) __builtin_prefetch(student.at(row, id));
   }
-  for (int64_t j = 0; j < k; ++j) {
-    g[j] = 0;
+  for (int64_t j = 0; j < k && weight != 0; ++j) {
     const int64_t id = load_integer(ids.at(row, j), ids.kind);
-    if (weight == 0 || id < 0 || id >= student.columns) continue;
-    w[live] = load(values.at(row, j), values.kind);
-    if (w[live] == -INF) continue;
-    z[live] = load(student.at(row, id), student.kind);
-    finite = finite && w[live] < INF && z[live] < INF;  // false of NaN as well
-    slot[live++] = double(j);
+    if (id < 0 || id >= student.columns) continue;
+    const double w = load(values.at(row, j), values.kind);
+    if (w != -INF) slots.add(j, load(student.at(row, id), student.kind), w);
   }
-  if (!finite) {
-    *loss = NAN;
-    for (int64_t i = 0; i < live; ++i) g[int64_t(slot[i])] = NAN;
-    return;
-  }
-  if (live == 0) return;
-  for (int64_t i = live; i < padded_slots(live); ++i) z[i] = w[i] = -INF;
-  *loss = float(isa.slots_loss(z, w, slot_g, padded_slots(live), inv_t) * weight);
-  for (int64_t i = 0; i < live; ++i) g[int64_t(slot[i])] = float(slot_g[i] * weight);
+  *loss = float(slots.solve(isa, temperature, weight));
+  std::fill_n(g, k, 0.0f);
+  for (int64_t i = 0; i < slots.live(); ++i) g[slots.slot(i)] = float(slots.g(i));
 }
 
 }  // namespace topk_rkl

@@ -1,61 +1,12 @@
 // The dense gradient: zeros and values in one pass over the row.
 #include <bit>
-#include <cmath>
 #include <cstring>
 
 #include "cpu.hpp"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "stream.hpp"
 
 namespace topk_rkl {
 namespace {
-
-constexpr int64_t LINE = 64;  // bytes
-
-uint16_t bfloat16_bits(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (value != value) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t float16_bits(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
-  // A subnormal of float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 on.
-  if (size < 0x38800000) {
-    return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000));
-  }
-  return uint16_t(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
-}
-
-void store(char* to, Kind kind, float value) {
-  if (kind == Kind::float32) {
-    std::memcpy(to, &value, 4);
-  } else {
-    const uint16_t bits = kind == Kind::bfloat16 ? bfloat16_bits(value) : float16_bits(value);
-    std::memcpy(to, &bits, 2);
-  }
-}
-
-// Past the caches: a large gradient is not read again soon, and its lines need not be read in order to be written.
-void stream_line(char* to, const char* line) {
-#if defined(__SSE2__)
-  for (int i = 0; i < LINE; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(line + i)));
-  }
-#else
-  std::memcpy(to, line, LINE);
-#endif
-}
-
-void end_of_stream() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // The live slots as (column, slot), by column and then slot; empty ones are left out.
 int64_t sorted_slots(const Matrix& ids, int64_t row, int64_t k, int64_t columns, uint64_t* items, uint64_t* spare) {

@@ -4,8 +4,8 @@
 // first among equals, must hold the K best columns: every column outside them is preceded, in the order (value
 // descending, id ascending), by one column of each of those K groups. So K groups are read again.
 
+#include "floats.hpp"
 #include "isa.hpp"
-#include "simd.hpp"
 
 extern "C" double log(double);
 
@@ -32,30 +32,9 @@ struct Order {
   }
 };
 
-using Wide = Vec<int32_t>;
-using Floats = Vec<float>;
-using Narrow = Vec<int16_t, BYTES / 2>;
-
-inline Wide widened(const void* from) {
-  return __builtin_convertvector(load_vec<Narrow>(static_cast<const int16_t*>(from)), Wide) & 0xffff;
-}
-
-struct BFloat16 : Order<int16_t, uint16_t, 0x7f80> {
-  static Floats floats(const void* from) { return (Floats)(widened(from) << 16); }
-};
-
-struct Float16 : Order<int16_t, uint16_t, 0x7c00> {
-  // -inf becomes -65536, far enough below any maximum that matters.
-  static Floats floats(const void* from) {
-    const Wide bits = widened(from);
-    const Floats size = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (Floats)((Wide)size | (bits & 0x8000) << 16);
-  }
-};
-
-struct Float32 : Order<int32_t, uint32_t, 0x7f800000> {
-  static Floats floats(const void* from) { return load_vec<Floats>(static_cast<const float*>(from)); }
-};
+struct BFloat16 : Order<int16_t, uint16_t, 0x7f80>, ReadBFloat16 {};
+struct Float16 : Order<int16_t, uint16_t, 0x7c00>, ReadFloat16 {};
+struct Float32 : Order<int32_t, uint32_t, 0x7f800000>, ReadFloat32 {};
 
 template <class F>
 struct Select {

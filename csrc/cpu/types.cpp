@@ -23,6 +23,23 @@ double half(uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
+uint16_t bfloat16_bits(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t float16_bits(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
+  // A subnormal of float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 on.
+  if (size < 0x38800000) {
+    return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000));
+  }
+  return uint16_t(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
 }  // namespace
 
 double load(const void* element, Kind kind) {
@@ -32,6 +49,15 @@ double load(const void* element, Kind kind) {
     case Kind::float32: return read<float>(element);
     case Kind::float64: return read<double>(element);
     default: return 0;
+  }
+}
+
+void store(char* to, Kind kind, float value) {
+  if (kind == Kind::float32) {
+    std::memcpy(to, &value, 4);
+  } else {
+    const uint16_t bits = kind == Kind::bfloat16 ? bfloat16_bits(value) : float16_bits(value);
+    std::memcpy(to, &bits, 2);
   }
 }
 

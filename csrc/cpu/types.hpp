@@ -26,6 +26,9 @@ struct Matrix {
 double load(const void* element, Kind kind);
 int64_t load_integer(const void* element, Kind kind);
 
+// To nearest, ties to even; not of float64.
+void store(char* to, Kind kind, float value);
+
 // (key << 32 | payload), ascending by `bytes` bytes of the key; equal keys keep their order.
 void sort_by_key(uint64_t* items, uint64_t* spare, int64_t n, int bytes);
 

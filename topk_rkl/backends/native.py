@@ -19,6 +19,7 @@ FLOATS = (*LOGITS, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_OFFSET = 2**63 - 1
 MAX_VOCAB = 2**31 - 1
+MAX_SLOTS = 2**32
 
 Matrix = tuple[int, int, int, int, int]
 Vector = tuple[int, int, int]
@@ -89,6 +90,54 @@ def scatter(
     _native.scatter(
         _matrix("g", g), _matrix("ids", ids, INTEGERS), _vector("grad_output", grad_output, n),
         _matrix("out", out), n, k, unique, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def sparse_head(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (N, K)
+    values: Tensor,  # (N, K)
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    want_dhidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H), all float32
+    (n, k), (vocab, width) = ids.shape, head.shape
+    _same_shape("hidden", hidden, (n, width))
+    _same_shape("values", values, (n, k))
+    loss, g, dhidden = _empty(n), _empty(n, k), _empty(n if want_dhidden else 0, width)
+    _native.sparse_head(
+        _matrix("hidden", hidden), _matrix("head", head), vocab, _vector("bias", bias, vocab), n, k,
+        _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS), _vector("weights", weights, n),
+        temperature, logit_scale, softcap or 0.0, torch.get_num_threads(),
+        loss.data_ptr(), g.data_ptr(), dhidden.data_ptr() if want_dhidden else 0,
+    )  # fmt: skip
+    return loss, g, dhidden
+
+
+def sparse_head_weight_grad(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+    hidden: Tensor,  # (N, H)
+    dhead: Tensor | None,  # (V, H), overwritten
+    dbias: Tensor | None,  # (V,), overwritten
+) -> None:
+    (n, k), width = ids.shape, hidden.shape[1]
+    vocab = next(len(out) for out in (dhead, dbias) if out is not None)
+    _same_shape("g", g, (n, k))
+    _same_shape("hidden", hidden, (n, width))
+    if n * k >= MAX_SLOTS:
+        raise ValueError(f"ids has {n} rows of {k} slots; the native backend sorts fewer than 2^32, pass fewer rows")
+    if dhead is not None:
+        _same_shape("dhead", dhead, (vocab, width))
+    g, hidden = g.float().contiguous(), hidden.contiguous()
+    _native.sparse_head_weight_grad(
+        _matrix("g", g), _matrix("ids", ids, INTEGERS), _matrix("hidden", hidden), n, k, vocab,
+        (0, 0, 0, 0, 0) if dhead is None else _matrix("dhead", dhead), _vector("dbias", dbias, vocab),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
