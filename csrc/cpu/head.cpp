@@ -18,7 +18,7 @@ constexpr int64_t SHARE = 1 << 18;
 // Terms that are added up before they join the sum of the others, so that a long sum does not lose bits.
 constexpr int64_t TERMS = 256;
 // Fetched of the next row while one is read; the processor then goes on by itself.
-constexpr int64_t AHEAD = 512;
+constexpr int64_t AHEAD = 4096;
 
 std::vector<float> zeros(int64_t width) { return std::vector<float>((width + HEAD_BLOCK - 1) / HEAD_BLOCK * HEAD_BLOCK); }
 
@@ -141,24 +141,40 @@ std::vector<uint64_t> sorted_pairs(const Matrix& g, const Matrix& ids, int64_t n
 }
 
 // Past the caches where that is asked for and the row lies on whole lines.
-void write_row(const Isa& isa, const Matrix& out, int64_t row, const std::vector<float>& from, bool streamed) {
-  const int64_t bytes = out.columns * size_of(out.kind);
-  alignas(LINE) char line[LINE];
-  char* to = out.at(row);
-  streamed = streamed && reinterpret_cast<uintptr_t>(to) % LINE == 0 && bytes % LINE == 0;
-  const int64_t step = streamed ? LINE / size_of(out.kind) : out.columns;
-  for (int64_t i = 0; i < out.columns; i += step, to += LINE) {
-    char* here = streamed ? line : to;
-    if (out.kind == Kind::float32) {
-      std::memcpy(here, from.data() + i, step * 4);
-    } else if (out.kind == Kind::bfloat16) {
-      isa.head.round_bfloat16(from.data() + i, here, step);
-    } else {
-      for (int64_t j = 0; j < step; ++j) store(here + 2 * j, out.kind, from[i + j]);
-    }
-    if (streamed) stream_line(to, line);
+void write_row(char* to, const char* from, int64_t bytes, bool streamed) {
+  if (streamed && reinterpret_cast<uintptr_t>(to) % LINE == 0 && bytes % LINE == 0) {
+    for (int64_t i = 0; i < bytes; i += LINE) stream_line(to + i, from + i);
+  } else {
+    std::memcpy(to, from, bytes);
   }
 }
+
+// One thread at work on the gradient of the head.
+struct Summer {
+  Summer(const Isa& isa, const Matrix& hidden)
+      : isa(isa), kind(hidden.kind), width(hidden.columns), sum(zeros(width)), rounded(sum), zero(sum) {}
+
+  // A row of the gradient in the kind of the head.
+  const char* row() {
+    if (rows.empty()) return reinterpret_cast<const char*>(zero.data());
+    sum_rows(isa, kind, rows.data(), factors.data(), int64_t(rows.size()), width, sum);
+    if (kind == Kind::float32) return reinterpret_cast<const char*>(sum.data());
+    char* to = reinterpret_cast<char*>(rounded.data());
+    if (kind == Kind::bfloat16) {
+      isa.head.round_bfloat16(sum.data(), to, width);
+    } else {
+      for (int64_t i = 0; i < width; ++i) store(to + 2 * i, kind, sum[i]);
+    }
+    return to;
+  }
+
+  const Isa& isa;
+  Kind kind;
+  int64_t width;
+  std::vector<float> sum, rounded, zero;
+  std::vector<const void*> rows;
+  std::vector<float> factors;
+};
 
 }  // namespace
 
@@ -181,29 +197,22 @@ void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& h
   const int64_t row_bytes = hidden.columns * size_of(hidden.kind), share = std::max<int64_t>(1, SHARE / row_bytes);
   const bool streamed = dhead.data && vocab * row_bytes >= STREAMED_BYTES;
   if (streamed) want_huge_pages(dhead, vocab);
-  struct Work {
-    std::vector<float> sum, factors;
-    std::vector<const void*> rows;
-  };
-  std::vector<Work> works(threads, Work{zeros(hidden.columns), {}, {}});
+  std::vector<Summer> summers(threads, Summer(isa, hidden));
   for_each_row((vocab + share - 1) / share, threads, 1, [&](int thread, int64_t part) {
-    Work& work = works[thread];
+    Summer& mine = summers[thread];
     const int64_t first = part * share, last = std::min(vocab, first + share);
     auto pair = std::lower_bound(pairs.begin(), pairs.end(), uint64_t(first) << 32);
     for (int64_t id = first; id < last; ++id) {
       double bias = 0;
-      work.rows.clear(), work.factors.clear();
+      mine.rows.clear(), mine.factors.clear();
       for (; pair != pairs.end() && int64_t(*pair >> 32) == id; ++pair) {
         const int64_t slot = int64_t(*pair & 0xffffffff);
-        work.rows.push_back(hidden.at(slot / k));
-        work.factors.push_back(*reinterpret_cast<const float*>(g.at(slot / k, slot % k)));
-        bias += work.factors.back();
+        mine.rows.push_back(hidden.at(slot / k));
+        mine.factors.push_back(*reinterpret_cast<const float*>(g.at(slot / k, slot % k)));
+        bias += mine.factors.back();
       }
       if (dbias.data) store(dbias.at(id), dbias.kind, float(bias));
-      if (!dhead.data) continue;
-      sum_rows(isa, hidden.kind, work.rows.data(), work.factors.data(), int64_t(work.rows.size()), hidden.columns,
-               work.sum);
-      write_row(isa, dhead, id, work.sum, streamed);
+      if (dhead.data) write_row(dhead.at(id), mine.row(), row_bytes, streamed);
     }
     end_of_stream();
   });

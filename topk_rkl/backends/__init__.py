@@ -19,7 +19,8 @@ _WAY_OUT = {
 }
 _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-DENSE_FROM = 8
+# From K = V / DENSE_FROM on, the dense product of the head is taken to be cheaper.
+DENSE_FROM = 4
 
 # A plain global: torch.compile guards on it, and autograd's threads see the one that the forward pass captured.
 _requested = os.environ.get("TOPK_RKL_BACKEND", "auto")
@@ -79,8 +80,8 @@ def choose_head(
     """The module that serves K rows of the head a position, or for "auto" the dense product where that is cheaper.
 
     Gathering moves K rows of the head a position at the pace of the memory, a product multiplies all V at the pace of
-    the processor: the product is cheaper from about K = V / DENSE_FROM on. Chosen only where that has been measured,
-    on CPUs, and where a float32 product has not been allowed fewer bits.
+    the processor. They break even between K = V / 12, where the head is far larger than the caches, and V / 2, where it
+    fits. Only where that was measured, on CPUs, and where float32 products have not been allowed fewer bits.
     """
     module = choose(name, k, hidden)
     dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES

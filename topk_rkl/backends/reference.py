@@ -142,22 +142,36 @@ def sparse_head(
     g = torch.empty((n, k), dtype=dtype, device=hidden.device)
     dhidden = torch.empty((n if want_dhidden else 0, width), dtype=dtype, device=hidden.device)
     for rows in _chunks(n, bytes_per_row=24 * k * width):
-        live = _live(ids[rows], values[rows], vocab)
-        columns = torch.where(live, ids[rows], 0).long()
+        columns = torch.where(_live(ids[rows], values[rows], vocab), ids[rows], 0).long()
         kept = head[columns].double()  # (n, K, H)
         raw = torch.einsum("nkh,nh->nk", kept, hidden[rows].double())
         if bias is not None:
             raw = raw + bias[columns]
-        z, slope = capped(raw, logit_scale, softcap)
         weight = None if weights is None else weights[rows]
-        loss[rows], dz = _weigh(*reverse_kl(z, values[rows], live, temperature), weight)
-        # An empty slot has gradient 0 even where the row of the head that stands in for it is not finite.
-        draw = torch.where(dz == 0, 0, dz * slope)
+        loss[rows], draw = raw_slots_loss(
+            raw, ids[rows], values[rows], weight, vocab, temperature, logit_scale, softcap
+        )
         g[rows] = draw.to(dtype)
         if want_dhidden:
             kept = kept.masked_fill((draw == 0)[..., None], 0)
             dhidden[rows] = torch.einsum("nkh,nk->nh", kept, draw).to(dtype)
     return loss, g, dhidden
+
+
+def raw_slots_loss(
+    raw: Tensor,  # (N, K) the products with the head, anything on an empty slot
+    ids: Tensor,  # (N, K)
+    values: Tensor,  # (N, K)
+    weights: Tensor | None,  # (N,)
+    vocab: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float64: the loss, and its gradient with respect to raw
+    z, slope = capped(raw, logit_scale, softcap)
+    loss, dz = _weigh(*reverse_kl(z, values, _live(ids, values, vocab), temperature), weights)
+    # An empty slot has gradient 0 even where the row of the head that stands in for it is not finite.
+    return loss, torch.where(dz == 0, 0, dz * slope)
 
 
 def sparse_head_weight_grad(
