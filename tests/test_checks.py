@@ -3,12 +3,31 @@
 import pytest
 import torch
 
-from topk_rkl import Support, TopKReverseKLLoss, ops, teacher_topk, topk_reverse_kl
+from topk_rkl import (
+    LinearTopKReverseKLLoss,
+    Support,
+    TopKReverseKLLoss,
+    linear_teacher_topk,
+    linear_topk_reverse_kl,
+    ops,
+    teacher_topk,
+    topk_reverse_kl,
+)
 from topk_rkl.weighting import aggregate, special_token_mask
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
 IDS = torch.arange(5).expand(3, 5)
+S = Support(IDS, torch.randn(3, 5))
+HEAD = torch.randn(50, 40)
+
+
+def sharded(**marks: object) -> torch.Tensor:
+    """What is left of a parameter under a trainer that keeps it elsewhere."""
+    head = torch.empty(0)
+    for name, value in marks.items():
+        setattr(head, name, value)
+    return head
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +35,7 @@ def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*_: object) -> None:
         raise AssertionError("an op ran before the refusal")
 
-    for name in ("select", "support_loss", "select_loss", "scatter"):
+    for name in ("select", "support_loss", "select_loss", "scatter", "linear_select", "sparse_head"):
         monkeypatch.setattr(ops, name, launched)
 
 
@@ -163,6 +182,96 @@ REFUSALS = {
         lambda: special_token_mask(IDS, [1], "last"),
         ValueError,
         "occurrences is 'last'; use 'first' or 'all'",
+    ),
+    "linear: hidden of another width": (
+        lambda: linear_topk_reverse_kl(Z[:, :7], HEAD, S),
+        ValueError,
+        r"student_weight has shape \(50, 40\) and student_hidden \(3, 7\); the head must be \(V, H\)",
+    ),
+    "linear: hidden int": (lambda: linear_topk_reverse_kl(IDS, HEAD, S), TypeError, "student_hidden is torch.int64"),
+    "linear: head transposed": (lambda: linear_topk_reverse_kl(Z, HEAD.t(), S), ValueError, r"shape \(40, 50\)"),
+    "linear: head flattened by a shard": (
+        lambda: linear_topk_reverse_kl(Z, HEAD.flatten(), S),
+        ValueError,
+        r"student_weight has shape \(2000,\).*a sharded one: gathered first",
+    ),
+    "linear: quantised head": (
+        lambda: linear_topk_reverse_kl(Z, HEAD.to(torch.int8), S),
+        TypeError,
+        "student_weight is torch.int8; a quantised head must be given dequantised",
+    ),
+    "linear: DTensor head": (
+        lambda: linear_topk_reverse_kl(Z, sharded(full_tensor=None), S),
+        TypeError,
+        r"student_weight is sharded, a DTensor; pass student_weight.full_tensor\(\)",
+    ),
+    "linear: ZeRO-3 head": (
+        lambda: linear_topk_reverse_kl(Z, sharded(ds_id=3), S),
+        ValueError,
+        "student_weight is partitioned by DeepSpeed.*GatheredParameters",
+    ),
+    "linear: mixed dtypes": (
+        lambda: linear_topk_reverse_kl(Z.bfloat16(), HEAD, S),
+        TypeError,
+        "student_weight is torch.float32 and student_hidden torch.bfloat16; cast one",
+    ),
+    "linear: mixed devices": (
+        lambda: linear_topk_reverse_kl(Z, HEAD.to("meta"), S),
+        ValueError,
+        "student_weight is on meta and student_hidden on cpu",
+    ),
+    "linear: bias of another size": (
+        lambda: linear_topk_reverse_kl(Z, HEAD, S, student_bias=torch.randn(40)),
+        ValueError,
+        r"student_bias has shape \(40,\); it must be \(V,\), here \(50,\)",
+    ),
+    "linear: bias of another dtype": (
+        lambda: linear_topk_reverse_kl(Z, HEAD, S, student_bias=torch.randn(50).half()),
+        TypeError,
+        "student_bias is torch.float16 and student_hidden torch.float32",
+    ),
+    "linear: support of other rows": (
+        lambda: linear_topk_reverse_kl(Z[:2], HEAD, S),
+        ValueError,
+        r"teacher.ids has shape \(3, 5\) and student_hidden \(2, 40\)",
+    ),
+    "linear: weights of other rows": (
+        lambda: linear_topk_reverse_kl(Z, HEAD, S, weights=torch.ones(4)),
+        ValueError,
+        r"weights has shape \(4,\) and student_hidden \(3, 40\)",
+    ),
+    "linear: k beside a support": (lambda: linear_topk_reverse_kl(Z, HEAD, S, k=3), ValueError, "leave k out"),
+    "linear: teacher a tuple": (lambda: linear_topk_reverse_kl(Z, HEAD, (Z, HEAD), k=3), TypeError, "wrap it"),
+    "linear: logit_scale": (
+        lambda: linear_topk_reverse_kl(Z, HEAD, S, logit_scale=float("nan")),
+        ValueError,
+        "logit_scale is nan; it must be finite",
+    ),
+    "linear: softcap 0": (
+        lambda: linear_topk_reverse_kl(Z, HEAD, S, softcap=0.0),
+        ValueError,
+        "softcap is 0.0; it must be positive, or None for no cap",
+    ),
+    "linear: weight_grad": (
+        lambda: LinearTopKReverseKLLoss(weight_grad="none"),
+        ValueError,
+        "weight_grad is 'none'; use 'dense' or 'sparse'",
+    ),
+    "linear teacher requires grad": (
+        lambda: linear_teacher_topk(Z, HEAD.clone().requires_grad_(), 3),
+        ValueError,
+        r"teacher_weight requires grad.*teacher_weight.detach\(\)",
+    ),
+    "linear teacher k": (lambda: linear_teacher_topk(Z, HEAD, 51), ValueError, "k is 51; .*between 1 and V = 50"),
+    "linear teacher chunk_rows": (
+        lambda: linear_teacher_topk(Z, HEAD, 3, chunk_rows=0),
+        ValueError,
+        "chunk_rows is 0; it must be a positive int",
+    ),
+    "linear teacher bias": (
+        lambda: linear_teacher_topk(Z, HEAD, 3, bias=torch.randn(3)),
+        ValueError,
+        r"bias has shape \(3,\)",
     ),
 }
 

@@ -5,34 +5,52 @@ import torch
 from conftest import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from topk_rkl import Support, TopKReverseKLLoss, ops, teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl import (
+    Support,
+    TopKReverseKLLoss,
+    linear_teacher_topk,
+    linear_topk_reverse_kl,
+    ops,
+    teacher_topk,
+    topk_reverse_kl,
+    use_backend,
+)
 
 
 def samples() -> dict[str, tuple]:
     student, teacher = torch.randn(2, 3, 4, 50, device=DEVICE)
     ids = torch.randint(-1, 50, (3, 4, 6), device=DEVICE)
     values, weights = torch.randn(3, 4, 6, device=DEVICE), torch.rand(3, 4, device=DEVICE)
+    hidden, head, bias = torch.randn(3, 4, 8, device=DEVICE), *torch.randn(50, 9, device=DEVICE).split((8, 1), 1)
+    head, bias = head.contiguous(), bias.flatten()
     return {
         "select": (teacher[:, 1:], 6, True, "reference"),
         "support_loss": (student, ids, values, weights, 0.7, "reference"),
         "select_loss": (student, teacher.bfloat16(), 6, None, 0.7, "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
+        "linear_select": (hidden, head, bias, 6, 5, 0.5, 3.0, "reference"),
+        "sparse_head": (hidden, head, bias, ids, values, weights, 0.7, 0.5, 3.0, True, "reference"),
+        "sparse_head_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
     }
 
 
-@pytest.mark.parametrize("name", ["select", "support_loss", "select_loss", "scatter"])
+OPS = ["select", "support_loss", "select_loss", "scatter", "linear_select", "sparse_head", "sparse_head_weight_grad"]
+WRITING = ("scatter", "sparse_head_weight_grad")
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
     outcome = torch.library.opcheck(getattr(ops, name), samples()[name])
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", ["select", "support_loss", "select_loss", "scatter"])
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_fake_is_what_the_op_gives(name: str, dtype: torch.dtype) -> None:
     def cast(x):
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    arguments = tuple(map(cast, samples()[name])) if name != "scatter" else samples()[name]
+    arguments = tuple(map(cast, samples()[name])) if name not in WRITING else samples()[name]
     real = getattr(ops, name)(*arguments)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = getattr(ops, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
@@ -57,7 +75,15 @@ def overwriting(student, teacher, weights):
     return topk_reverse_kl(student * 2, teacher, k=6, weights=weights, overwrite_student_logits=True)
 
 
-@pytest.mark.parametrize("function", [by_logits, by_support, by_unique_support, overwriting])
+HEAD = torch.randn(60, 50, device=DEVICE) / 7
+
+
+def from_hidden(hidden, teacher, weights):
+    support = linear_teacher_topk(teacher, HEAD, 6, chunk_rows=2)
+    return linear_topk_reverse_kl(hidden, HEAD * hidden.mean(), support, weights=weights, softcap=2.0)
+
+
+@pytest.mark.parametrize("function", [by_logits, by_support, by_unique_support, overwriting, from_hidden])
 def test_compile_without_a_graph_break_at_most_twice_over_changing_n(function) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -111,3 +137,20 @@ def test_gradcheck() -> None:
                 ),
                 student,
             )
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradcheck_from_hidden_states(softcap: float | None) -> None:
+    options = {"dtype": torch.float64, "device": DEVICE}
+    hidden, head, bias = (torch.randn(shape, **options).requires_grad_() for shape in ((4, 5), (11, 5), (11,)))
+    ids = torch.randint(-1, 12, (4, 6), device=DEVICE)
+    support = Support(ids, torch.randn(4, 6, **options))
+    weights = torch.tensor([1.0, -0.5, 0.0, 2.0], **options)
+    for reduction in ("none", "mean"):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, r=reduction: linear_topk_reverse_kl(
+                h, w, support, student_bias=b, weights=weights, temperature=0.7, logit_scale=1.2, softcap=softcap,
+                reduction=r,
+            ),
+            (hidden, head, bias),
+        )  # fmt: skip

@@ -238,6 +238,8 @@ def sparse_head_weight_grad(
     backend: str,
 ) -> None:
     vocab = next(len(out) for out in (dhead, dbias) if out is not None)
+    if vocab == 0:  # no row of the head was touched
+        return
     module = choose_head(backend, ids.shape[-1], hidden, vocab)
     flat_g, flat_ids, rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (g, ids, hidden))
     module.sparse_head_weight_grad(flat_g, flat_ids, rows, dhead, dbias)

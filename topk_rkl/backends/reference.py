@@ -191,7 +191,7 @@ def sparse_head_weight_grad(
         if out is None:
             continue
         total = out.zero_() if out.dtype == g.dtype else torch.zeros_like(out, dtype=g.dtype)
-        for rows in _chunks(len(g), bytes_per_row=16 * columns.shape[1] * out[:1].numel()):
+        for rows in _chunks(len(g), bytes_per_row=16 * columns.shape[1] * out.shape[1:].numel()):
             added = terms[rows]
             if factor is not None:
                 added = torch.where(live[rows, :, None], added[..., None] * factor[rows, None].to(g.dtype), 0)

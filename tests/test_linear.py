@@ -1,0 +1,389 @@
+"""The promises about the entry from hidden states, each by its name, on every backend."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_loss import NoHostSync
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from topk_rkl import (
+    LinearTopKReverseKLLoss,
+    Support,
+    backends,
+    linear_teacher_topk,
+    linear_topk_reverse_kl,
+    ops,
+    teacher_topk,
+    topk_reverse_kl,
+    use_backend,
+)
+from topk_rkl.backends import dense_head, reference
+
+LOW = [torch.bfloat16, torch.float16]
+N, V, H, K = 6, 90, 24, 7
+
+
+def inputs(dtype: torch.dtype = torch.float32, n: int = N) -> tuple[Tensor, Tensor, Tensor, Support]:
+    """hidden (n, H), head (V, H), bias (V,), of which all three want a gradient, and a support (n, K)."""
+    hidden, head, bias = torch.randn(n, H), torch.randn(V, H) / 3, torch.randn(V)
+    ids = torch.rand(n, V).argsort(1)[:, :K]
+    support = Support(ids.to(DEVICE), torch.randn(n, K).mul(3).to(DEVICE))
+    return *(x.to(DEVICE, dtype).requires_grad_() for x in (hidden, head, bias)), support
+
+
+def dense(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """The logits as a model makes them."""
+    z = nn.functional.linear(hidden, head, bias) * scale
+    return z if softcap is None else softcap * (z / softcap).tanh()
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [g.to_dense() for g in torch.autograd.grad(loss.sum(), leaves, retain_graph=True)]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("lead", [(N,), (2, 3), (1, N)], ids=str)
+def test_it_is_the_loss_of_the_dense_logits(backend, lead: tuple[int, ...], softcap: float | None) -> None:
+    """Within the rounding of H products in float32: here 2e-6 of the largest entry."""
+    hidden, head, bias, support = inputs()
+    support.ids[0, 2], support.ids[1, 0], support.log_probs[2, 3] = -1, V, -torch.inf
+    support = Support(*(x.view(*lead, K) for x in support))
+    weights = torch.tensor([1.0, 0.0, -2.0, 1.0, 0.5, 3.0], device=DEVICE).view(lead)
+    options = {"temperature": 0.7, "weights": weights}
+    got = linear_topk_reverse_kl(
+        hidden.view(*lead, H), head, support, student_bias=bias, logit_scale=1.3, softcap=softcap, **options
+    )
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
+    with use_backend("reference"):
+        want = topk_reverse_kl(dense(*exact, 1.3, softcap).view(*lead, V), Support(*support), **options)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+    for a, b in zip(gradients(got, hidden, head, bias), gradients(want, *exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-6 * b.abs().max().item())
+
+
+def test_teacher_logits_and_their_support_are_the_same_loss(backend) -> None:
+    hidden, head, _, _ = inputs()
+    teacher = torch.randn(N, V + 4, device=DEVICE)
+    want = linear_topk_reverse_kl(hidden, head, teacher_topk(teacher, K))
+    assert torch.equal(linear_topk_reverse_kl(hidden, head, teacher, k=K), want)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_accuracy_is_not_worse_than_that_of_the_low_precision_product(backend, dtype: torch.dtype) -> None:
+    hidden, head, _, support = inputs(dtype, n=40)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    with use_backend("reference"):
+        want = topk_reverse_kl(dense(*exact, None), support, reduction="none")
+        plain = topk_reverse_kl(dense(hidden, head, None), support, reduction="none")
+    got = linear_topk_reverse_kl(hidden, head, support, reduction="none")
+    assert (got - want).abs().max() <= 0.02 * (plain - want).abs().max()
+    errors = []
+    for loss in (got, plain):
+        found = gradients(loss, hidden, head)
+        errors.append([(a - b).abs().max() for a, b in zip(found, gradients(want, *exact), strict=True)])
+        assert all(g.dtype == dtype for g in found)
+    assert all(ours <= theirs for ours, theirs in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
+def test_a_long_sum_over_one_id_keeps_its_bits(module, dtype: torch.dtype) -> None:
+    """An id on every row: 700 terms of which a float32 that takes one after the other would lose some."""
+    n = 700
+    g, hidden = torch.rand(n, 2, device=DEVICE), (torch.rand(n, 5, device=DEVICE) + 1).to(dtype)
+    ids = torch.tensor([[3, 1]], device=DEVICE).repeat(n, 1)
+    ids[1::2, 1] = -1
+    dhead, dbias = torch.full((6, 5), torch.nan, device=DEVICE, dtype=dtype), torch.empty(6, device=DEVICE, dtype=dtype)
+    module.sparse_head_weight_grad(g, ids, hidden, dhead, dbias)
+    live = torch.zeros(n, 6, dtype=torch.float64, device=DEVICE).scatter_add_(
+        1, ids.clamp(min=0), torch.where(ids < 0, 0, g).double()
+    )
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6}[dtype]
+    torch.testing.assert_close(dhead.double(), live.T @ hidden.double(), rtol=1.01 * rounding, atol=0)
+    torch.testing.assert_close(dbias.double(), live.sum(0), rtol=1.01 * rounding, atol=0)
+
+
+@pytest.mark.parametrize("asked", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_only_what_asks_gets_a_gradient(backend, monkeypatch, asked: tuple[bool, ...]) -> None:
+    *leaves, support = inputs()
+    want = gradients(linear_topk_reverse_kl(*leaves[:2], support, student_bias=leaves[2]), *leaves)
+    for leaf, wanted in zip(leaves, asked, strict=True):
+        leaf.requires_grad_(wanted)
+    if not any(asked[1:]):
+        monkeypatch.setattr(ops, "sparse_head_weight_grad", None)
+    linear_topk_reverse_kl(*leaves[:2], support, student_bias=leaves[2]).backward()
+    for leaf, wanted, grad in zip(leaves, asked, want, strict=True):
+        assert torch.equal(leaf.grad, grad) if wanted else leaf.grad is None
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.SparseAdam])
+def test_a_sparse_weight_gradient_has_the_touched_rows_and_trains(backend, optimiser) -> None:
+    hidden, head, bias, support = inputs()
+    support.ids[0, 2], support.ids[1, 0], support.ids[2] = -1, V, support.ids[3]
+    want = gradients(linear_topk_reverse_kl(hidden, head, support, student_bias=bias), hidden, head, bias)
+    linear_topk_reverse_kl(hidden, head, support, student_bias=bias, weight_grad="sparse").backward()
+    indices = head.grad.coalesce().indices()[0]
+    assert head.grad.layout == torch.sparse_coo and head.grad._nnz() == len(indices)
+    touched = support.ids[(support.ids >= 0) & (support.ids < V)].unique()
+    assert torch.equal(indices, touched)
+    for leaf, grad in zip((hidden, head, bias), want, strict=True):
+        assert torch.equal(leaf.grad.to_dense(), grad)
+    before = head.detach().clone()
+    optimiser([head], lr=0.1).step()
+    changed = (head != before).any(1)
+    assert torch.equal(changed.nonzero()[:, 0], indices)
+
+
+@pytest.mark.parametrize("weight_grad", ["dense", "sparse"])
+def test_a_tied_embedding_gets_both_gradients(backend, weight_grad: str) -> None:
+    _, head, _, support = inputs()
+    tokens = torch.arange(N, device=DEVICE) * 3
+
+    def loss(linear: bool) -> Tensor:
+        hidden = nn.functional.embedding(tokens, head).tanh()
+        if linear:
+            return linear_topk_reverse_kl(hidden, head, support, weight_grad=weight_grad)
+        return topk_reverse_kl(dense(hidden, head, None), support)
+
+    torch.testing.assert_close(*(gradients(loss(linear), head)[0] for linear in (True, False)), rtol=1e-5, atol=1e-7)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and x.layout == torch.strided:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("weight_grad", ["dense", "sparse"])
+def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad: str) -> None:
+    """N V is 360,000 elements here, N K H 5,760, and V H, the gradient of the head itself, 8,000."""
+    n, vocab, width, k = 180, 2_000, 4, 8
+    if module is reference:
+        pytest.skip("it gathers, in chunks, which test_the_reference_gathers_in_chunks bounds")
+    hidden, head = (torch.randn(size, width, device=DEVICE, requires_grad=True) for size in (n, vocab))
+    ids = torch.rand(n, vocab).argsort(1)[:, :k].to(DEVICE)
+    values = torch.randn(n, k, device=DEVICE)
+    h, w = hidden.detach(), head.detach()
+    with Largest() as inside:  # an op hides what its backend allocates, so both are looked at
+        _, g, _ = module.sparse_head(h, w, None, ids, values, None, 1.0, 1.0, None, True)
+    assert 0 < inside.numel <= n * k
+    dhead = torch.empty_like(head)
+    with Largest() as inside:
+        module.sparse_head_weight_grad(g, ids, h, dhead, None)
+    assert inside.numel <= max(2 * n * k, vocab + 1)
+    with use_backend(module.__name__.rpartition(".")[2]), Largest() as outside:
+        linear_topk_reverse_kl(hidden, head, Support(ids, values), weight_grad=weight_grad).backward()
+    assert head.grad.to_dense().any()
+    assert 0 < outside.numel <= (vocab * width if weight_grad == "dense" else len(ids.unique()) * width)
+
+
+def test_the_largest_tensor_is_seen() -> None:
+    with Largest() as largest:
+        dense(torch.randn(10, 3), torch.randn(20, 3), None)
+    assert largest.numel == 200
+
+
+def test_the_reference_gathers_in_chunks() -> None:
+    hidden, head, _, support = inputs(n=200)
+    with Largest() as largest, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK_BYTES", 200_000)
+        reference.sparse_head(hidden.detach(), head.detach(), None, *support, None, 1.0, 1.0, None, True)
+    assert 0 < largest.numel <= 200_000 // 8
+
+
+def test_linear_teacher_topk_gives_the_ids_of_its_own_products(backend) -> None:
+    hidden, head, bias, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(n=11))
+    got = linear_teacher_topk(hidden, head, 5, bias=bias, chunk_rows=4, logit_scale=0.5, softcap=1.5)
+    parts = [1.5 * (torch.addmm(bias, rows, head.T) * 0.5 / 1.5).tanh() for rows in hidden.split(4)]
+    want = teacher_topk(torch.cat(parts), 5)
+    assert torch.equal(got.ids, want.ids) and torch.equal(got.log_probs, want.log_probs)
+    batch = torch.randn(2, 5, H, device=DEVICE)[:, :-1]
+    assert torch.equal(
+        linear_teacher_topk(batch, head, 5).ids.flatten(0, 1), linear_teacher_topk(batch.reshape(-1, H), head, 5).ids
+    )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_linear_teacher_topk_in_low_precision(backend, dtype: torch.dtype) -> None:
+    hidden, head, _, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(dtype))
+    assert torch.equal(linear_teacher_topk(hidden, head, K).ids, teacher_topk(hidden @ head.T, K).ids)
+
+
+def test_linear_teacher_topk_holds_one_buffer(monkeypatch) -> None:
+    hidden, head, _, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(n=50))
+    seen = []
+
+    def select(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        seen.append((len(logits), logits.data_ptr()))
+        return original(logits, k)
+
+    original = reference.select
+    monkeypatch.setattr(reference, "select", select)
+    with use_backend("reference"):
+        linear_teacher_topk(hidden, head, 5, chunk_rows=7)
+    assert [rows for rows, _ in seen] == [7] * 7 + [1]
+    assert len({address for _, address in seen}) == 1
+
+
+@pytest.mark.parametrize("what", ["no rows", "no weight", "no slots"])
+def test_nothing_to_compare_gives_zero_gradients_attached_to_the_graph(backend, what: str) -> None:
+    hidden, head, bias, support = inputs(n=0 if what == "no rows" else N)
+    weights = torch.zeros(N, device=DEVICE) if what == "no weight" else None
+    if what == "no slots":
+        support = Support(torch.full_like(support.ids, V), support.log_probs)
+    if what == "no weight":
+        hidden.data.fill_(torch.nan)
+    for weight_grad in ("dense", "sparse"):
+        loss = linear_topk_reverse_kl(
+            hidden, head, support, student_bias=bias, weights=weights, reduction="sum", weight_grad=weight_grad
+        )
+        assert loss == 0
+        for leaf, grad in zip((hidden, head, bias), gradients(loss, hidden, head, bias), strict=True):
+            assert grad.shape == leaf.shape and (grad == 0).all()
+
+
+def test_nan_stays_in_its_row_and_what_is_not_named_is_not_read(backend) -> None:
+    hidden, head, _, support = inputs()
+    named = torch.zeros(V, dtype=torch.bool, device=DEVICE).index_fill_(0, support.ids.flatten(), True)
+    named[:5] = True
+    head.data[~named] = torch.nan
+    hidden.data[2] = torch.nan
+    loss = linear_topk_reverse_kl(hidden, head, support, reduction="none")
+    dhidden, dhead = gradients(loss, hidden, head)
+    bad = torch.arange(N, device=DEVICE) == 2
+    assert torch.equal(loss.isnan(), bad) and torch.equal(dhidden.isnan().any(1), bad)
+    clean = torch.ones(V, dtype=torch.bool, device=DEVICE).index_fill_(0, support.ids[2], False)
+    assert dhead[clean].isfinite().all() and dhead[~clean].isnan().all()
+
+
+def test_a_token_of_probability_zero_is_not_multiplied(backend) -> None:
+    """A bias of -inf masks a token; its row of the head may hold anything."""
+    hidden, head, bias, support = inputs()
+    masked = support.ids[:, 1]
+    bias.data[masked] = -torch.inf
+    loss = linear_topk_reverse_kl(hidden, head, support, student_bias=bias)
+    found = gradients(loss, hidden, head, bias)
+    assert loss.isfinite() and all(g.isfinite().all() for g in found)
+    logits = dense(hidden.detach().double(), head.detach().double(), bias.detach().double())
+    with use_backend("reference"):
+        torch.testing.assert_close(loss.double(), topk_reverse_kl(logits, support), rtol=2e-6, atol=2e-6)
+
+
+def test_repeatable_and_row_by_row(backend) -> None:
+    hidden, head, _, support = inputs(n=30)
+    loss = linear_topk_reverse_kl(hidden, head, support, reduction="none")
+    found = gradients(loss, hidden, head)
+    again = linear_topk_reverse_kl(hidden, head, support, reduction="none")
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(again, hidden, head), strict=True))
+    for i in (0, 7, 29):
+        row = hidden[i : i + 1].detach().requires_grad_()
+        alone = linear_topk_reverse_kl(row, head, Support(*(x[i : i + 1] for x in support)), reduction="none")
+        assert torch.equal(alone[0], loss[i]) and torch.equal(gradients(alone, row)[0][0], found[0][i])
+
+
+def test_strides_and_inputs_untouched(backend) -> None:
+    hidden, head, bias, support = (x if isinstance(x, Support) else x.detach() for x in inputs())
+    want = linear_topk_reverse_kl(hidden, head, support, student_bias=bias, reduction="none")
+    wide = torch.full((2, N // 2 + 1, 2 * H), 7.0, device=DEVICE)
+    wide[:, :-1, ::2] = hidden.view(2, N // 2, H)
+    transposed = head.t().contiguous().t()
+    batch = Support(*(x.view(2, N // 2, K) for x in support))
+    kept = [x.clone() for x in (wide, transposed, bias, *support)]
+    strided = wide[:, :-1, ::2].requires_grad_()
+    got = linear_topk_reverse_kl(strided, transposed.requires_grad_(), batch, student_bias=bias, reduction="none")
+    got.sum().backward()
+    assert torch.equal(got.flatten(), want)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (wide, transposed, bias, *support), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["expanded", "strided", "per row"])
+def test_gradient_for_any_grad_output(backend, kind: str) -> None:
+    hidden, head, bias, support = inputs()
+    given = {
+        "expanded": torch.full((), 3.0, device=DEVICE).expand(N),
+        "strided": torch.randn(2 * N, device=DEVICE)[::2],
+        "per row": torch.randn(N, device=DEVICE),
+    }[kind]
+    loss = linear_topk_reverse_kl(hidden, head, support, student_bias=bias, reduction="none")
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
+    with use_backend("reference"):
+        want = topk_reverse_kl(dense(*exact), support, reduction="none")
+    found, again = (torch.autograd.grad(loss, (hidden, head, bias), given, retain_graph=True) for _ in range(2))
+    for a, b, c in zip(found, torch.autograd.grad(want, exact, given.double()), again, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6 * b.abs().max().item())
+        assert torch.equal(a, c)
+
+
+def test_a_second_derivative_raises(backend) -> None:
+    hidden, head, _, support = inputs()
+    (grad,) = torch.autograd.grad(linear_topk_reverse_kl(hidden, head, support), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_no_host_sync(module) -> None:
+    if DEVICE == "cpu" and module.__name__.endswith("triton"):
+        pytest.skip("the interpreter itself reads values; test_gpu.py captures the compiled kernels in a CUDA graph")
+    hidden, head, bias, support = (x if isinstance(x, Support) else x.detach() for x in inputs())
+    dhead, dbias = torch.empty_like(head), torch.empty_like(bias)
+    with NoHostSync():
+        loss, g, dhidden = module.sparse_head(hidden, head, bias, *support, None, 1.0, 1.0, 2.0, True)
+        module.sparse_head_weight_grad(g, support.ids, hidden, dhead, dbias)
+    assert loss.isfinite().all() and dhidden.any() and dhead.any() and dbias.any()
+
+
+@pytest.mark.parametrize("size", [(5, 30, 4, 11), (7, 300, 20, 80)], ids=str)
+def test_the_dense_product_is_the_same_loss(monkeypatch, size: tuple[int, ...]) -> None:
+    n, vocab, width, k = size
+    monkeypatch.setattr(dense_head, "ROWS", 3)
+    monkeypatch.setattr(dense_head, "TOKENS", 64)
+    hidden, head, bias = torch.randn(n, width), torch.randn(vocab, width), torch.randn(vocab)
+    ids, values = torch.randint(-2, vocab + 3, (n, k)), torch.randn(n, k)
+    weights = torch.randn(n)
+    weights[1], hidden[1] = 0, torch.nan
+    arguments = (hidden, head, bias, ids, values, weights, 0.7, 1.3, 3.0, True)
+    want = reference.sparse_head(*arguments)
+    for a, b in zip(dense_head.sparse_head(*arguments), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * b.abs().max().item())
+    out = [torch.full(shape, torch.nan) for shape in ((vocab, width), (vocab,)) for _ in range(2)]
+    for kind, dhead, dbias in ((dense_head, out[0], out[2]), (reference, out[1], out[3])):
+        kind.sparse_head_weight_grad(want[1], ids, hidden, dhead, dbias)
+    for a, b in zip(out[::2], out[1::2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * b.abs().max().item())
+
+
+def test_the_dense_product_is_chosen_by_one_rule() -> None:
+    hidden = torch.randn(3, 8)
+    assert backends.choose_head("auto", 25, hidden, 100) is dense_head
+    assert backends.choose_head("auto", 24, hidden, 100) is not dense_head
+    assert backends.choose_head("reference", 25, hidden, 100) is reference
+    assert backends.choose_head("auto", 25, hidden.double(), 100) is reference
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    assert backends.choose_head("auto", 25, hidden, 100) is not dense_head
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_module_is_the_function() -> None:
+    hidden, head, bias, support = inputs()
+    weights, denominator = torch.rand(N, device=DEVICE), torch.tensor(4.0, device=DEVICE)
+    options = {"temperature": 0.7, "logit_scale": 1.2, "softcap": 3.0, "weight_grad": "sparse"}
+    want = linear_topk_reverse_kl(
+        hidden, head, support, student_bias=bias, weights=weights, denominator=denominator, **options
+    )
+    module = LinearTopKReverseKLLoss(**options)
+    assert torch.equal(module(hidden, head, support, weights, denominator, bias), want)
+    assert "temperature=0.7, reduction='mean', logit_scale=1.2, softcap=3.0, weight_grad='sparse'" in repr(module)
