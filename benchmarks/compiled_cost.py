@@ -25,7 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from topk_rkl.backends.triton import scatter, select, select_loss, support_loss
+from topk_rkl.backends.triton import (
+    scatter,
+    select,
+    select_loss,
+    sparse_head,
+    sparse_head_weight_grad,
+    support_loss,
+)
 from topk_rkl.backends.triton.launch import INTERPRETED
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -35,11 +42,15 @@ ROWS = 2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SELECTS = ("select", "normalize", "select_loss")
 SLOTS = ("support_loss", "scatter", "scatter_repeated")
-# Each line is a product: kernels, dtypes, vocabularies, K. Rows of 4099 and 50257 may start at any address.
+HEADS = ("sparse_head", "sparse_head_weight_grad")
+# Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
+# may start at any address.
 CASES = {
     "few": [
         (("select_loss", *SLOTS), (BF16,), (151936,), (64,)),
         (("normalize",), (FP32,), (151936,), (1024,)),
+        (HEADS, (BF16,), (151936,), (64,), (4096,)),
+        (HEADS, (FP32,), (151936,), (1024,), (4096,)),
     ],
     "small": [
         (("select_loss",), (BF16, FP32), (151936,), (1, 64, 256, 1024)),
@@ -48,11 +59,14 @@ CASES = {
         (("normalize", "select_loss"), (BF16,), (50257,), (64,)),
         (("select_loss",), (FP32,), (4099,), (1024,)),
         (SLOTS, (BF16,), (151936,), (64, 1024)),
+        (HEADS, (BF16,), (151936,), (64,), (4096,)),
+        (HEADS, (FP32,), (151936,), (1024,), (4096,)),
     ],
     "full": [
         (SELECTS, (BF16, FP16, FP32), (4099, 32000, 49152, 151936, 262144), (1, 16, 64, 256, 1024)),
         (("normalize", "select_loss"), (BF16, FP32), (50257, 262208), (16, 64, 256, 1024)),
         (SLOTS, (BF16, FP16, FP32), (4099, 151936), (1, 16, 64, 256, 1024)),
+        (HEADS, (BF16, FP16, FP32), (151936,), (1, 16, 64, 256, 1024), (70, 1024, 2048, 4096, 8192)),
     ],
 }
 
@@ -64,6 +78,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     vocab: int
     k: int
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ class Cost:
     dtype: str
     vocab: int
     k: int
+    width: int
     registers: int
     spills: int
     spilled_scalars: int
@@ -140,6 +156,9 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def call_launcher(case: Case) -> None:
+    if case.kernel in HEADS:
+        call_head_launcher(case)
+        return
     logits = torch.empty((ROWS, case.vocab), dtype=case.dtype)
     ids = torch.empty((ROWS, case.k), dtype=torch.int32)
     slots = torch.empty((ROWS, case.k))
@@ -154,8 +173,20 @@ def call_launcher(case: Case) -> None:
         select(logits, case.k, normalize=case.kernel == "normalize")
 
 
-def compile_call(call: Callable[[], None], target: GPUTarget) -> tuple[Any, dict[str, Any]]:
-    """Compiles the one kernel that `call` launches -> the compiled kernel, the keywords of its launch."""
+def call_head_launcher(case: Case) -> None:
+    n = 256  # so that the pairs fill a window
+    hidden = torch.empty((n, case.width), dtype=case.dtype)
+    head = torch.empty((case.vocab, case.width), dtype=case.dtype)
+    ids = torch.zeros((n, case.k), dtype=torch.int32)
+    slots = torch.ones((n, case.k))
+    if case.kernel == "sparse_head":
+        sparse_head(hidden, head, head[:, 0].contiguous(), ids, slots, slots[:, 0].contiguous(), 1.0, 1.0, 30.0, True)
+    else:
+        sparse_head_weight_grad(slots, ids, hidden, head, None)
+
+
+def compile_call(call: Callable[[], None], target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:
+    """Compiles the kernels that `call` launches -> each compiled kernel and the keywords of its launch."""
     compiled = []
     run = JITFunction.run
 
@@ -166,8 +197,7 @@ def compile_call(call: Callable[[], None], target: GPUTarget) -> tuple[Any, dict
     hip = torch.version.hip or "compile only" if target.backend == "hip" else None
     with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch.version, "hip", hip):
         call()
-    [result] = compiled
-    return result
+    return compiled
 
 
 def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
@@ -184,15 +214,24 @@ def nvidia_cost(cubin: bytes) -> tuple[int, Sass]:
     return int(re.search(r"\bREG:(\d+)", usage)[1]), Sass.parse(nvidia_tool("nvdisasm", "-c", cubin))
 
 
-def measure(case: Case, target_name: str) -> Cost:
+def measure(case: Case, target_name: str) -> Iterator[Cost]:
     target = gpu_target(target_name)
-    kernel, launch = compile_call(lambda: call_launcher(case), target)
+    kernels = compile_call(lambda: call_launcher(case), target)
+    for kernel, launch in kernels:
+        name = case.kernel if len(kernels) == 1 else kernel.metadata.name.removesuffix("_kernel")
+        yield measure_kernel(case, name, kernel, launch, target, target_name)
+
+
+def measure_kernel(
+    case: Case, name: str, kernel: Any, launch: dict[str, Any], target: GPUTarget, target_name: str
+) -> Cost:
     scalars, per_element = 0, None
     if target.backend == "cuda":
         registers, sass = nvidia_cost(kernel.asm["cubin"])
         spills = sass.spills
-        if case.kernel in SELECTS:
-            per_element = sass.scan_length * launch["num_warps"] * target.warp_size / launch["BLOCK"]
+        if case.kernel in (*SELECTS, *HEADS):
+            tile = launch["BLOCK"] * launch.get("SLOTS", launch.get("PAIRS", 1))
+            per_element = sass.scan_length * launch["num_warps"] * target.warp_size / tile
     else:
         counts = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
         registers, spills, scalars = (counts[name] for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))
@@ -200,10 +239,11 @@ def measure(case: Case, target_name: str) -> Cost:
     return Cost(
         triton=triton.__version__,
         target=target_name,
-        kernel=case.kernel,
+        kernel=name,
         dtype=dtype,
         vocab=case.vocab,
         k=case.k,
+        width=case.width,
         registers=registers,
         spills=spills,
         spilled_scalars=scalars,
@@ -215,13 +255,13 @@ def measure(case: Case, target_name: str) -> Cost:
 def measure_all(cases: str, targets: list[str]) -> Iterator[Cost]:
     for target, grid in product(targets, CASES[cases]):
         for case in product(*grid):
-            yield measure(Case(*case), target)
+            yield from measure(Case(*case), target)
 
 
 def print_row(cost: Cost) -> None:
     per_element = "-" if cost.scan_per_element is None else f"{cost.scan_per_element:.1f}"
     print(
-        f"{cost.target:<7} {cost.kernel:<16} {cost.dtype:<9} {cost.vocab:>7} {cost.k:>5} {cost.registers:>10} "
+        f"{cost.target:<7} {cost.kernel:<16} {cost.dtype:<9} {cost.vocab:>7} {cost.k:>5} {cost.width:>5} {cost.registers:>10} "
         f"{cost.spills:>7} {cost.spilled_scalars:>8} {cost.shared_bytes:>7} {per_element:>13}",
         flush=True,
     )
@@ -236,7 +276,7 @@ def main() -> None:
     if INTERPRETED.value:
         sys.exit("TRITON_INTERPRET is set, so the kernels were built for the interpreter: unset it to compile them.")
     print(f"Triton {triton.__version__}; instr/element: SASS instructions an element of the scan loop")
-    print("target  kernel           dtype       vocab     K  registers  spills (scalar)  shared instr/element")
+    print("target  kernel           dtype       vocab     K     H  registers  spills (scalar)  shared instr/element")
     costs = []
     for cost in measure_all(args.cases, args.targets):
         print_row(cost)

@@ -2,6 +2,7 @@
 
 from topk_rkl.backends.triton.scatter import scatter
 from topk_rkl.backends.triton.select import select, select_loss
+from topk_rkl.backends.triton.sparse_head import sparse_head, sparse_head_weight_grad
 from topk_rkl.backends.triton.support_loss import support_loss
 
-__all__ = ["scatter", "select", "select_loss", "support_loss"]
+__all__ = ["scatter", "select", "select_loss", "sparse_head", "sparse_head_weight_grad", "support_loss"]

@@ -13,7 +13,7 @@ from torch import Tensor
 MAX_K = 1024
 MAX_VOCAB = 1 << 20
 SCRATCH_BYTES = 48 << 20
-"""Group maxima held at a time; a launch covers as many rows as fit."""
+"""Scratch memory held at a time; a launch covers as much as fits."""
 
 # Trailing zero bits of a value of this dtype once it is a float32: bits a comparison need not look at.
 IDLE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
@@ -66,6 +66,37 @@ def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
     return ScatterPlan(block, span=block if unique else 8 * block, num_warps=4)
 
 
+@dataclass(frozen=True)
+class SparseHeadPlan:
+    """How one program multiplies a hidden state with K rows of the head, and adds them up."""
+
+    slots: int  # rows of the head multiplied at a time
+    block: int  # columns of them
+    terms: int  # rows of the head added at a time
+    span: int  # columns of them
+    num_warps: int
+
+
+def plan_sparse_head(width: int) -> SparseHeadPlan:
+    """A warp multiplies whole rows, and a thread adds up its own columns: neither talks to others inside its loop."""
+    columns = max(16, triton.next_power_of_2(width))
+    return SparseHeadPlan(slots=16, block=min(256, columns), terms=4, span=min(1024, columns), num_warps=4)
+
+
+@dataclass(frozen=True)
+class WeightGradPlan:
+    """How one program adds up hidden states."""
+
+    pairs: int  # rows added at a time
+    block: int  # columns of them
+    num_warps: int
+
+
+def plan_weight_grad(width: int) -> WeightGradPlan:
+    """As many columns as keep that block of 16k hidden states within L2."""
+    return WeightGradPlan(pairs=4, block=min(512, max(16, triton.next_power_of_2(width))), num_warps=2)
+
+
 def compile_options(hip: bool) -> dict[str, int]:
     # Without a limit ptxas aims at more programs on a core and spills a few registers to get there. Fusion is the
     # default that Triton 3.10 turns off, and 3.9 warns of.
@@ -74,6 +105,17 @@ def compile_options(hip: bool) -> dict[str, int]:
 
 # Set before this module is imported, as Triton itself reads it when a kernel is decorated.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 -> dtype, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # where the cast cuts the low half off instead
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        return tl.where(x == x, nearest, x).to(dtype)
+    else:
+        return x.to(dtype)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:

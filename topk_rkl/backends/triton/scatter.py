@@ -5,18 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.launch import INTERPRETED, compile_options, on_device_of, pad_k, plan_scatter
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """float32 -> dtype, to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # where the cast cuts the low half off instead
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        return tl.where(x == x, nearest, x).to(dtype)
-    else:
-        return x.to(dtype)
+from topk_rkl.backends.triton.launch import compile_options, on_device_of, pad_k, plan_scatter, rounded
 
 
 @triton.jit
@@ -55,7 +44,7 @@ def scatter_kernel(
             value += tl.where(same, tl.load(g + other), 0.0)
             mine = mine & ((slot <= other) | ~same)
     tl.debug_barrier()
-    value = _rounded(value * tl.load(grad_output + row), out.dtype.element_ty)
+    value = rounded(value * tl.load(grad_output + row), out.dtype.element_ty)
     tl.store(out + column.to(tl.int64) * out_step, value, mask=mine)
 
 
