@@ -172,8 +172,10 @@ def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad
     n, vocab, width, k = 180, 2_000, 4, 8
     if module is reference:
         pytest.skip("it gathers, in chunks, which test_the_reference_gathers_in_chunks bounds")
+    if DEVICE == "cpu" and module.__name__.endswith("triton"):
+        pytest.skip("the interpreter copies every tensor of a launch")
     hidden, head = (torch.randn(size, width, device=DEVICE, requires_grad=True) for size in (n, vocab))
-    ids = torch.rand(n, vocab).argsort(1)[:, :k].to(DEVICE)
+    ids = torch.rand(n, vocab).argsort(1)[:, :k].contiguous().to(DEVICE)
     values = torch.randn(n, k, device=DEVICE)
     h, w = hidden.detach(), head.detach()
     with Largest() as inside:  # an op hides what its backend allocates, so both are looked at

@@ -299,9 +299,7 @@ def sparse_head_weight_grad(
     vocab = len(outs[0][0])
     keys = torch.where((ids >= 0) & (ids < vocab) & (g != 0), ids, vocab).flatten().int()
     sorted_ids, pairs = keys.sort(stable=True)
-    bounds = torch.searchsorted(
-        sorted_ids, torch.arange(vocab + 1, dtype=torch.int32, device=g.device), out_int32=True
-    )
+    bounds = torch.searchsorted(sorted_ids, torch.arange(vocab + 1, dtype=torch.int32, device=g.device), out_int32=True)
     rows, terms = (pairs // g.shape[1]).int(), g.flatten().gather(0, pairs)
     for out, factor in outs:
         _sum_segments(sorted_ids, bounds, rows, terms, factor, out)
