@@ -5,7 +5,7 @@ import torch
 
 from tests.test_loss import plain, run
 from tests.test_select import stable_sort
-from topk_rkl import teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +48,65 @@ def test_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
         graph.replay()
         want = run(student, teacher, k=32, weights=weights, denominator=denominator, reduction="mean")
     assert torch.equal(loss.detach(), want[0]) and torch.equal(grad, want[1])
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_from_hidden_states_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
+    hidden = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(33_000, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    support = teacher_topk(torch.randn(64, 33_000, device="cuda"), 32)
+
+    def step():
+        hidden.grad = head.grad = None
+        loss = linear_topk_reverse_kl(hidden, head, support, softcap=30.0)
+        loss.backward()
+        return loss, hidden.grad, head.grad
+
+    with use_backend(name):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        side.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        with torch.no_grad():
+            hidden.copy_(torch.randn_like(hidden))
+        graph.replay()
+        replayed = [x.detach().clone() for x in captured]
+        want = step()
+    assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
+
+
+def test_from_hidden_states_of_a_real_size() -> None:
+    """Against float64 on the K rows; what is held besides the gradients stays below a fiftieth of the logits."""
+    n, vocab, width, k = 4_096, 151_936, 2_048, 32
+    hidden = torch.randn(n, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, vocab, (n, k), device="cuda")
+    ids[:, 0] = 7  # on every row
+    values = torch.randn(n, k, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = linear_topk_reverse_kl(hidden, head, Support(ids, values), logit_scale=0.02, reduction="none")
+    loss.sum().backward()
+    torch.cuda.synchronize()
+    gradients = n * width * (4 + 4 + 2)  # kept in float32, times grad_output, rounded
+    assert torch.cuda.max_memory_allocated() - before < gradients + n * vocab * 2 // 50
+    some = slice(0, 64)
+    exact = hidden[some].detach().double().requires_grad_()
+    z = torch.einsum("nkh,nh->nk", head[ids[some]].double(), exact) * 0.02
+    log_p, log_q = z.log_softmax(-1), values[some].double().log_softmax(-1)
+    want = (log_p.exp() * (log_p - log_q)).sum(-1)
+    (grad,) = torch.autograd.grad(want.sum(), exact)
+    torch.testing.assert_close(loss[some].double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad[some].double(), grad, rtol=2**-8, atol=1e-5)
 
 
 def test_the_current_stream_is_used() -> None:

@@ -19,6 +19,12 @@ def test_the_quick_start_runs_and_equals_the_plain_form() -> None:
     want.backward()
     torch.testing.assert_close(scope["loss"], want, rtol=1e-5, atol=0)
     torch.testing.assert_close(scope["student_logits"].grad, student.grad, rtol=1e-4, atol=1e-9)
+    hidden, head = (scope[name].detach().requires_grad_() for name in ("hidden", "head"))
+    want = scope["plain"](hidden @ head.T, teacher, 32, scope["response_mask"])
+    want.backward()
+    torch.testing.assert_close(scope["linear_loss"], want, rtol=1e-5, atol=0)
+    for name, leaf in (("hidden", hidden), ("head", head)):
+        torch.testing.assert_close(scope[name].grad, leaf.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_every_test_that_it_names_is_there() -> None:
