@@ -261,8 +261,8 @@ def measure_all(cases: str, targets: list[str]) -> Iterator[Cost]:
 def print_row(cost: Cost) -> None:
     per_element = "-" if cost.scan_per_element is None else f"{cost.scan_per_element:.1f}"
     print(
-        f"{cost.target:<7} {cost.kernel:<16} {cost.dtype:<9} {cost.vocab:>7} {cost.k:>5} {cost.width:>5} {cost.registers:>10} "
-        f"{cost.spills:>7} {cost.spilled_scalars:>8} {cost.shared_bytes:>7} {per_element:>13}",
+        f"{cost.target:<7} {cost.kernel:<16} {cost.dtype:<9} {cost.vocab:>7} {cost.k:>5} {cost.width:>5} "
+        f"{cost.registers:>10} {cost.spills:>7} {cost.spilled_scalars:>8} {cost.shared_bytes:>7} {per_element:>13}",
         flush=True,
     )
 

@@ -77,10 +77,11 @@ class SparseHeadPlan:
     num_warps: int
 
 
-def plan_sparse_head(width: int) -> SparseHeadPlan:
-    """A warp multiplies whole rows, and a thread adds up its own columns: neither talks to others inside its loop."""
+def plan_sparse_head(k: int, width: int) -> SparseHeadPlan:
+    """A warp multiplies whole rows and a thread adds up its own columns: what threads share they add after the loop."""
     columns = max(16, triton.next_power_of_2(width))
-    return SparseHeadPlan(slots=16, block=min(256, columns), terms=4, span=min(1024, columns), num_warps=4)
+    num_warps = 8 if k > 512 else 4  # the loss of so many slots takes all registers of four
+    return SparseHeadPlan(slots=16, block=min(256, columns), terms=4, span=min(1024, columns), num_warps=num_warps)
 
 
 @dataclass(frozen=True)

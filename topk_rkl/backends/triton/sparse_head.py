@@ -4,8 +4,9 @@ sparse_head_weight_grad sorts the pairs (row, slot) by id, so that each row of t
 a segment in the order of its pairs and writes the row once, zeros included: no atomics, the same bits every time.
 A hot id may own a pair of every row. So the aligned windows of WINDOW pairs that lie within one segment are summed
 first, side by side, and the program of a segment adds at most WINDOW - 1 pairs at each end and the sums between them.
-Which windows those are only the device knows; the host makes room for all of them, in slices of H: SCRATCH_BYTES, or
-the size of g where that is more (WINDOW pairs of 4 bytes take at least one block of GRAD_BLOCK sums, also of 4 bytes).
+Which windows those are only the device knows; the host makes room for all of them, and takes a slice of H at a time so
+that this is at most SCRATCH_BYTES, or twice the size of g if that is more: a window, for its 256 numbers of g, has one
+block of up to 512 sums at least.
 """
 
 import torch
@@ -144,7 +145,7 @@ def sparse_head_kernel(
     row_loss, dz = reverse_kl_slots(z, tl.where(live, w, float("-inf")), live, inv_t)
     dz *= weight
     tl.store(loss, (row_loss * weight).to(tl.float32))
-    # A slot without gradient has 0 even where the slope is not finite.
+    # A slot without gradient has +0, whatever its slope.
     tl.store(g + slot, tl.where(dz == 0.0, 0.0, dz * slope).to(tl.float32), mask=slot < k)
 
     # 3. The gradient of the hidden state: the same rows of the head again, those of slots with gradient.
@@ -271,7 +272,7 @@ def sparse_head(
     dhidden = torch.empty((n if want_dhidden else 0, width), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return loss, g, dhidden
-    plan = plan_sparse_head(width)
+    plan = plan_sparse_head(k, width)
     with on_device_of(hidden):
         sparse_head_kernel[(n,)](
             hidden, *hidden.stride(), width, head, *head.stride(), vocab, bias, 0 if bias is None else bias.stride(0),
