@@ -1,11 +1,17 @@
-"""Other projects' losses, each from its own unmodified file, called as its users call it.
+"""Other projects' losses, each from its own unmodified files, called as its users call it.
 
     pip install --no-deps --target build/peers ms-swift==4.6.0
+    pip install --no-deps --target build/peers axolotl==0.19.0 liger-kernel==0.8.5 trl==1.16.0
     git clone https://github.com/NVIDIA-NeMo/RL build/peers/nemo-rl  # measured at 7ea279abf
 
-Each file needs no more of its project than the names given beside it here.
+The folder is never on the path: a file is loaded by its name, with stand-ins for what it imports of its project and
+does not need here. Besides torch, axolotl's needs numpy, TRL's packaging and transformers. Axolotl's needs Liger's.
+
+Those that begin with hidden states have a mean loss over the positions. Only axolotl's is that of this package; TRL's
+and Liger's compare the whole vocabulary, and so are given a teacher with a head of its own.
 """
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -20,19 +26,18 @@ FOLDER = Path(__file__).parent.parent / "build" / "peers"
 Loss = Callable[[], Tensor]
 
 
-def module(file: str, **stubs: dict[str, object]) -> ModuleType:
-    """The module of a file under FOLDER, with stand-ins for the modules it imports, by dotted name."""
-    for dotted, names in stubs.items():
-        parts = dotted.split(".")
+def module(dotted: str, folder: str = "", **stubs: dict[str, object]) -> ModuleType:
+    """The module of that name from its file under FOLDER, with stand-ins for modules it imports, by dotted name."""
+    for stub, names in {dotted.rpartition(".")[0]: {}, **stubs}.items():
+        parts = stub.split(".")
         for parent in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
             sys.modules.setdefault(parent, ModuleType(parent)).__path__ = []
-        vars(sys.modules[dotted]).update(names)
-    name = Path(file).stem
-    spec = importlib.util.spec_from_file_location(name, FOLDER / file)
+        vars(sys.modules[stub]).update(names)
+    spec = importlib.util.spec_from_file_location(dotted, FOLDER / folder / f"{dotted.replace('.', '/')}.py")
     assert spec and spec.loader
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    sys.modules[dotted] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[dotted])
+    return sys.modules[dotted]
 
 
 def ms_swift(
@@ -40,7 +45,7 @@ def ms_swift(
     ids: Tensor,  # (N, K) int64
     log_probs: Tensor,  # (N, K)
 ) -> Loss:
-    swift = module("swift/rlhf_trainers/gkd_loss.py")
+    swift = module("swift.rlhf_trainers.gkd_loss")
     labels = torch.zeros(1, len(student), dtype=torch.long)
 
     def loss() -> Tensor:
@@ -58,7 +63,7 @@ def nemo_rl(
 ) -> Loss:
     sampling = {"TrainingSamplingParams": object, "apply_top_k_top_p": None, "need_top_k_or_top_p_filtering": None}
     nemo = module(
-        "nemo-rl/nemo_rl/distributed/model_utils.py", **{"nemo_rl.algorithms.logits_sampling_utils": sampling}
+        "nemo_rl.distributed.model_utils", "nemo-rl", **{"nemo_rl.algorithms.logits_sampling_utils": sampling}
     )
 
     def loss() -> Tensor:
@@ -68,3 +73,50 @@ def nemo_rl(
         return (s.exp() * (s - t)).sum(-1).mean()
 
     return loss
+
+
+def axolotl(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    ids: Tensor,  # (N, K) int64
+    log_probs: Tensor,  # (N, K)
+    compiled: bool = False,
+) -> Loss:
+    """It sums, so the mean is asked for through the weight of the loss; a head that is frozen saves it nothing."""
+    module("liger_kernel.chunked_loss.fused_linear_distillation")
+    module("axolotl.integrations.kd.utils")
+    kernel = module("axolotl.integrations.kd.kernels.liger").LigerFusedLinearKLTopKLogprobLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1 / len(hidden), beta=1.0, compute_ce_loss=False, compiled=compiled
+    )
+    teacher = ids[None], log_probs.log_softmax(-1)[None], torch.ones_like(ids, dtype=torch.bool)[None]
+    labels = torch.zeros(1, len(hidden), dtype=torch.long)
+    return lambda: kernel(head, hidden[None], *teacher, labels)
+
+
+def trl(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    teacher_hidden: Tensor,  # (N, H)
+    teacher_head: Tensor,  # (V, H)
+) -> Loss:
+    """Reverse KL over the vocabulary."""
+    ungathered = {"maybe_gather_lm_head_ctx": lambda *_: contextlib.nullcontext()}
+    module("trl.kernels.chunked_logprob", **{"trl.trainer.utils": ungathered})
+    divergence = module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    return lambda: divergence.apply(hidden, head, None, teacher_hidden, teacher_head, None, 1.0)[0].mean()
+
+
+def liger(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    teacher_hidden: Tensor,  # (N, H)
+    teacher_head: Tensor,  # (V, H)
+    compiled: bool = False,
+) -> Loss:
+    """Reverse KL over the vocabulary; a head that is frozen saves it nothing."""
+    module("liger_kernel.chunked_loss.fused_linear_distillation")
+    kernel = module("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled
+    )
+    labels = torch.zeros(len(hidden), dtype=torch.long)
+    return lambda: kernel(hidden, head, teacher_hidden, teacher_head, labels)

@@ -42,7 +42,14 @@ def on_ids(
     w: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
 ) -> Tensor:
-    log_p = student.gather(-1, ids).log_softmax(-1)
+    return on_slots(student.gather(-1, ids), w)
+
+
+def on_slots(
+    z: Tensor,  # (N, K), the student's logits
+    w: Tensor,  # (N, K), the teacher's
+) -> Tensor:
+    log_p = z.log_softmax(-1)
     return (log_p.exp() * (log_p - w.log_softmax(-1))).sum(-1).mean()
 
 
