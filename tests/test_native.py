@@ -68,6 +68,29 @@ def test_the_loss_with_each_instruction_set(native, isa: str, k: int, temperatur
         torch.testing.assert_close(a, b.float(), rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 63, 64, 200])
+def test_the_sparse_head_with_each_instruction_set(native, isa: str, width: int, dtype: torch.dtype) -> None:
+    """Within float32's rounding of sums of `width` terms; rows of the head that are infinite, NaN or subnormal."""
+    hidden, head, bias = (x.to(dtype) for x in (torch.randn(9, width), torch.randn(40, width), torch.randn(40)))
+    head[3], head[4], head[5] = torch.inf, torch.nan, 1e-7
+    ids, values = torch.rand(9, 40).argsort(1)[:, :13], torch.randn(9, 13)
+    ids[2:][(ids[2:] == 3) | (ids[2:] == 4)] = -1
+    ids[0, 0], ids[1, 0], ids[2, 0] = 3, 4, 5
+    arguments = (bias, ids, values, torch.linspace(-1, 2, 9), 0.9, 0.1, 3.0, True)
+    got = native.sparse_head(hidden, head, *arguments)
+    want = reference.sparse_head(hidden.double(), head.double(), bias.double(), *arguments[1:])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
+    outs = [torch.full(shape, torch.nan, dtype=dtype) for shape in ((40, width), (40,))]
+    native.sparse_head_weight_grad(got[1][2:], ids[2:], hidden[2:], *outs)
+    exact = [torch.empty(out.shape, dtype=torch.float64) for out in outs]
+    reference.sparse_head_weight_grad(got[1][2:].double(), ids[2:], hidden[2:].double(), *exact)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
+    for a, b in zip(outs, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1.01 * rounding, atol=1e-6)
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     from topk_rkl import _native
 

@@ -51,8 +51,8 @@ void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const 
                  float* g,         // (n, k)
                  float* dhidden);  // (n, hidden.columns)
 
-// g is float32, hidden has contiguous columns, and n k is below 2^32. dhead (vocab, hidden.columns), of the kind of
-// hidden, and dbias (vocab) may have null data.
+// g is float32, hidden has contiguous columns, and n k is below 2^32. dhead (vocab, hidden.columns) and
+// dbias (vocab) may have null data.
 void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k,
                              int64_t vocab, const Matrix& dhead, const Vector& dbias, int threads);
 

@@ -63,10 +63,10 @@ class Worker {
     std::fill_n(g, at_.k, 0.0f);
     int64_t count = 0;
     for (int64_t i = 0; i < slots_.live(); ++i) {
-      if (slots_.g(i) == 0) continue;  // its row of the head need not even be finite
+      const auto factor = float(slots_.g(i) == 0 ? 0 : slots_.g(i) * slopes_[i]);
+      if (factor == 0) continue;  // its row of the head need not even be finite
       rows_[count] = rows_[i];
-      factors_[count] = g[slots_.slot(i)] = float(slots_.g(i) * slopes_[i]);
-      ++count;
+      factors_[count++] = g[slots_.slot(i)] = factor;
     }
     if (!dhidden) return;
     sum_rows(at_.isa, at_.head.kind, rows_.data(), factors_.data(), count, at_.head.columns, sum_);
@@ -141,8 +141,12 @@ std::vector<uint64_t> sorted_pairs(const Matrix& g, const Matrix& ids, int64_t n
 }
 
 // Past the caches where that is asked for and the row lies on whole lines.
-void write_row(char* to, const char* from, int64_t bytes, bool streamed) {
-  if (streamed && reinterpret_cast<uintptr_t>(to) % LINE == 0 && bytes % LINE == 0) {
+void write_row(const Matrix& out, int64_t row, const char* from, bool streamed) {
+  const int64_t size = size_of(out.kind), bytes = out.columns * size;
+  char* to = out.at(row);
+  if (out.step != 1) {
+    for (int64_t i = 0; i < out.columns; ++i) std::memcpy(out.at(row, i), from + i * size, size);
+  } else if (streamed && reinterpret_cast<uintptr_t>(to) % LINE == 0 && bytes % LINE == 0) {
     for (int64_t i = 0; i < bytes; i += LINE) stream_line(to + i, from + i);
   } else {
     std::memcpy(to, from, bytes);
@@ -152,12 +156,12 @@ void write_row(char* to, const char* from, int64_t bytes, bool streamed) {
 // One thread at work on the gradient of the head.
 struct Summer {
   Summer(const Isa& isa, const Matrix& hidden)
-      : isa(isa), kind(hidden.kind), width(hidden.columns), sum(zeros(width)), rounded(sum), zero(sum) {}
+      : isa(isa), hidden(hidden.kind), width(hidden.columns), sum(zeros(width)), rounded(sum), zero(sum) {}
 
-  // A row of the gradient in the kind of the head.
-  const char* row() {
+  // A row of the gradient.
+  const char* row(Kind kind) {
     if (rows.empty()) return reinterpret_cast<const char*>(zero.data());
-    sum_rows(isa, kind, rows.data(), factors.data(), int64_t(rows.size()), width, sum);
+    sum_rows(isa, hidden, rows.data(), factors.data(), int64_t(rows.size()), width, sum);
     if (kind == Kind::float32) return reinterpret_cast<const char*>(sum.data());
     char* to = reinterpret_cast<char*>(rounded.data());
     if (kind == Kind::bfloat16) {
@@ -169,7 +173,7 @@ struct Summer {
   }
 
   const Isa& isa;
-  Kind kind;
+  Kind hidden;
   int64_t width;
   std::vector<float> sum, rounded, zero;
   std::vector<const void*> rows;
@@ -194,7 +198,7 @@ void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& h
                              int64_t vocab, const Matrix& dhead, const Vector& dbias, int threads) {
   const Isa& isa = current_isa();
   const auto pairs = sorted_pairs(g, ids, n, k, vocab);
-  const int64_t row_bytes = hidden.columns * size_of(hidden.kind), share = std::max<int64_t>(1, SHARE / row_bytes);
+  const int64_t row_bytes = hidden.columns * size_of(dhead.kind), share = std::max<int64_t>(1, SHARE / row_bytes);
   const bool streamed = dhead.data && vocab * row_bytes >= STREAMED_BYTES;
   if (streamed) want_huge_pages(dhead, vocab);
   std::vector<Summer> summers(threads, Summer(isa, hidden));
@@ -212,7 +216,7 @@ void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& h
         bias += mine.factors.back();
       }
       if (dbias.data) store(dbias.at(id), dbias.kind, float(bias));
-      if (dhead.data) write_row(dhead.at(id), mine.row(), row_bytes, streamed);
+      if (dhead.data) write_row(dhead, id, mine.row(dhead.kind), streamed);
     }
     end_of_stream();
   });

@@ -76,7 +76,7 @@ void sort_by_key(uint64_t* items, uint64_t* spare, int64_t n, int bytes) {
     for (int64_t i = 0; i < n; ++i) to[place[from[i] >> shift & 255]++] = from[i];
     std::swap(from, to);
   }
-  if (from != items) std::memcpy(items, from, n * sizeof *items);
+  if (from != items && n > 0) std::memcpy(items, from, n * sizeof *items);
 }
 
 }  // namespace topk_rkl

@@ -27,6 +27,7 @@ from topk_rkl.backends.triton.launch import (
 from topk_rkl.backends.triton.support_loss import reverse_kl_slots
 
 WINDOW = 256
+MAX_PAIRS = 2**31 - 1
 
 
 @triton.jit
@@ -292,11 +293,11 @@ def sparse_head_weight_grad(
     dhead: Tensor | None,  # (V, H), overwritten
     dbias: Tensor | None,  # (V,), overwritten
 ) -> None:
+    if ids.numel() > MAX_PAIRS:
+        raise ValueError(f"ids has {ids.numel()} slots; torch.sort takes at most {MAX_PAIRS}, pass fewer rows")
     outs = [(dhead, hidden)] if dhead is not None else []
     if dbias is not None:  # what the head's gradient would be from hidden states of one column of ones
         outs.append((dbias[:, None], hidden.new_ones(()).expand(len(g), 1)))
-    if not outs:
-        return
     vocab = len(outs[0][0])
     keys = torch.where((ids >= 0) & (ids < vocab) & (g != 0), ids, vocab).flatten().int()
     sorted_ids, pairs = keys.sort(stable=True)
