@@ -211,8 +211,8 @@ def checked(name: str, step: Step, p: Problem, want: Truth) -> dict[str, object]
 
 
 def backend(p: Problem) -> str:
-    module = backends.choose(backends.requested(), p.support.ids.shape[1], p.hidden)
-    return module.__name__.rpartition(".")[2] if hasattr(module, "sparse_head") else "reference"
+    module = backends.choose_head(backends.requested(), p.support.ids.shape[1], p.hidden, len(p.head))
+    return module.__name__.rpartition(".")[2]
 
 
 def contest(sizes: Sizes, dtype: str, gradients: str, runs: int, with_others: bool) -> Iterator[dict[str, object]]:
