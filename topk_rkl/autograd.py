@@ -174,8 +174,8 @@ def _row_sparse(
 ) -> Tensor:  # (V, H) sparse, coalesced
     """The gradient over the touched rows of the head: the dense one of a head that has only those."""
     live = (ids >= 0) & (ids < vocab) & (g != 0)
-    touched = ids[live].unique().long()  # how many is read on the host
-    place = torch.searchsorted(touched, ids.long().contiguous()).where(live, -1)
+    touched, places = ids[live].long().unique(return_inverse=True)  # how many is read on the host
+    place = torch.full_like(ids, -1, dtype=torch.long).masked_scatter(live, places)
     values = hidden.new_empty(len(touched), hidden.shape[-1])
     ops.sparse_head_weight_grad(g, place, hidden, values, None, backend)
     shape = (vocab, hidden.shape[-1])
