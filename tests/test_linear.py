@@ -211,6 +211,7 @@ def test_linear_teacher_topk_gives_the_ids_of_its_own_products(backend) -> None:
     parts = [1.5 * (torch.addmm(bias, rows, head.T) * 0.5 / 1.5).tanh() for rows in hidden.split(4)]
     want = teacher_topk(torch.cat(parts), 5)
     assert torch.equal(got.ids, want.ids) and torch.equal(got.log_probs, want.log_probs)
+    assert linear_teacher_topk(hidden[:0], head, 5).ids.shape == (0, 5)
     batch = torch.randn(2, 5, H, device=DEVICE)[:, :-1]
     assert torch.equal(
         linear_teacher_topk(batch, head, 5).ids.flatten(0, 1), linear_teacher_topk(batch.reshape(-1, H), head, 5).ids
@@ -365,6 +366,18 @@ def test_the_dense_product_is_the_same_loss(monkeypatch, size: tuple[int, ...]) 
         kind.sparse_head_weight_grad(want[1], ids, hidden, dhead, dbias)
     for a, b in zip(out[::2], out[1::2], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * b.abs().max().item())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the dense product is chosen on CPUs alone")
+def test_autocast_does_not_take_the_dense_product_in_16_bits() -> None:
+    hidden, head, _, support = inputs()
+    head = head[:20].detach().requires_grad_()
+    assert backends.choose_head("auto", K, hidden, 20) is dense_head
+    want = linear_topk_reverse_kl(hidden, head, support)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_topk_reverse_kl(hidden, head, support)
+        assert torch.equal(got, want)
+        assert all(map(torch.equal, gradients(got, hidden, head), gradients(want, hidden, head)))
 
 
 def test_the_dense_product_is_chosen_by_one_rule() -> None:

@@ -14,6 +14,7 @@ from topk_rkl.backends.reference import raw_slots_loss
 ROWS, TOKENS = 512, 4096  # of a block: 8 MiB
 
 
+@torch.autocast("cpu", enabled=False)  # a trainer's would take the products in 16 bits
 def sparse_head(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
@@ -41,6 +42,7 @@ def sparse_head(
     return loss, g, dhidden
 
 
+@torch.autocast("cpu", enabled=False)
 def sparse_head_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
