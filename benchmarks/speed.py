@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
-from topk_rkl import teacher_topk, topk_reverse_kl
+from topk_rkl import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl
 from topk_rkl.backends import choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -79,6 +81,47 @@ def contests(student: Tensor, teacher: Tensor, k: int) -> dict[str, tuple[int, d
                 "torch.compile": lambda: trained(compiled, student, teacher, k),
             },
         ),
+    }
+
+
+def linear_contests(
+    n: int, vocab: int, k: int, width: int, dtype: torch.dtype, device: str
+) -> dict[str, tuple[int, dict[str, Callable[[], object]]]]:
+    """As `contests`, from hidden states: K rows of the head a position must be read, and its gradient written."""
+    hidden, head = (torch.randn(size, width, device=device, dtype=dtype) for size in (n, vocab))
+    head = head.mul_(width**-0.5)
+    ids = torch.randint(vocab, (n, k), device=device)
+    support = Support(ids, torch.randn(n, k, device=device))
+    hidden.requires_grad_()
+
+    def ours() -> Tensor:
+        return linear_topk_reverse_kl(hidden, head, support)
+
+    def plain_head(hidden: Tensor, head: Tensor) -> Tensor:
+        return on_ids((hidden @ head.T).float(), support.log_probs, ids)
+
+    def step(loss: Callable[[], Tensor], trains_head: bool) -> None:
+        hidden.grad = head.grad = None
+        head.requires_grad_(trains_head)
+        loss().backward()
+
+    some = hidden[:16].detach().double()
+    z = torch.einsum("nkh,nh->nk", head[ids[:16]].double(), some)
+    losses = linear_topk_reverse_kl(hidden[:16], head, Support(ids[:16], support.log_probs[:16]))
+    torch.testing.assert_close(losses.double(), on_slots(z, support.log_probs[:16].double()), rtol=1e-4, atol=0)
+    compiled = torch.compile(plain_head)
+    contestants = {
+        "topk_rkl": ours,
+        "plain": lambda: plain_head(hidden, head),
+        "torch.compile": lambda: compiled(hidden, head),
+    }
+    gathered = n * k * width * head.element_size()
+    return {
+        work: (moved, {name: partial(step, loss, trains_head) for name, loss in contestants.items()})
+        for work, moved, trains_head in (
+            ("from hidden states, frozen head", gathered, False),
+            ("from hidden states, dense head gradient", gathered + head.nbytes, True),
+        )
     }
 
 
@@ -160,15 +203,27 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[256, 16_384] if cuda else [128])
     parser.add_argument("--vocab", type=int, nargs="*", default=[151_936])
     parser.add_argument("--k", type=int, nargs="*", default=[16, 64, 256] if cuda else [32])
+    parser.add_argument("--width", type=int, nargs="*", default=[4_096] if cuda else [], help="of hidden states")
     parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=["bfloat16"])
     parser.add_argument("--runs", type=int, default=21 if cuda else 7)
     parser.add_argument("--out", type=Path, help="a file to which the lines are appended")
     options = parser.parse_args()
     device = "cuda" if cuda else "cpu"
     shared, rate = setting(device), copy_rate(device)
-    for n, vocab, k, dtype in (
-        (n, v, k, d) for n in options.rows for v in options.vocab for k in options.k for d in options.dtype
-    ):
+
+    def run(works: dict[str, tuple[int, dict[str, Callable[[], object]]]], **sizes: object) -> None:
+        for work, (size, calls) in works.items():
+            times = medians(calls, options.runs, device)
+            for name, taken in times.items():
+                line = {
+                    "work": work, "contestant": name, **sizes,
+                    "median_ms": round(taken * 1e3, 4), "over_topk_rkl": round(taken / times["topk_rkl"], 2),
+                    "over_floor": round(taken * rate / size, 2), "peak_bytes": peak_bytes(calls[name], device),
+                    "copy_gb_s": round(rate / 1e9, 1), **shared,
+                }  # fmt: skip
+                record(line, options.out)
+
+    for n, vocab, k, dtype in product(options.rows, options.vocab, options.k, options.dtype):
         student, teacher = (torch.randn(n, vocab, device=device, dtype=DTYPES[dtype]) for _ in range(2))
         student.requires_grad_()
         # torch.topk takes any of equal logits, so the plain form is checked on the ids of the stable order.
@@ -176,16 +231,11 @@ def main() -> None:
         want = on_ids(student.double(), w.double(), ids.long())
         torch.testing.assert_close(topk_reverse_kl(student, teacher, k=k).double(), want, rtol=1e-5, atol=0)
         backend = choose("auto", k, student, teacher).__name__.rpartition(".")[2]
-        for work, (size, calls) in contests(student, teacher, k).items():
-            times = medians(calls, options.runs, device)
-            for name, taken in times.items():
-                line = {
-                    "work": work, "contestant": name, "backend": backend, "n": n, "v": vocab, "k": k, "dtype": dtype,
-                    "median_ms": round(taken * 1e3, 4), "over_topk_rkl": round(taken / times["topk_rkl"], 2),
-                    "over_floor": round(taken * rate / size, 2), "peak_bytes": peak_bytes(calls[name], device),
-                    "copy_gb_s": round(rate / 1e9, 1), **shared,
-                }  # fmt: skip
-                record(line, options.out)
+        sizes = {"backend": backend, "n": n, "v": vocab, "k": k, "dtype": dtype}
+        run(contests(student, teacher, k), **sizes)
+        del student, teacher, want
+        for width in options.width:
+            run(linear_contests(n, vocab, k, width, DTYPES[dtype], device), **sizes, h=width)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The promises that only a GPU can show: graphs, streams, real memory, offsets past 2^31. Run by `make test-gpu`."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.test_loss import plain, run
 from tests.test_select import stable_sort
@@ -14,6 +17,23 @@ pytestmark = pytest.mark.gpu
 def _without_poison():
     """Filling fresh memory costs time and memory that these tests count."""
     torch.use_deterministic_algorithms(False)
+
+
+def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """The step as a graph and what that writes to; an error if the step reads a device value on the host."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    side.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return graph, results
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
@@ -30,18 +50,7 @@ def test_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
         return loss, student.grad
 
     with use_backend(name):
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            step()
-        side.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                loss, grad = step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        graph, (loss, grad) = captured(step)
         with torch.no_grad():
             student.copy_(torch.randn_like(student))
             teacher.copy_(torch.randn_like(teacher))
@@ -63,22 +72,11 @@ def test_from_hidden_states_no_host_sync_and_capture_in_a_cuda_graph(name: str) 
         return loss, hidden.grad, head.grad
 
     with use_backend(name):
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            step()
-        side.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        graph, results = captured(step)
         with torch.no_grad():
             hidden.copy_(torch.randn_like(hidden))
         graph.replay()
-        replayed = [x.detach().clone() for x in captured]
+        replayed = [x.detach().clone() for x in results]
         want = step()
     assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
 
