@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from test_loss import NoHostSync
+from test_select import lazy_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -346,6 +347,24 @@ def test_no_host_sync(module) -> None:
         loss, g, dhidden = module.sparse_head(hidden, head, bias, *support, None, 1.0, 1.0, 2.0, True)
         module.sparse_head_weight_grad(g, support.ids, hidden, dhead, dbias)
     assert loss.isfinite().all() and dhidden.any() and dhead.any() and dbias.any()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="address space without memory behind it is to be had on the host alone")
+@pytest.mark.parametrize("stride", [(2**31, 1), (1, 2**27)], ids=str)
+def test_big_offsets_are_64_bit(module, stride: tuple[int, int]) -> None:
+    """Rows, or columns, of hidden states and head that lie further apart than 2^31 elements reach."""
+    far = [lazy_memory(2**32 + 4_096, torch.bfloat16).as_strided((3, 30), stride) for _ in range(3)]
+    near = [torch.randn(3, 30).bfloat16() for _ in range(2)]
+    for x, y in zip(far, near, strict=False):
+        x.copy_(y)
+    ids, values = torch.tensor([[2, 0], [1, 2], [0, 1]]), torch.randn(3, 2)
+    results = []
+    for hidden, head, dhead in (far, [*near, torch.full((3, 30), torch.nan).bfloat16()]):
+        loss, g, dhidden = module.sparse_head(hidden, head, None, ids, values, None, 1.0, 1.0, None, True)
+        module.sparse_head_weight_grad(g, ids, hidden, dhead, None)
+        results.append((loss, g, dhidden, dhead.clone()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(5, 30, 4, 11), (7, 300, 20, 80)], ids=str)
