@@ -1,5 +1,6 @@
-// Bytes -> a row, K, a kind, a stride -> every instruction set against a stable sort; and the loss and the gradient on
-// what was selected. `fuzz SECONDS [SEED]` draws the bytes itself; with clang's -fsanitize=fuzzer libFuzzer does.
+// Bytes -> a row, K, a kind, a stride -> every instruction set against a stable sort; the loss and the gradient on what
+// was selected; and the matrix as a head. `fuzz SECONDS [SEED]` draws the bytes itself; with clang's -fsanitize=fuzzer
+// libFuzzer does.
 // `fuzz plant` reads one element past a row, to show that a sanitizer is on.
 #include <algorithm>
 #include <chrono>
@@ -43,8 +44,8 @@ Case case_of(const uint8_t* bytes, size_t size) {
 
 void require(bool condition, const char* what, const Case& c) {
   if (condition) return;
-  std::printf("%s: kind %d, n %ld, V %ld, K %ld, stride %ld, step %ld, %s\n", what, int(c.kind), long(c.n),
-              long(c.vocab), long(c.k), long(c.stride), long(c.step), isa().c_str());
+  std::fprintf(stderr, "%s: kind %d, n %ld, V %ld, K %ld, stride %ld, step %ld, %s\n", what, int(c.kind), long(c.n),
+               long(c.vocab), long(c.k), long(c.stride), long(c.step), isa().c_str());
   std::abort();
 }
 
@@ -89,6 +90,38 @@ void check(const Case& c, int threads) {
   }
 }
 
+// The matrix as a head of n rows, its first rows as hidden states, K slots each.
+void check_head(const Case& c, int threads) {
+  const Matrix head = c.matrix();
+  const int64_t n = std::min<int64_t>(c.n, 5), k = 1 + c.k % 7, width = c.vocab;
+  std::vector<int32_t> ids(n * k);
+  for (int64_t i = 0; i < n * k; ++i) ids[i] = int32_t(i * 7 % (c.n + 2)) - 1;
+  std::vector<float> values(n * k, 0.5f), loss(n), g(n * k), dhidden(n * width), dbias(c.n);
+  const Matrix of_ids{ids.data(), Kind::int32, k, k, 1}, of_values{values.data(), Kind::float32, k, k, 1};
+  sparse_head(head, head, c.n, {nullptr, Kind::float32, 0}, n, k, of_ids, of_values, {nullptr, Kind::float32, 0}, 1, 1,
+              c.k % 2 ? 3 : 0, threads, loss.data(), g.data(), dhidden.data());
+  for (int64_t i = 0; i < n * k; ++i) g[i] = float(i % 4);
+  if (c.step != 1) return;  // hidden states come contiguous
+  std::vector<char> dhead(c.n * width * size_of(c.kind));
+  const Matrix of_g{g.data(), Kind::float32, k, k, 1}, out{dhead.data(), c.kind, width, width, 1};
+  sparse_head_weight_grad(of_g, of_ids, head, n, k, c.n, out, {dbias.data(), Kind::float32, 1}, threads);
+  for (int64_t id = 0; id < c.n; ++id) {
+    for (int64_t column = 0; column < width; ++column) {
+      double want = 0, size = 0;
+      for (int64_t i = 0; i < n * k; ++i) {
+        if (ids[i] != id || g[i] == 0) continue;
+        const double term = g[i] * load(head.at(i / k, column), c.kind);
+        want += term, size += std::abs(term);
+      }
+      const double got = load(out.at(id, column), c.kind);
+      const double rounding = c.kind == Kind::float32 ? 1e-6 : c.kind == Kind::float16 ? 1e-3 : 8e-3;
+      // What overflows on the way may differ.
+      const bool near = std::abs(got - want) <= rounding * size + 1e-7;
+      require(near || !std::isfinite(want) || size > (c.kind == Kind::float16 ? 6e4 : 1e37), "head", c);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
@@ -96,6 +129,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   for (const auto& name : isas()) {
     set_isa(name);
     check(c, 1 + size % 3);
+    check_head(c, 1 + size % 3);
   }
   return 0;
 }

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there is no ke
 from benchmarks.compiled_cost import TARGETS, Sass
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 SNIPPET = """
 .L_x_0:
@@ -64,6 +66,31 @@ def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path:
     scans = [record for record in records if record["target"] == "sm_90" and record["scan_per_element"] is not None]
     assert bool(scans) == ("sm_90" in targets)
     assert [record for record in scans if record["scan_per_element"] > instruction_limit(record)] == []
+    committed = json.loads((RESULTS / f"compiled_cost_{cases}.json").read_text())
+    if committed[0]["triton"] == records[0]["triton"]:  # another compiler makes other code
+        assert_no_dearer(records, committed)
+
+
+def assert_no_dearer(records: list[dict[str, Any]], committed: list[dict[str, Any]]) -> None:
+    """By a tenth, than what is committed: to accept it, write the file anew (`--json`) and say why in the commit."""
+    case = itemgetter("target", "kernel", "dtype", "vocab", "k", "width")
+    costs = ("registers", "shared_bytes", "scan_per_element")
+    before = {case(record): record for record in committed}
+    assert before.keys() == {case(record) for record in records}
+    dearer = [
+        f"{case(record)}: {cost} {before[case(record)][cost]} -> {record[cost]}"
+        for record in records
+        for cost in costs
+        if (record[cost] or 0) > 1.1 * (before[case(record)][cost] or 0)
+    ]
+    assert not dearer, dearer
+
+
+def test_a_dearer_kernel_is_seen() -> None:
+    record = json.loads((RESULTS / "compiled_cost_few.json").read_text())[0]
+    assert_no_dearer([record], [record])
+    with pytest.raises(AssertionError, match=f"registers {record['registers']} -> "):
+        assert_no_dearer([record | {"registers": record["registers"] * 2}], [record])
 
 
 def test_spills_and_loops_are_seen() -> None:
