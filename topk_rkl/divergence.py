@@ -45,7 +45,7 @@ def capped(
 ) -> tuple[Tensor, Tensor]:  # (...), (...)
     """The logits that a model makes of the product with its head, and their derivative with respect to it.
 
-    The scale comes first (Cohere, Granite), then softcap * tanh(z / softcap) (Gemma 2).
+    The scale comes first (Cohere), then softcap * tanh(z / softcap) (Gemma 2).
     """
     z = raw * logit_scale
     if softcap is None:

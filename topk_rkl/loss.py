@@ -148,8 +148,8 @@ def linear_teacher_topk(
         k: 1 <= k <= V.
         bias: (V,), of the same dtype.
         chunk_rows: positions a buffer; None takes as many as 128 MiB hold.
-        logit_scale: times the logits (Cohere, Granite), before
-        softcap: softcap * tanh(logits / softcap) (Gemma 2).
+        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling).
+        softcap: then softcap * tanh(logits / softcap) (Gemma 2); None for none.
 
     Returns:
         Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64), which hold logits.
@@ -197,10 +197,11 @@ def linear_topk_reverse_kl(
             outside the head are outside S.
         student_bias: (V,), of the same dtype.
         k, weights, temperature, reduction, denominator: see `topk_reverse_kl`.
-        logit_scale: times the logits (Cohere, Granite), before
-        softcap: the final cap of the logits (Gemma 2); None for none.
+        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling).
+        softcap: then softcap * tanh(logits / softcap) (Gemma 2); None for none.
         weight_grad: "dense", (V, H); or "sparse", a row-sparse gradient over the ids that occur, as nn.Embedding with
-            sparse=True gives and torch.optim.SparseAdam and SGD take, whose number of rows is read on the host.
+            sparse=True gives and torch.optim.SparseAdam and SGD take, whose number of rows is read on the host: not
+            within a CUDA graph or torch.compile(fullgraph=True).
 
     Returns:
         float32, or float64 from float64. Dot products are summed in float32; the gradients of head and bias too, over
