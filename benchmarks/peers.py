@@ -1,7 +1,6 @@
 """Other projects' losses, each from its own unmodified files, called as its users call it.
 
-    pip install --no-deps --target build/peers ms-swift==4.6.0
-    pip install --no-deps --target build/peers axolotl==0.19.0 liger-kernel==0.8.5 trl==1.16.0
+    make bench-setup  # ms-swift, axolotl, liger-kernel and trl, at the versions that the Makefile names
     git clone https://github.com/NVIDIA-NeMo/RL build/peers/nemo-rl  # measured at 7ea279abf
 
 The folder is never on the path: a file is loaded by its name, with stand-ins for what it imports of its project and
