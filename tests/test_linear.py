@@ -387,6 +387,23 @@ def test_the_dense_product_is_the_same_loss(monkeypatch, size: tuple[int, ...]) 
         torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * b.abs().max().item())
 
 
+def test_the_dense_product_keeps_nan_where_it_belongs() -> None:
+    """Rows of the head that nobody names, and a position whose hidden state is bad, spoil nothing else."""
+    hidden, head, ids = torch.randn(6, 8), torch.randn(40, 8), torch.rand(6, 30).argsort(1)[:, :12]
+    values = torch.randn(6, 12)
+    head[30:34], head[34:] = torch.nan, torch.inf
+    hidden[2], hidden[4, 0] = torch.nan, torch.inf
+    results = []
+    for module in (dense_head, reference):
+        loss, g, dhidden = module.sparse_head(hidden, head, None, ids, values, None, 1.0, 1.0, None, True)
+        dhead, dbias = torch.empty(40, 8), torch.empty(40)
+        module.sparse_head_weight_grad(g, ids, hidden, dhead, dbias)
+        results.append((loss, g, dhidden, dhead, dbias))
+    assert results[0][2].isfinite().all(1).tolist() == [True, True, False, True, False, True]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the dense product is chosen on CPUs alone")
 def test_autocast_does_not_take_the_dense_product_in_16_bits() -> None:
     hidden, head, _, support = inputs()

@@ -16,6 +16,7 @@ namespace {
 
 // Elements that are worth a thread's while.
 constexpr int64_t GRAIN = 1 << 15;
+
 constexpr const Isa* ALL[] = {
 #if defined(TOPK_RKL_X86)
     &avx512::ISA, &avx2::ISA,

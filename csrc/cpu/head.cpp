@@ -2,8 +2,9 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
-#include <memory>
+#include <vector>
 
 #include "loss.hpp"
 #include "parallel.hpp"

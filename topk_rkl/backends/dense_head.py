@@ -38,7 +38,7 @@ def sparse_head(
     dhidden = hidden.new_zeros((n if want_dhidden else 0, width), dtype=torch.float32)
     if want_dhidden:
         for rows, tokens, _, _ in _blocks(ids, vocab):
-            dhidden[rows] += _spread(g[rows], ids[rows], tokens) @ head[tokens].float()
+            dhidden[rows] += _spread(g[rows], ids[rows], tokens) @ _finite(head[tokens])
     return loss, g, dhidden
 
 
@@ -58,8 +58,7 @@ def sparse_head_weight_grad(
             dense = _spread(g[rows], ids[rows], tokens)
             of_bias += dense.sum(0)
             if dhead is not None:
-                weightless = (g[rows] == 0).all(1, keepdim=True)  # which may hold anything
-                of_head.addmm_(dense.T, hidden[rows].float().masked_fill(weightless, 0))
+                of_head.addmm_(dense.T, _finite(hidden[rows]))
         if dhead is not None:
             dhead[tokens] = of_head.to(dhead.dtype)
         if dbias is not None:
@@ -79,6 +78,13 @@ def _blocks(
             place = ids[rows].long() - tokens.start
             inside = (place >= 0) & (place < tokens.stop - tokens.start)
             yield rows, tokens, torch.where(inside, place, 0), inside
+
+
+def _finite(
+    x: Tensor,  # (n, H)
+) -> Tensor:  # (n, H) float32
+    """0 for what is not finite, since 0 times that is NaN; slots that name it have a g of NaN, or of 0, anyway."""
+    return x.float().nan_to_num(0, 0, 0)
 
 
 def _spread(
