@@ -62,8 +62,9 @@ Term term_of(const Objective& at, double p, double q, double d, double log_q) {
     case Form::blended: {
       const Blend of_p = blend(d, x[1]), of_q = blend(-d, x[3]);
       const double value = x[0] * times(p, of_p.log_ratio) + x[2] * times(q, of_q.log_ratio);
-      const double rise = of_p.log_ratio + (of_p.share - x[1]);
-      return {value, x[0] * times(p, rise) - x[2] * (q * of_q.share - p * x[3])};
+      const double rise = times(p, of_p.log_ratio + (of_p.share - x[1]));
+      const double fall = (q - p) * of_q.share + p * (of_q.share - x[3]);
+      return {value, x[0] * rise - x[2] * fall};
     }
     default: return alpha_beta(x[0], x[1], d, log_q);
   }
