@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from topk_rkl.diagnostics import NAMES as DIAGNOSTICS
+from topk_rkl.diagnostics import OF_SAMPLED, OF_TEACHER_LOGITS
 from topk_rkl.divergence import (
     MASSES,
     AlphaBeta,
@@ -42,15 +44,19 @@ def teacher_logits(
     name: str,
     x: Tensor,  # (..., V)
     k: int | None,
+    renormalized: bool = True,
 ) -> None:
     logits(name, x)
     constant(name, x)
-    single_slot(_top(k, x.shape[-1], name))
+    k = _top(k, x.shape[-1], name)
+    if renormalized:
+        single_slot(k)
 
 
 def support(
     teacher: Support,
     k: int | None,
+    renormalized: bool = True,
 ) -> None:
     ids, log_probs = teacher
     _tensor("teacher.ids", ids, INTEGERS)
@@ -64,7 +70,8 @@ def support(
             "both must be (..., K) with K of at least 1"
         )
     _same_device("teacher.log_probs", log_probs, "teacher.ids", ids)
-    single_slot(ids.shape[-1])
+    if renormalized:
+        single_slot(ids.shape[-1])
 
 
 def head(
@@ -226,8 +233,8 @@ def reduction(value: str, denominator: float | Tensor | None) -> None:
     _denominator(denominator)
 
 
-def objective(value: object, mass: str, sampled: object) -> None:
-    """The divergence, the mass, whether they go together, and whether there are sampled ids where they are needed."""
+def objective(value: object, mass: str) -> None:
+    """The divergence, the mass, and whether they go together."""
     if mass not in MASSES:
         raise ValueError(f"mass is {mass!r}; use one of {', '.join(MASSES)}")
     if isinstance(value, type):
@@ -247,10 +254,26 @@ def objective(value: object, mass: str, sampled: object) -> None:
             f"mass={mass!r} is for ReverseKL() without clamp, ForwardKL() and Mixture, but divergence is {value}; use "
             "mass='tail' or 'renormalized'"
         )
-    if mass.startswith("ema_pg") != (sampled is not None):
+
+
+def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: bool) -> None:
+    """The names, and whether what they and the mass need is there."""
+    if names is None:
+        names = ()
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"diagnostics is {names!r}; it must be a sequence of names, such as ('student_mass',)")
+    for name in names:
+        if name not in DIAGNOSTICS:
+            raise ValueError(f"diagnostics has {name!r}; use some of {', '.join(DIAGNOSTICS)}")
+        if name in OF_TEACHER_LOGITS and teacher_is_support:
+            raise ValueError(f"diagnostics has {name!r}, but teacher is a Support; pass teacher logits")
+    takers = [name for name in names if name in OF_SAMPLED] + [mass] * mass.startswith("ema_pg")
+    if takers and sampled is None:
+        raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
+    if sampled is not None and not takers:
         raise ValueError(
-            f"sampled_ids is {'None' if sampled is None else 'given'} with mass={mass!r}; 'ema_pg' and "
-            "'ema_pg_corrected' need the sampled tokens, and no other mass takes them"
+            f"sampled_ids is given, but mass={mass!r} and the diagnostics do not use it; leave it out, or ask for "
+            f"mass='ema_pg', 'ema_pg_corrected' or one of {', '.join(OF_SAMPLED)}"
         )
 
 
