@@ -29,6 +29,21 @@ def test_auto_needs_every_tensor_to_fit() -> None:
     assert backends.choose("auto", 5, *mixed).__name__ == "topk_rkl.backends.reference"
 
 
+def test_auto_takes_the_reference_for_what_no_kernel_has() -> None:
+    logits = torch.randn(2, 9, device=DEVICE)
+    fast = backends.choose("auto", 5, logits)
+    for objective in ({"divergence": (2, 0.5, 0.5, 0.5, 0.5)}, {"mass": "tail"}, {"mass": "raw"}):
+        assert backends.choose("auto", 5, logits, **objective) is fast
+    for objective in ({"divergence": torch.sub}, {"mass": "ema_pg"}, {"mass": "ema_pg_corrected"}):
+        assert backends.choose("auto", 5, logits, **objective).__name__ == "topk_rkl.backends.reference"
+
+
+def test_cuda_has_the_renormalised_reverse_kl_alone() -> None:
+    assert backends._objective_refusal("cuda", (0,), "renormalized") is None
+    for divergence, mass in (((0,), "tail"), ((1, -1.0, 1.0), "renormalized"), ((2, 0, 0, 1, 1), "renormalized")):
+        assert "renormalised ReverseKL() alone" in backends._objective_refusal("cuda", divergence, mass)
+
+
 def test_a_backend_that_cannot_run_here_says_why() -> None:
     with (
         pytest.raises(RuntimeError, match=r"'cuda' backend cannot run here: .*extension.*use .*'reference'"),

@@ -120,6 +120,6 @@ def test_memory_holds_some_rows_alone(monkeypatch) -> None:
     z, w = torch.randn(2, 500, 5_000, device=DEVICE).bfloat16()
     with LiveBytes() as memory:
         diagnostics.measure(
-            ("student_entropy", "overlap_token_advantage"), z, None, 5_000, w, *teacher_topk(w, 8), None, 1.0
+            ("student_entropy", "overlap_token_advantage"), z, None, 5_000, w, teacher_topk(w, 8), None, 1.0
         )
     assert 0 < memory.peak < 500 * 5_000 * 4

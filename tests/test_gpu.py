@@ -8,7 +8,15 @@ from torch import Tensor
 
 from tests.test_loss import plain, run
 from tests.test_select import stable_sort
-from topk_rkl import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl import (
+    Mixture,
+    Support,
+    linear_topk_reverse_kl,
+    teacher_topk,
+    topk_divergence,
+    topk_reverse_kl,
+    use_backend,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +65,29 @@ def test_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
         graph.replay()
         want = run(student, teacher, k=32, weights=weights, denominator=denominator, reduction="mean")
     assert torch.equal(loss.detach(), want[0]) and torch.equal(grad, want[1])
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("mass", ["renormalized", "tail", "raw_stop_grad"])
+def test_mass_no_host_sync_and_capture_in_a_cuda_graph(name: str, mass: str) -> None:
+    student = torch.randn(8, 33_000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(8, 33_000, device="cuda", dtype=torch.bfloat16)
+    divergence = Mixture(0.4)
+
+    def step():
+        student.grad = None
+        loss = topk_divergence(student, teacher, k=32, divergence=divergence, mass=mass)
+        loss.backward()
+        return loss, student.grad
+
+    with use_backend(name):
+        graph, results = captured(step)
+        with torch.no_grad():
+            student.copy_(torch.randn_like(student))
+        graph.replay()
+        replayed = [x.detach().clone() for x in results]
+        want = step()
+    assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])

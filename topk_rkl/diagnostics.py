@@ -8,6 +8,7 @@ from torch import Tensor
 
 from topk_rkl import ops
 from topk_rkl.backends import reference
+from topk_rkl.support import Support
 
 CHUNK_BYTES = 64 << 20  # of logits as they are computed with
 
@@ -126,17 +127,15 @@ def measure(
     logits_of: Callable[[Tensor], Tensor] | None,  # of hidden states
     vocab: int,
     teacher: Tensor | None,  # (..., V_teacher)
-    ids: Tensor,  # (..., K)
-    values: Tensor,  # (..., K)
+    support: Support,  # (..., K)
     sampled_ids: Tensor | None,  # (...)
     temperature: float,
 ) -> dict[str, Tensor]:  # (...) each
+    ids, values = (x.contiguous() for x in support)
     sampled_ids = None if sampled_ids is None else sampled_ids.contiguous()
     step = max(1, CHUNK_BYTES // (8 * vocab))
     parts: list[list[Tensor]] = []
-    for z, w, row_ids, row_values, y in ops.row_views(
-        student, teacher, ids.contiguous(), values.contiguous(), sampled_ids
-    ):
+    for z, w, row_ids, row_values, y in ops.row_views(student, teacher, ids, values, sampled_ids):
         for start in range(0, max(1, len(z)), step):
             some = slice(start, start + step)
             block = Block(

@@ -100,20 +100,19 @@ def topk_divergence(
         checks.overwritable(student_logits)
     _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
     options = Options(float(temperature), _code(divergence), mass, overwrite_student_logits, requested())
+    support = _support(teacher, k) if diagnostics or isinstance(teacher, Support) else None
     if mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, _for_mass(sampled_ids, mass), requested())
         per_token = MassLoss.apply(student_logits, *compared, weights, options)
-    elif isinstance(teacher, Support):
-        per_token = SupportLoss.apply(student_logits, *teacher, weights, options)
+    elif support is not None:
+        per_token = SupportLoss.apply(student_logits, *support, weights, options)
     else:
         per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
     loss = reduce(per_token, weights, reduction, denominator)
-    if not diagnostics:
+    if not diagnostics or support is None:
         return loss
-    logits, support = _logits_and_support(teacher, k)
-    return loss, measure(
-        diagnostics, student_logits, None, student_logits.shape[-1], logits, *support, sampled_ids, temperature
-    )
+    logits, vocab = None if isinstance(teacher, Support) else teacher, student_logits.shape[-1]
+    return loss, measure(diagnostics, student_logits, None, vocab, logits, support, sampled_ids, temperature)
 
 
 def linear_topk_divergence(
@@ -166,30 +165,28 @@ def linear_topk_divergence(
     options = HeadOptions(
         float(temperature), _code(divergence), mass, float(logit_scale), softcap, weight_grad, requested()
     )
-    if mass != "renormalized":
+    support = _support(teacher, k) if diagnostics or mass == "renormalized" else None
+    if support is not None and mass == "renormalized":
+        per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *support, weights, options)
+    else:
         compared = classes(teacher, k, len(student_weight), temperature, _for_mass(sampled_ids, mass), requested())
         per_token = LinearMassLoss.apply(student_hidden, student_weight, student_bias, *compared, weights, options)
-    else:
-        _, support = _logits_and_support(teacher, k)
-        per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *support, weights, options)
     loss = reduce(per_token, weights, reduction, denominator)
-    if not diagnostics:
+    if not diagnostics or support is None:
         return loss
 
     def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
         return all_logits(hidden, student_weight, student_bias, logit_scale, softcap)
 
-    logits, support = _logits_and_support(teacher, k)
-    return loss, measure(
-        diagnostics, student_hidden, logits_of, len(student_weight), logits, *support, sampled_ids, temperature
-    )
+    logits, vocab = None if isinstance(teacher, Support) else teacher, len(student_weight)
+    return loss, measure(diagnostics, student_hidden, logits_of, vocab, logits, support, sampled_ids, temperature)
 
 
-def _logits_and_support(teacher: Tensor | Support, k: int | None) -> tuple[Tensor | None, Support]:
+def _support(teacher: Tensor | Support, k: int | None) -> Support:
     if isinstance(teacher, Support):
-        return None, teacher
+        return teacher
     assert k is not None
-    return teacher, Support(*ops.select(teacher, k, False, requested()))
+    return Support(*ops.select(teacher, k, False, requested()))
 
 
 def _for_mass(sampled_ids: Tensor | None, mass: str) -> Tensor | None:
