@@ -21,7 +21,7 @@ from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, lab
 from benchmarks.fit import exponents
 from benchmarks.results import FOLDER, Line, load
 
-MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo)(?: (.*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def entry(name: str, lines: list[Line]) -> str:

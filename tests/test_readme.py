@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import report
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -36,3 +38,8 @@ def test_every_test_that_it_names_is_there() -> None:
         file, _, pattern = name.rpartition("::")
         found = name in files or fnmatch.filter(files[file] if file else every, pattern)
         assert found, name
+
+
+def test_what_is_measured_is_what_the_results_say() -> None:
+    assert [mark[1] for mark in report.MARK.findall(README)] == ["demo", "cases", "cases", "exponents", "compiled"]
+    assert report.filled(README) == README, "run python -m benchmarks report README.md"
