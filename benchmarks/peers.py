@@ -22,7 +22,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent.parent / "build" / "peers"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "build" / "peers"
 
 Loss = Callable[[], Tensor]
 
@@ -34,7 +35,10 @@ def module(dotted: str, folder: str = "", **stubs: dict[str, object]) -> ModuleT
         for parent in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
             sys.modules.setdefault(parent, ModuleType(parent)).__path__ = []
         vars(sys.modules[stub]).update(names)
-    spec = importlib.util.spec_from_file_location(dotted, FOLDER / folder / f"{dotted.replace('.', '/')}.py")
+    path = FOLDER / folder / f"{dotted.replace('.', '/')}.py"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.relative_to(ROOT)} is not there; benchmarks/peers.py says how to get it")
+    spec = importlib.util.spec_from_file_location(dotted, path)
     assert spec and spec.loader
     sys.modules[dotted] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[dotted])
