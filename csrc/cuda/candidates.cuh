@@ -57,7 +57,6 @@ class Candidates {
 
   // Leaves the K best in `items`, in order, and 0 where there are fewer.
   __device__ void finish() {
-    __syncthreads();
     cut();
     int padded = 1;
     while (padded < k_) padded *= 2;
@@ -82,7 +81,7 @@ class Candidates {
   static constexpr int BINS = 256, ROOM = 256;
   struct State {
     int count;  // of the items offered since the last cut; not all need have found room
-    int bin, above;
+    int bin, inside, above;  // the bin in which the K-th is, and how many are in it and in those above it
   };
 
   // Clears the bits whose item is in the list or not wanted, and returns the count that this warp has seen last.
@@ -106,15 +105,10 @@ class Candidates {
     return seen;
   }
 
-  // Keeps the K best and raises the floor. Begins after a barrier and is met by one.
+  // Keeps the K best and raises the floor. Between barriers, as `offer` leaves them.
   __device__ void cut() {
     const int n = state_->count < CAPACITY ? state_->count : CAPACITY;
-    __syncthreads();
-    if (n <= k_) {
-      if (threadIdx.x == 0) state_->count = n;
-      __syncthreads();
-      return;
-    }
+    if (n <= k_) return;
     floor_ = least_of_best(n);
     if (threadIdx.x == 0) state_->count = 0;
     for (int start = 0; start < n; start += THREADS) {
@@ -143,13 +137,12 @@ class Candidates {
       __syncthreads();
       prefix |= Item(state_->bin) << shift;
       wanted -= state_->above;
-      if (bins_[state_->bin] == wanted) break;
-      __syncthreads();
+      if (state_->inside == wanted) break;
     }
     return prefix;
   }
 
-  // By one warp: the bin in which the wanted-th largest lies, and how many are in the bins above it.
+  // By one warp: the bin in which the wanted-th largest is.
   __device__ void find_bin(int wanted) {
     constexpr int EACH = BINS / WARP;
     const int lane = int(threadIdx.x), top = BINS - 1 - lane * EACH;
@@ -164,7 +157,7 @@ class Candidates {
     if (above >= wanted || upto < wanted) return;
     int bin = top;
     for (; above + bins_[bin] < wanted; --bin) above += bins_[bin];
-    state_->bin = bin, state_->above = above;
+    state_->bin = bin, state_->inside = bins_[bin], state_->above = above;
   }
 
   int* bins_;     // (BINS)

@@ -29,12 +29,12 @@ inline void check(cudaError_t status, const std::string& what) {
   throw std::runtime_error(what + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device the current one for as long as this lives.
+// Makes a device the current one for as long as this lives; `what` it is for.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+  DeviceGuard(int device, const std::string& what) {
+    check(cudaGetDevice(&before_), what);
+    check(cudaSetDevice(device), what + " on device " + std::to_string(device));
   }
   ~DeviceGuard() { cudaSetDevice(before_); }
   DeviceGuard(const DeviceGuard&) = delete;
@@ -51,7 +51,7 @@ void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& 
   const std::string what = name + ", " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " blocks of " +
                            std::to_string(grid.threads) + " threads and " + std::to_string(grid.shared_bytes) + " bytes";
   if (grid.x > 0x7fffffff || grid.y > 0xffff) throw std::runtime_error(what + ": more blocks than a grid has");
-  const DeviceGuard guard(where.device);
+  const DeviceGuard guard(where.device, what);
   const auto bytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), bytes, int(grid.shared_bytes)), what);
   cudaLaunchConfig_t config{};

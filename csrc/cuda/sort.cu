@@ -17,16 +17,18 @@ cudaError_t run(const Pairs& p, void* scratch, size_t& bytes, void* stream) {
 }  // namespace
 
 int64_t sort_scratch(const Pairs& pairs, int device) {
-  const DeviceGuard guard(device);
+  const std::string what = "the scratch of a sort of " + std::to_string(pairs.count) + " pairs";
+  const DeviceGuard guard(device, what);
   size_t bytes = 0;
-  check(run(pairs, nullptr, bytes, nullptr), "the scratch of cub::DeviceRadixSort");
+  check(run(pairs, nullptr, bytes, nullptr), what);
   return int64_t(bytes);
 }
 
 void sort_pairs(const Pairs& pairs, void* scratch, const Where& where) {
-  const DeviceGuard guard(where.device);
+  const std::string what = "the sort of " + std::to_string(pairs.count) + " pairs";
+  const DeviceGuard guard(where.device, what);
   auto bytes = size_t(sort_scratch(pairs, where.device));
-  check(run(pairs, scratch, bytes, where.stream), "cub::DeviceRadixSort of " + std::to_string(pairs.count) + " pairs");
+  check(run(pairs, scratch, bytes, where.stream), what);
 }
 
 }  // namespace topk_rkl::cuda

@@ -39,6 +39,7 @@ struct Fibre {
   Place place;
   std::unique_ptr<char[]> stack{new char[STACK]};
   unsigned thread, block;  // the latter within the cluster
+  unsigned urgency;
   Wait wait;
   unsigned mask;
   Site site;
@@ -54,7 +55,7 @@ struct Piece {
 };
 
 struct Block {
-  unsigned waiting = 0;
+  unsigned waiting = 0, ended = 0;
   int vote = 0;
   std::vector<Piece> pieces;
   int64_t taken = 0;
@@ -145,6 +146,38 @@ Fibre& fibre_of(unsigned block, unsigned thread) {
   return *m.fibres[block * unsigned(m.launch.threads) + thread];
 }
 
+// Some warps run far ahead of the others, which is when a barrier is missed; and which do changes now and then.
+void draw_urgencies(unsigned block) {
+  Machine& m = machine();
+  unsigned urgency = 0;
+  for (unsigned t = 0; t < unsigned(m.launch.threads); ++t) {
+    if (t % WARP == 0) urgency = unsigned(m.random());
+    fibre_of(block, t).urgency = urgency;
+  }
+}
+
+Fibre& next_to_run() {
+  Machine& m = machine();
+  size_t best = 0;
+  uint64_t draws = m.random();
+  for (int i = 0; i < 4; ++i, draws >>= 16) {
+    const size_t one = (draws & 0xffff) * m.ready.size() >> 16;
+    if (i == 0 || m.ready[one]->urgency > m.ready[best]->urgency) best = one;
+  }
+  std::swap(m.ready[best], m.ready.back());
+  Fibre& fibre = *m.ready.back();
+  m.ready.pop_back();
+  return fibre;
+}
+
+// What is left of its shared memory is not to be read.
+void end_thread(const Fibre& fibre) {
+  Machine& m = machine();
+  Block& block = m.blocks[fibre.block];
+  if (++block.ended < unsigned(m.launch.threads)) return;
+  for (const Piece& piece : block.pieces) std::memset(piece.memory.get(), 0xff, size_t(std::max<int64_t>(piece.bytes - m.short_by, 0)));
+}
+
 void release_block(unsigned index) {
   Machine& m = machine();
   Block& block = m.blocks[index];
@@ -156,6 +189,7 @@ void release_block(unsigned index) {
     make_ready(fibre);
   }
   block.waiting = 0, block.vote = 0;
+  if (m.random() % 4 == 0) draw_urgencies(index);
 }
 
 void release_warp(const Fibre& last) {
@@ -221,16 +255,15 @@ void run_cluster(const char* kernel) {
   m.ready.clear(), m.in_cluster = 0;
   for (size_t i = 0; i < total; ++i)
     start(*m.fibres[i], unsigned(i) / unsigned(m.launch.threads), unsigned(i) % unsigned(m.launch.threads));
+  for (unsigned block = 0; block < m.blocks.size(); ++block) draw_urgencies(block);
   for (size_t ended = 0; ended < total;) {
     if (m.ready.empty()) throw std::runtime_error(in_vain(kernel));
-    std::swap(m.ready[m.random() % m.ready.size()], m.ready.back());
-    Fibre& fibre = *m.ready.back();
-    m.ready.pop_back();
+    Fibre& fibre = next_to_run();
     resume(fibre);
     if (fibre.wait == Wait::block) ++m.blocks[fibre.block].waiting, release_block(fibre.block);
     if (fibre.wait == Wait::warp) release_warp(fibre);
     if (fibre.wait == Wait::cluster) ++m.in_cluster, release_cluster();
-    if (fibre.wait == Wait::forever) ++ended;
+    if (fibre.wait == Wait::forever) ++ended, end_thread(fibre);
     if (!m.error.empty()) throw std::runtime_error(kernel + (": " + std::exchange(m.error, "")));
   }
 }
@@ -365,7 +398,7 @@ void wait_copies(int groups_left) {
   for (; fibre.groups.size() > size_t(groups_left); fibre.groups.pop_front()) perform(fibre.groups.front());
 }
 
-void seed(uint64_t value) { machine().random.seed(value); }
+void seed(uint64_t value) { machine().random.seed(value), machine().sites.clear(); }
 
 std::vector<std::string> sites() { return {machine().sites.begin(), machine().sites.end()}; }
 

@@ -67,8 +67,8 @@ void copy_async(void* to, const void* from, int64_t bytes);
 void commit_copies();
 void wait_copies(int groups_left);
 
-// For tests: the order of the threads; the barriers met so far; one to leave out, "" for none; and how many bytes each
-// piece of shared memory is to be too short.
+// For tests: the order of the threads from now on; the barriers met since then; one to leave out, "" for none; and how
+// many bytes each piece of shared memory is to be too short.
 void seed(uint64_t value);
 std::vector<std::string> sites();
 void drop(const std::string& site);
