@@ -1,6 +1,5 @@
 #include "simt.hpp"
 
-#include <csetjmp>
 #include <ucontext.h>
 
 #include <deque>
@@ -28,9 +27,10 @@ struct Copy {
   int64_t bytes;
 };
 
-// Where something that does not run will go on: by longjmp, as swapcontext asks the system each time.
+// Where something that does not run will go on. The compiler's own jumps: swapcontext, and longjmp as a sanitizer has
+// it, call the system each time.
 struct Place {
-  jmp_buf there;
+  void* there[5];
   ucontext_t start;
   bool started = true;
 };
@@ -86,10 +86,13 @@ Machine& machine() {
   return one;
 }
 
-void jump(Place& from, Place& to) {
-  if (_setjmp(from.there) != 0) return;
-  if (std::exchange(to.started, true)) _longjmp(to.there, 1);
+[[gnu::noinline, gnu::no_sanitize_address]] void go_to(Place& to) {
+  if (std::exchange(to.started, true)) __builtin_longjmp(to.there, 1);
   setcontext(&to.start);
+}
+
+[[gnu::noinline, gnu::no_sanitize_address]] void jump(Place& from, Place& to) {
+  if (__builtin_setjmp(from.there) == 0) go_to(to);
 }
 
 void switch_to(Place& from, Place& to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
