@@ -38,30 +38,31 @@ template <class T>
 struct Row {
   static constexpr int SIZE = Pack<T>::SIZE;
   const T* data;
-  int64_t columns, step, lead;
+  int64_t columns, step;
+  int lead, first_whole, whole;  // elements of the first pack before the row; the packs that are not cut off
 
   __device__ Row(const Matrix& logits, int64_t row)
       : data(static_cast<const T*>(logits.data) + row * logits.stride), columns(logits.columns), step(logits.step),
-        lead(step == 1 ? int64_t(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0) {}
+        lead(step == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
+        whole(int((columns + lead) / SIZE) - first_whole) {}
 
   __device__ float at(int64_t column) const { return to_float(data[column * step]); }
   __device__ int64_t packs() const { return (columns + lead + SIZE - 1) / SIZE; }
-  __device__ int64_t first_column(int64_t pack) const { return pack * SIZE - lead; }
+  __device__ int64_t first_column(int pack) const { return int64_t(pack) * SIZE - lead; }
+  __device__ bool is_whole(int pack) const { return pack >= first_whole && pack < first_whole + whole; }
 
   // -inf where there is nothing, and with PACKED where it is cut off.
   template <bool PACKED>
   __device__ Pack<T> pack(int i) const {
     if (!PACKED) return gathered(i);
-    const int64_t first = first_column(i);
-    if (i < 0 || first < 0 || first + SIZE > columns) return filled();
-    const uint4 words = __ldcs(reinterpret_cast<const uint4*>(data + first));
+    if (!is_whole(i)) return filled();
+    const uint4 words = __ldcs(reinterpret_cast<const uint4*>(data - lead) + i);
     return reinterpret_cast<const Pack<T>&>(words);
   }
 
   // -inf where there is nothing or it is whole.
   __device__ Pack<T> end(int i) const {
-    const int64_t first = first_column(i);
-    return first >= 0 && first + SIZE <= columns ? filled() : gathered(i);
+    return is_whole(i) ? filled() : gathered(i);
   }
 
   __device__ Pack<T> gathered(int i) const {
@@ -212,7 +213,7 @@ __device__ inline bool is_left_out(const Selection& s, int64_t row, double weigh
 }
 
 template <class T, bool PACKED, bool NORMALIZE>
-__global__ void __launch_bounds__(THREADS) select_kernel(Selection s, int parts, Order order) {
+__global__ void __launch_bounds__(THREADS, 2) select_kernel(Selection s, int parts, Order order) {
   const int64_t row_index = blockIdx.x / parts;
   const int part = int(blockIdx.x % parts);
   Shared shared = shared_memory();
