@@ -29,9 +29,10 @@ def test_auto_needs_every_tensor_to_fit() -> None:
     assert backends.choose("auto", 5, *mixed).__name__ == "topk_rkl.backends.reference"
 
 
+@pytest.mark.skipif("cuda" in BACKENDS, reason="the CUDA kernels can run here")
 def test_a_backend_that_cannot_run_here_says_why() -> None:
     with (
-        pytest.raises(RuntimeError, match=r"'cuda' backend cannot run here: .*extension.*use .*'reference'"),
+        pytest.raises(RuntimeError, match=r"'cuda' backend cannot run here: .*use .*'reference'"),
         use_backend("cuda"),
     ):
         pass
