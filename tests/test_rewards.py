@@ -182,7 +182,7 @@ REFUSALS = {
     "device": (lambda: k2(P, P.to("meta")), ValueError, "teacher_log_probs is on meta"),
     "base": (lambda: extrapolated_log_ratio(P, P, P[0]), ValueError, r"base_log_probs has shape \(3,\)"),
     "wrong": (lambda: contrast(P, [P, P[0]]), ValueError, r"wrong_log_probs\[1\] has shape"),
-    "no wrong": (lambda: contrast(P, []), TypeError, "wrong_log_probs is empty"),
+    "no wrong": (lambda: contrast(P, []), ValueError, "wrong_log_probs is empty"),
     "clip": (lambda: log_ratio(P, P, clip=5), TypeError, r"clip is 5; it must be a pair \(low, high\)"),
     "clip order": (lambda: log_ratio(P, P, clip=(1, -1)), ValueError, "low must not be above high"),
     "tau": (lambda: tanh_log_ratio(P, P, tau=0), ValueError, "tau is 0; it must be positive"),

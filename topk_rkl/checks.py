@@ -342,8 +342,10 @@ def mapping(
 
 
 def teachers(name: str, x: Sequence[object]) -> None:
-    if not isinstance(x, (tuple, list)) or isinstance(x, Support) or not x:
-        raise TypeError(f"{name} is {_kind(x) if x else 'empty'}; it must be a list with at least one teacher")
+    if not isinstance(x, (tuple, list)) or isinstance(x, Support):
+        raise TypeError(f"{name} is {_kind(x)}; it must be a list of teachers")
+    if not x:
+        raise ValueError(f"{name} is empty; it must hold at least one teacher")
 
 
 def composed(
