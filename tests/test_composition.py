@@ -89,10 +89,12 @@ def test_low_precision_logits_are_composed_in_float32(name: str) -> None:
 def test_chunks_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(2, 3, 5, 40, device=DEVICE)
     whole = TARGETS[name][0](a[:, :-1], b[:, 1:], k=6)
-    monkeypatch.setattr(composition, "CHUNK_ELEMENTS", 3 * 40)
-    chunked = TARGETS[name][0](a[:, :-1], b[:, 1:], k=6)
-    assert torch.equal(whole.ids, chunked.ids)
-    torch.testing.assert_close(whole.log_probs, chunked.log_probs, rtol=0, atol=0)
+    alone = TARGETS[name][0](a[2, 3], b[2, 4], k=6)
+    assert torch.equal(alone.ids, whole.ids[2, 3]) and torch.equal(alone.log_probs, whole.log_probs[2, 3])
+    for elements in (1, 3 * 40, 9 * 40):  # a position, three of one sequence, two sequences at a time
+        monkeypatch.setattr(composition, "CHUNK_ELEMENTS", elements)
+        chunked = TARGETS[name][0](a[:, :-1], b[:, 1:], k=6)
+        assert torch.equal(whole.ids, chunked.ids) and torch.equal(whole.log_probs, chunked.log_probs)
     empty = TARGETS[name][0](a[:0], b[:0], k=6)
     assert empty.ids.shape == empty.log_probs.shape == (0, 5, 6)
 
@@ -105,6 +107,18 @@ def test_no_float32_copy_of_the_logits_is_made(name: str, monkeypatch: pytest.Mo
     with LiveBytes() as memory:
         TARGETS[name][0](a, b, k=8)
     assert memory.peak < a.numel()  # bytes: a quarter of one such copy
+
+
+def test_composed_teachers_compile_without_a_graph_break() -> None:
+    def composed(student: Tensor, a: Tensor, b: Tensor, share: Tensor) -> list[Tensor]:
+        slots = teacher_topk(a, 5, normalize=True)
+        targets = mixture([a, b], [0.3, share], k=4), taid(student, a, t=0.5, k=4), residual(slots, b)
+        return [x for target in targets for x in target]
+
+    student, a, b = (x[:, :-1] for x in torch.randn(3, 2, 5, 40))  # no 2-D view
+    got = torch.compile(composed, fullgraph=True, backend="aot_eager")(student, a, b, torch.full((2, 4), 0.7))
+    want = composed(student, a, b, torch.full((2, 4), 0.7))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_a_mixture_of_three_takes_weights_of_each_position() -> None:

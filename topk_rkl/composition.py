@@ -21,7 +21,7 @@ The sum of losses, instead of the loss of a sum, needs nothing from here: add on
 `weights`, which may be 0 where a position is another teacher's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -208,17 +208,26 @@ def _compose(
     if any(isinstance(x, Support) for x in sources):
         return _on_slots(formula, sources, normalize, extras)
     logits = [x.detach() for x in sources if isinstance(x, Tensor)]  # (..., V) each
-    step = max(1, CHUNK_ELEMENTS // logits[0].shape[-1])
     found = []
-    for rows in ops._rows(*logits, *extras):  # (n, V) and (n, X) each
-        for start in range(0, max(1, len(rows[0])), step):
-            part = [x[start : start + step] for x in rows]
-            values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
-            values = [_where_live(x, x.log_softmax(-1)) for x in values] if normalize else values
-            found.append(ops.select(formula(*part[len(logits) :], *values), k, True, requested()))
-    ids, log_probs = (torch.cat(column) for column in zip(*found, strict=True))  # (N, K), (N, K)
+    for part in _chunks([*logits, *extras]):  # (..., V) and (..., X) each
+        values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
+        values = [_where_live(x, x.log_softmax(-1)) for x in values] if normalize else values
+        ids, log_probs = ops.select(formula(*part[len(logits) :], *values), k, True, requested())
+        found.append((ids.flatten(0, -2), log_probs.flatten(0, -2)))
     shape = (*logits[0].shape[:-1], ids.shape[-1])
-    return Support(ids.view(shape), log_probs.view(shape))
+    return Support(*(torch.cat(column).view(shape) for column in zip(*found, strict=True)))
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Views of some positions each, in order, of at most CHUNK_ELEMENTS of the first tensor or one position."""
+    first = tensors[0]
+    if first.dim() == 1 or first.numel() <= CHUNK_ELEMENTS:
+        yield [x if first.dim() > 1 else x[None] for x in tensors]
+    elif (slab := first[0].numel()) <= CHUNK_ELEMENTS:
+        yield from zip(*(x.split(CHUNK_ELEMENTS // slab) for x in tensors), strict=True)
+    else:
+        for i in range(len(first)):
+            yield from _chunks([x[i] for x in tensors])
 
 
 def _on_slots(
