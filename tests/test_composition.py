@@ -181,7 +181,13 @@ def test_the_ends_of_each_family_are_the_teacher() -> None:
 def test_no_gradient_flows_through_the_target() -> None:
     student, teacher = torch.randn(2, 3, 30, dtype=torch.float64, device=DEVICE)
     student.requires_grad_()
-    for target in (taid(student, teacher, t=0.4, k=8), veto(student, teacher, beta=0.5, k=8)):
+    slots = teacher_topk(teacher, 8)
+    for target in (
+        taid(student, teacher, t=0.4, k=8),
+        veto(student, teacher, beta=0.5, k=8),
+        taid(student, slots, t=0.4),
+        veto(student, slots, beta=0.5),
+    ):
         assert not target.log_probs.requires_grad
         (got,) = torch.autograd.grad(topk_reverse_kl(student, target), student)
         log_p = student.gather(-1, target.ids.long()).log_softmax(-1)

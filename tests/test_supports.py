@@ -127,6 +127,8 @@ def test_top_p_takes_the_lowest_ids_of_a_tie_and_is_capped(backend) -> None:
     teacher = torch.tensor([[1.0, 2, 2, 2], [9, 0, 0, 0]], device=DEVICE)
     assert teacher_top_p(teacher, 0.5, 4).ids.tolist() == [[1, 2, -1, -1], [0, -1, -1, -1]]
     assert teacher_top_p(teacher, 0.8, 2).ids.tolist() == [[1, 2], [0, -1]]
+    of_two = teacher_topk(teacher[:1], 2, normalize=True).log_probs.double().exp().sum().item()
+    assert teacher_top_p(teacher[:1], of_two, 4).ids.tolist() == [[1, 2, -1, -1]]  # exactly p is enough
 
 
 def test_a_loss_on_the_nucleus_is_the_loss_on_those_tokens_alone(backend) -> None:
@@ -235,8 +237,18 @@ def test_remap_swaps_two_tokens_and_keeps_the_places() -> None:
 
 
 def test_a_table_that_is_shorter_than_the_vocabulary_drops_the_rest() -> None:
-    got = remap(some([[4, 2, 9]]), torch.tensor([5, 6, 7], device=DEVICE))
+    got = remap(some([[4, 2, 3]]), torch.tensor([5, 6, 7], device=DEVICE))
     assert got.ids.tolist() == [[-1, 7, -1]]
+    assert remap(got, {}, student_vocab=8).ids.tolist() == [[-1, 7, -1]]
+    assert remap(got, {}, student_vocab=7).ids.tolist() == [[-1, -1, -1]]
+
+
+def test_many_tokens_become_one() -> None:
+    support = some([[4, 2, 9, 0, 7, 8, 1]])
+    got = remap(support, dict.fromkeys([2, 9, 0, 7, 8], 3))
+    want = torch.cat([support.log_probs[0, :1], support.log_probs[0, 1:6].logsumexp(0)[None], support.log_probs[0, 6:]])
+    assert got.ids.tolist() == [[4, 3, -1, -1, -1, -1, 1]]
+    torch.testing.assert_close(got.log_probs[0, [0, 1, 6]], want)
 
 
 def test_a_padded_teacher_trains_a_smaller_student(backend) -> None:

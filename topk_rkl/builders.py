@@ -258,7 +258,7 @@ def _occurs(first: Support, second: Support) -> Tensor:  # (..., K1) bool
     wanted = _live_ids(first).long().contiguous()
     there = _live_ids(second).long().sort(dim=-1).values
     place = torch.searchsorted(there, wanted).clamp(max=there.shape[-1] - 1)
-    return (there.gather(-1, place) == wanted) & (wanted >= 0)
+    return there.gather(-1, place) == wanted
 
 
 def _kept(support: Support, keep: Tensor) -> Support:
