@@ -1,6 +1,7 @@
 """Every refusal and its message: the argument, the value seen, and what to do. Nothing here reads a device value."""
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -9,6 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_rkl.divergence import (
+    MASSES,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    Mixture,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+)
 from topk_rkl.support import Support
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -151,8 +163,18 @@ def single_slot(k: int) -> None:
         warnings.warn(
             "K = 1: a distribution renormalised over one token is always 1, so loss and gradient are exactly 0; use a "
             "larger K",
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The stacklevel, for the caller of this, of the first frame outside the package."""
+    level = 1
+    if torch.compiler.is_compiling():
+        return level
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("topk_rkl."):
+        level += 1
+    return level
 
 
 def teacher_kind(teacher: object) -> None:
@@ -214,10 +236,12 @@ def top_p(value: float, name: str = "top_p") -> None:
 
 def sampled_ids(
     ids: Tensor,  # (...)
-    student: Tensor,  # (..., V)
+    student: Tensor,  # (..., V) or (..., H)
+    name: str = "ids",
+    student_name: str = "student_logits",
 ) -> None:
-    _tensor("ids", ids, INTEGERS)
-    same_positions("ids", ids, student, value_per_position=True)
+    _tensor(name, ids, INTEGERS)
+    same_positions(name, ids, student, value_per_position=True, student_name=student_name)
 
 
 def reduction(value: str, denominator: float | Tensor | None) -> None:
@@ -226,6 +250,83 @@ def reduction(value: str, denominator: float | Tensor | None) -> None:
     if denominator is not None and value != "mean":
         raise ValueError(f"denominator is given with reduction={value!r}; it only belongs to reduction='mean'")
     _denominator(denominator)
+
+
+def objective(value: object, mass: str, sampled: object) -> None:
+    """The divergence, the mass, whether they go together, and whether there are sampled ids where they are needed."""
+    if mass not in MASSES:
+        raise ValueError(f"mass is {mass!r}; use one of {', '.join(MASSES)}")
+    if isinstance(value, type):
+        raise TypeError(f"divergence is the class {value.__name__}; pass an instance, such as {value.__name__}(...)")
+    if isinstance(value, Divergence):
+        _numbers_of(value)
+    elif not callable(value):
+        raise TypeError(
+            f"divergence is {_kind(value)}; use ReverseKL(), another of topk_rkl.divergence, or a function "
+            "(log_p, log_q) -> terms"
+        )
+    plain = value == ReverseKL() or isinstance(value, ForwardKL)
+    if mass.startswith("ema_pg") and not plain:
+        raise ValueError(f"mass={mass!r} is for ReverseKL() without clamp and ForwardKL(), but divergence is {value}")
+    if mass.startswith("raw") and not plain and not isinstance(value, Mixture):
+        raise ValueError(
+            f"mass={mass!r} is for ReverseKL() without clamp, ForwardKL() and Mixture, but divergence is {value}; use "
+            "mass='tail' or 'renormalized'"
+        )
+    if mass.startswith("ema_pg") != (sampled is not None):
+        raise ValueError(
+            f"sampled_ids is {'None' if sampled is None else 'given'} with mass={mass!r}; 'ema_pg' and "
+            "'ema_pg_corrected' need the sampled tokens, and no other mass takes them"
+        )
+
+
+def _numbers_of(value: Divergence) -> None:
+    if isinstance(value, ReverseKL) and value.clamp is not None:
+        if not isinstance(value.clamp, (tuple, list)) or len(value.clamp) != 2:
+            raise TypeError(f"divergence.clamp is {value.clamp!r}; it must be (low, high), or None")
+        low, high = value.clamp
+        if not low <= high:
+            raise ValueError(f"divergence.clamp is {value.clamp}; it must be (low, high) with low <= high")
+    elif isinstance(value, AlphaBeta):
+        _number("divergence.alpha", value.alpha)
+        _number("divergence.beta", value.beta)
+    elif isinstance(value, JensenShannon):
+        _number("divergence.beta", value.beta)
+        if not 0 < value.beta < 1:
+            raise ValueError(
+                f"divergence.beta is {value.beta}; it must be between 0 and 1; at the ends that divergence is 0, and "
+                "generalized_jsd gives forward and reverse KL there"
+            )
+    elif isinstance(value, Mixture):
+        _number("divergence.lam", value.lam)
+        if not 0 <= value.lam <= 1:
+            raise ValueError(f"divergence.lam is {value.lam}; it must be from 0, reverse KL, to 1, forward KL")
+    elif isinstance(value, (SkewReverseKL, SkewForwardKL)):
+        _number("divergence.lam", value.lam)
+        if not 0 <= value.lam < 1:
+            raise ValueError(f"divergence.lam is {value.lam}; it must be at least 0 and below 1, where it would be 0")
+
+
+def full_vocabulary_support(mass: str, temperature: float) -> None:
+    """What K log-probs do not tell of the teacher, and a mass other than "renormalized" must know."""
+    if temperature != 1:
+        raise ValueError(
+            f"temperature is {temperature} with mass={mass!r} and a Support, whose log-probs do not tell the teacher's "
+            "normaliser at that temperature; pass teacher logits, or divide both sides' logits beforehand, as in "
+            "teacher_topk(teacher_logits / temperature, k, normalize=True)"
+        )
+    if mass.startswith("ema_pg"):
+        raise ValueError(
+            f"teacher is a Support with mass={mass!r}, which needs the teacher's log-prob of every sampled token; pass "
+            "teacher logits"
+        )
+
+
+def dense_weight_grad(value: str, mass: str) -> None:
+    if value != "dense":
+        raise ValueError(
+            f"weight_grad is {value!r} with mass={mass!r}, which gives every row of the head a gradient; use 'dense'"
+        )
 
 
 def overwritable(student: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import _native
+from topk_rkl.divergence import REVERSE_KL, Code
 
 KINDS = {
     dtype: kind
@@ -45,7 +46,9 @@ def support_loss(
     values: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32: times the weight of the row
+    assert tuple(divergence) == REVERSE_KL
     n, k = ids.shape
     _same_shape("values", values, (n, k))
     _same_shape("student", student, (n, student.shape[1]))
@@ -63,7 +66,9 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
+    assert tuple(divergence) == REVERSE_KL
     n, vocab = teacher.shape
     _in_range("k", k, vocab)
     _same_shape("student", student, (n, student.shape[1]))
@@ -104,7 +109,9 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H), all float32
+    assert tuple(divergence) == REVERSE_KL
     (n, k), (vocab, width) = ids.shape, head.shape
     _same_shape("hidden", hidden, (n, width))
     _same_shape("values", values, (n, k))

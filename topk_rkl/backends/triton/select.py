@@ -21,6 +21,7 @@ from topk_rkl.backends.triton.launch import (
     plan_select,
 )
 from topk_rkl.backends.triton.support_loss import store_loss_row
+from topk_rkl.divergence import REVERSE_KL, Code
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -220,7 +221,9 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K) float32
+    assert tuple(divergence) == REVERSE_KL
     ids, _, loss, g = _launch(teacher, k, False, student, weights, temperature)
     assert loss is not None and g is not None  # the type of _launch cannot say that they come with a student
     return loss, ids, g

@@ -25,6 +25,7 @@ from topk_rkl.backends.triton.launch import (
     rounded,
 )
 from topk_rkl.backends.triton.support_loss import reverse_kl_slots
+from topk_rkl.divergence import REVERSE_KL, Code
 
 WINDOW = 256
 MAX_PAIRS = 2**31 - 1
@@ -266,7 +267,9 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H) float32
+    assert tuple(divergence) == REVERSE_KL
     (n, k), (vocab, width) = ids.shape, head.shape
     loss = torch.empty(n, dtype=torch.float32, device=hidden.device)
     g = torch.empty((n, k), dtype=torch.float32, device=hidden.device)

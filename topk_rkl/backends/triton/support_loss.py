@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, on_device_of, pad_k
+from topk_rkl.divergence import REVERSE_KL, Code
 
 
 @triton.jit
@@ -96,7 +97,9 @@ def support_loss(
     values: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32
+    assert tuple(divergence) == REVERSE_KL
     n, k = ids.shape
     loss = torch.empty(n, dtype=torch.float32, device=student.device)
     g = torch.empty((n, k), dtype=torch.float32, device=student.device)
