@@ -288,21 +288,21 @@ def _numbers_of(value: Divergence) -> None:
         if not low <= high:
             raise ValueError(f"divergence.clamp is {value.clamp}; it must be (low, high) with low <= high")
     elif isinstance(value, AlphaBeta):
-        _number("divergence.alpha", value.alpha)
-        _number("divergence.beta", value.beta)
+        number("divergence.alpha", value.alpha)
+        number("divergence.beta", value.beta)
     elif isinstance(value, JensenShannon):
-        _number("divergence.beta", value.beta)
+        number("divergence.beta", value.beta)
         if not 0 < value.beta < 1:
             raise ValueError(
                 f"divergence.beta is {value.beta}; it must be between 0 and 1; at the ends that divergence is 0, and "
                 "generalized_jsd gives forward and reverse KL there"
             )
     elif isinstance(value, Mixture):
-        _number("divergence.lam", value.lam)
+        number("divergence.lam", value.lam)
         if not 0 <= value.lam <= 1:
             raise ValueError(f"divergence.lam is {value.lam}; it must be from 0, reverse KL, to 1, forward KL")
     elif isinstance(value, (SkewReverseKL, SkewForwardKL)):
-        _number("divergence.lam", value.lam)
+        number("divergence.lam", value.lam)
         if not 0 <= value.lam < 1:
             raise ValueError(f"divergence.lam is {value.lam}; it must be at least 0 and below 1, where it would be 0")
 
