@@ -16,7 +16,8 @@ from topk_rkl import builders, composition, loss, rewards, rollout, weighting
 
 INF = math.inf
 B, T, V, K = 2, 5, 12, 4
-TABLE = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text().split("| Objective |")[1]
+MODULES = (loss, builders, composition, rewards, rollout, weighting)
+LEGEND, TABLE = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text().split("| Objective |")
 WORKS = [  # that cite the paper
     "2606.18810", "2606.18216", "2606.17199", "2606.11627", "2606.10385", "2606.07082", "2606.06021", "2605.16826",
     "2605.08741", "2605.08737", "2605.07396", "2605.05040", "2605.01347", "2604.03128", "2606.30518", "2606.11709",
@@ -70,8 +71,7 @@ def scope() -> dict[str, Any]:
         "n": 7.0, "failed": torch.tensor([[1.0] * T, [0.0] * T]), "window": window, "tau": 1.2, "sigma": 0.4,
         "w_next": torch.randn(B, T, K, V, dtype=torch.float64),
     }  # fmt: skip
-    public = {name: value for module in (loss, builders, composition, rewards, rollout, weighting)
-              for name, value in vars(module).items() if not name.startswith("_")}  # fmt: skip
+    public = {name: x for module in MODULES for name, x in vars(module).items() if not name.startswith("_")}
     return public | given
 
 
@@ -392,3 +392,14 @@ def test_every_row_has_a_formula_or_says_why_none_is_needed() -> None:
 
 def test_every_work_that_cites_the_paper_has_a_row() -> None:
     assert [work for work in WORKS if f"abs/{work})" not in TABLE] == []
+
+
+def test_every_name_in_a_call_is_public_or_explained() -> None:
+    explained = {name for line in LEGEND.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+)`", line)}
+    for call in CALLS.values():
+        tree = list(ast.walk(ast.parse(call)))
+        made = {x.id for x in tree if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        used = {x.id for x in tree if isinstance(x, ast.Name)}
+        made |= {x.arg for x in tree if isinstance(x, ast.arg)} | {"sum", "zip", "math", "torch"}
+        unknown = used - made - explained
+        assert all(any(hasattr(module, name) for module in MODULES) for name in unknown), (call, unknown)
