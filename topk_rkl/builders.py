@@ -241,12 +241,17 @@ def values_at(
     logits = logits.detach()
     known = (ids >= 0) & (ids < logits.shape[-1])
     values = logits.gather(-1, torch.where(known, ids, 0).long()).to(result_dtype(logits))  # (..., K)
-    if normalize:
-        # The fused pass over V gives the log-prob of the best token; from there to any other is a difference of logits.
-        best, log_prob = ops.select(logits, 1, True, requested())  # (..., 1), (..., 1)
-        top = logits.gather(-1, best.clamp(min=0).long()).to(values.dtype)  # (..., 1)
-        values = torch.where(values == -torch.inf, -torch.inf, values - top + log_prob)
-    return torch.where(known, values, -torch.inf)
+    return torch.where(known, normalized(values, logits) if normalize else values, -torch.inf)
+
+
+def normalized(
+    values: Tensor,  # (..., X) some of the logits
+    logits: Tensor,  # (..., V)
+) -> Tensor:  # (..., X)
+    """Their log-probs: that of the best token, which the fused pass over V gives, and a difference of two logits."""
+    best, log_prob = ops.select(logits, 1, True, requested())  # (..., 1), (..., 1)
+    top = logits.gather(-1, best.clamp(min=0).long()).to(values.dtype)  # (..., 1)
+    return (values - top.masked_fill(best < 0, 0)).add_(log_prob.masked_fill(best < 0, 0))
 
 
 def _live_ids(support: Support) -> Tensor:  # (..., K), -1 where the slot is empty

@@ -29,7 +29,7 @@ from torch import Tensor
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.backends.reference import result_dtype
-from topk_rkl.builders import values_at
+from topk_rkl.builders import normalized, values_at
 from topk_rkl.support import Support
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB a source, however many rows there are
@@ -62,7 +62,11 @@ def mixture(
     log_shares = torch.stack([blank + x for x in weights], -1).log().log_softmax(-1)  # (..., teachers)
 
     def mixed(log_shares: Tensor, *log_q: Tensor) -> Tensor:
-        return (torch.stack(log_q, -1) + log_shares.unsqueeze(-2)).logsumexp(-1)
+        shares = log_shares.split(1, dim=-1)  # (..., 1) each
+        total: Tensor = log_q[0] + shares[0]
+        for x, share in zip(log_q[1:], shares[1:], strict=True):  # not a stack of all, of this size
+            total = total.logaddexp(x + share)
+        return total
 
     return _compose(mixed, teachers, k, normalize=True, extras=[log_shares])
 
@@ -152,7 +156,7 @@ def taid(
 
     Returns:
         Support of (..., K); from logits with true log-probs, from a support up to a constant a position. A token of
-        probability 0 in the teacher keeps that.
+        probability 0 in the teacher keeps that, for t > 0.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -161,7 +165,7 @@ def taid(
     checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
 
     def between(z: Tensor, w: Tensor) -> Tensor:
-        return _where_live(w, t * w + _times(1 - t, z))
+        return _times(t, w) + _times(1 - t, z)
 
     return _compose(between, (student_logits, teacher), k)
 
@@ -192,7 +196,7 @@ def veto(
     checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
 
     def bridged(z: Tensor, w: Tensor) -> Tensor:
-        return _where_live(w, w + _times(beta, z))
+        return w + _times(beta, z)
 
     return _compose(bridged, (student_logits, teacher), k)
 
@@ -211,7 +215,7 @@ def _compose(
     found = []
     for part in _chunks([*logits, *extras]):  # (..., V) and (..., X) each
         values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
-        values = [_where_live(x, x.log_softmax(-1)) for x in values] if normalize else values
+        values = [normalized(value, x) for value, x in zip(values, part, strict=False)] if normalize else values
         ids, log_probs = ops.select(formula(*part[len(logits) :], *values), k, True, requested())
         found.append((ids.flatten(0, -2), log_probs.flatten(0, -2)))
     shape = (*logits[0].shape[:-1], ids.shape[-1])
