@@ -6,7 +6,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import BACKENDS, DEVICE
 from hypothesis import given
 from test_properties import QUARTERS, SEARCH, SEEDS, SHAPES
 from torch import Tensor, nn
@@ -29,15 +29,6 @@ from topk_rkl import (
     topk_reverse_kl,
     use_backend,
 )
-
-BACKENDS = ["reference"]
-
-
-@pytest.fixture
-def backend():
-    with use_backend("reference"):
-        yield "reference"
-
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 
@@ -362,8 +353,6 @@ def test_the_modules_are_the_functions() -> None:
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 20.0])
 def test_mass_is_that_of_the_whole_vocabulary(backend, mass: str, temperature: float) -> None:
-    if backend != "reference":
-        pytest.skip("later")
     z, w = torch.randn(2, 5, 300, device=DEVICE) * 4
     ids = w.topk(9).indices
     log_p, log_q = log_probs(z, w, ids, mass, temperature)

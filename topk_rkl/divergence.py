@@ -203,8 +203,9 @@ def _terms(
         log_p_blend, q_part = _blend(d, share_of_q)
         log_q_blend, p_part = _blend(-d, share_of_p)
         terms = of_p * _times(p, log_p_blend) + of_q * _times(q, log_q_blend)
-        h = of_p * _times(p, log_p_blend + (q_part - share_of_q)) - of_q * (q * p_part - p * share_of_p)
-        return terms, h
+        rise = _times(p, log_p_blend + (q_part - share_of_q))
+        fall = (q - p) * p_part + p * (p_part - share_of_p)  # split so that fusion leaves nothing where p = q
+        return terms, of_p * rise - of_q * fall
     return _alpha_beta(code[1], code[2], d, log_q)
 
 

@@ -132,8 +132,10 @@ def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | 
         return None
     if callable(divergence):
         return "it has no kernel for a divergence that is a function; use 'auto' or 'reference'"
-    if mass != "renormalized" or tuple(divergence) != REVERSE_KL:
+    if name == "cuda" and (mass != "renormalized" or tuple(divergence) != REVERSE_KL):
         return "it has kernels for the renormalised ReverseKL() alone; use 'auto' or 'reference'"
+    if mass.startswith("ema_pg"):
+        return f"it has no kernel for mass={mass!r}; use 'auto' or 'reference'"
     return None
 
 

@@ -67,6 +67,23 @@ def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
 
 
 @dataclass(frozen=True)
+class RestPlan:
+    """How one program adds up the exponentials of one row."""
+
+    block: int  # columns read at a time
+    group: int  # neighbouring columns that share one maximum
+    num_warps: int
+
+
+def plan_rest(vocab: int, k: int) -> RestPlan:
+    """64 bytes of 16-bit logits in flight a thread; as many threads as the K slots need registers."""
+    num_warps = 16 if k > 512 else 8
+    return RestPlan(
+        block=min(16 * 32 * num_warps, max(256, triton.next_power_of_2(vocab))), group=16, num_warps=num_warps
+    )
+
+
+@dataclass(frozen=True)
 class SparseHeadPlan:
     """How one program multiplies a hidden state with K rows of the head, and adds them up."""
 
