@@ -30,11 +30,10 @@ def log_ratio(
 
     Its negative is the log-ratio of equation 5 of arXiv 2603.25562, whose average over y ~ p is KL(p || q).
     """
+    if clip is not None:
+        checks.interval("clip", clip)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
-    if clip is None:
-        return log_q - log_p
-    checks.interval("clip", clip)
-    return (log_q - log_p).clamp(*clip)
+    return log_q - log_p if clip is None else (log_q - log_p).clamp(*clip)
 
 
 def tanh_log_ratio(
