@@ -123,10 +123,10 @@ def mass_loss_kernel(
     rest = slot == k
     z = tl.where(rest, peak.to(tl.float64) + tl.log(total) / inv_t, z)
     w = tl.where(rest, tl.load(tail + row), w)
+    counted = rest
     if MASS == TAIL:
-        live = live | (rest & (w != float("-inf")))
-    else:
-        live = live | rest
+        counted = rest & (w != float("-inf"))
+    live = live | counted
     z = tl.where(live, z, float("-inf"))
     w = tl.where(live, w, float("-inf"))
     row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, slot < k, FORM, MASS)
@@ -212,8 +212,8 @@ def mass_loss(
     others = torch.empty((n, 2), dtype=torch.float64, device=student.device)
     if n == 0:
         return loss, g, others
-    plan = plan_rest(student.shape[1], k)
     form, numbers = encoded(divergence)
+    plan = plan_rest(student.shape[1], k, form)
     with on_device_of(student):
         mass_loss_kernel[(n,)](
             student, *student.stride(), student.shape[1], ids, values, tail, weights,

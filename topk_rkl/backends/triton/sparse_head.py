@@ -278,8 +278,8 @@ def sparse_head(
     dhidden = torch.empty((n if want_dhidden else 0, width), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return loss, g, dhidden
-    plan = plan_sparse_head(k, width)
     form, numbers = encoded(divergence)
+    plan = plan_sparse_head(k, width, form)
     with on_device_of(hidden):
         sparse_head_kernel[(n,)](
             hidden, *hidden.stride(), width, head, *head.stride(), vocab, bias, 0 if bias is None else bias.stride(0),

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss
-from topk_rkl.backends.triton.launch import compile_options, float32_halves, on_device_of, pad_k
+from topk_rkl.backends.triton.launch import compile_options, float32_halves, on_device_of, pad_k, slot_warps
 from topk_rkl.divergence import REVERSE_KL, Code
 
 
@@ -90,7 +90,7 @@ def support_loss(
         support_loss_kernel[(n,)](
             student, student.stride(0), student.stride(1), student.shape[1],
             ids, values, weights, *float32_halves(1.0 / temperature), numbers,
-            loss, g, k, K_PAD=pad_k(k), FORM=form, num_warps=4,
+            loss, g, k, K_PAD=pad_k(k), FORM=form, num_warps=slot_warps(k, form),
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
     return loss, g
