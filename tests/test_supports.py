@@ -9,7 +9,7 @@ from conftest import DEVICE, LiveBytes
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from topk_rkl import Support, builders, teacher_topk, topk_reverse_kl
+from topk_rkl import Support, builders, linear_teacher_topk, teacher_topk, topk_reverse_kl
 from topk_rkl.builders import (
     difference,
     fixed_ids,
@@ -58,6 +58,14 @@ def test_student_topk_holds_the_teachers_values_at_the_students_best(backend, no
     assert got.ids.dtype == torch.int32 and not got.log_probs.requires_grad
     assert torch.equal(got.ids.long(), ids) and got.log_probs.dtype == torch.float32
     torch.testing.assert_close(got.log_probs.double(), want, rtol=5e-7, atol=5e-7)
+
+
+def test_the_students_best_from_hidden_states(backend) -> None:
+    hidden, head, teacher = torch.randn(3, 8), torch.randn(40, 8), torch.randn(3, 40)
+    hidden, head, teacher = (x.to(DEVICE) for x in (hidden, head, teacher))
+    got = fixed_ids(teacher, linear_teacher_topk(hidden, head, 5).ids)
+    want = student_topk(hidden @ head.T, teacher, 5)
+    assert torch.equal(got.ids, want.ids) and torch.equal(got.log_probs, want.log_probs)
 
 
 def test_float64_stays_float64() -> None:

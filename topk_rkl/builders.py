@@ -31,7 +31,8 @@ def student_topk(
     """The K tokens that the student ranks highest, with the teacher's values there.
 
     It is the support of SDPO, OPCD and of "only_stu" in thunlp/OPD. The ids are a constant: no gradient flows through
-    the choice.
+    the choice. Without student logits it is `fixed_ids(teacher_logits, linear_teacher_topk(student_hidden.detach(),
+    student_weight.detach(), k).ids)`.
 
     Args:
         student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; detached here.
