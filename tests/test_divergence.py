@@ -25,6 +25,7 @@ from topk_rkl import (
     generalized_jsd,
     linear_topk_divergence,
     linear_topk_reverse_kl,
+    teacher_topk,
     topk_divergence,
     topk_reverse_kl,
     use_backend,
@@ -107,6 +108,12 @@ def plain(z: Tensor, w: Tensor, ids: Tensor, formula: Formula, mass: str, temper
     return surrogate + (value - surrogate).detach()
 
 
+def chosen(w: Tensor, k: int) -> Support:
+    """By the reference, since the selection is another test's."""
+    with use_backend("reference"):
+        return teacher_topk(w, k)
+
+
 def gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
@@ -125,21 +132,39 @@ def test_each_is_its_formula(backend, divergence, temperature: float) -> None:
     z, w = torch.randn(2, 4, 50, device=DEVICE) * 2
     ids = w.topk(9).indices
     loss, grad, want_loss, want_grad = both(
-        z, w, divergence, lambda x: plain(x, w, ids, FORMULAS[divergence], "renormalized", temperature),
-        k=9, temperature=temperature,
+        z, chosen(w, 9), divergence, lambda x: plain(x, w, ids, FORMULAS[divergence], "renormalized", temperature),
+        temperature=temperature,
     )  # fmt: skip
     torch.testing.assert_close(loss, want_loss, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad, want_grad, rtol=2e-6, atol=2e-6 * want_grad.abs().max().item())
 
 
-@pytest.mark.parametrize("divergence", [*UNCLAMPED, ReverseKL(clamp=(-1.0, 0.7))], ids=str)
+@pytest.mark.parametrize("given", ["logits", "hidden"])
+def test_each_entry_takes_them(backend, given: str) -> None:
+    """The selecting kernel and the one of the head, whose slots are those of the support's."""
+    z, w = torch.randn(2, 3, 30, device=DEVICE)
+    head = torch.randn(40, 30, device=DEVICE) / 5
+    for divergence in (ReverseKL(clamp=(-1.0, 0.7)), JensenShannon(0.1), AlphaBeta(0.2, 0.7)):
+        leaf = z.clone().requires_grad_()
+        dense = nn.functional.linear(leaf, head) if given == "hidden" else leaf
+        want = gradient(topk_divergence(dense, chosen(w, 8), divergence=divergence, reduction="none"), leaf)
+        options = {"k": 8, "divergence": divergence, "reduction": "none"}
+        got = (
+            topk_divergence(leaf, w, **options)
+            if given == "logits"
+            else linear_topk_divergence(leaf, head, w, **options)
+        )
+        torch.testing.assert_close(gradient(got, leaf), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_gradcheck(divergence) -> None:
     z = torch.randn(3, 20, dtype=torch.float64, device=DEVICE, requires_grad=True)
     w = torch.randn(3, 20, dtype=torch.float64, device=DEVICE)
     ids, weights = torch.randint(-1, 20, (3, 9), device=DEVICE), torch.tensor([1.0, -0.5, 0.0], device=DEVICE)
-    masses = ["renormalized", "tail"] + (["raw"] if divergence in RAW else [])
-    for mass in masses:
-        for teacher, k in ((w, 7), (Support(ids, torch.randn(3, 9, device=DEVICE).double() - 4), None)):
+    support = Support(ids, torch.randn(3, 9, device=DEVICE).double() - 4)
+    for mass in ["renormalized", "tail"] + (["raw"] if divergence in RAW else []):
+        for teacher, k in ((w, 7), (support, None)):
             assert torch.autograd.gradcheck(
                 lambda x, t=teacher, k=k, m=mass: topk_divergence(
                     x, t, k=k, divergence=divergence, mass=m, weights=weights, reduction="none"
@@ -155,7 +180,7 @@ def test_a_distribution_is_at_distance_zero_from_itself(backend, divergence, tem
     z[1, 5:] = -torch.inf
     z[2] = 0.25
     leaf = z.clone().requires_grad_()
-    loss = topk_divergence(leaf, z, divergence=divergence, k=12, temperature=temperature, reduction="none")
+    loss = topk_divergence(leaf, chosen(z, 12), divergence=divergence, temperature=temperature, reduction="none")
     loss, grad = gradient(loss, leaf)
     assert (loss == 0).all() and (grad == 0).all()
 
@@ -170,7 +195,7 @@ def test_no_divergence_is_negative_and_its_gradient_sums_to_0(name: str, shape, 
     w[:, ::3] = z[:, ::3] * (1 + 1e-7)
     leaf = z.clone().requires_grad_()
     with use_backend(name):
-        loss, grad = gradient(topk_divergence(leaf, w, divergence=divergence, k=k, reduction="none"), leaf)
+        loss, grad = gradient(topk_divergence(leaf, chosen(w, k), divergence=divergence, reduction="none"), leaf)
     assert (loss >= (0 if divergence != ReverseKL() else -1e-15)).all()
     finite = grad.isfinite().all(1)
     assert (grad[finite].double().sum(1).abs() <= 1e-6 * (1 + grad[finite].abs().sum(1))).all()
@@ -213,8 +238,8 @@ def test_clamp_has_the_gradient_of_torch_clamp(backend, bounds: tuple[float, flo
     z, w = torch.randn(2, 5, 30, device=DEVICE) * 2
     ids = w.topk(8).indices
     loss, grad, want_loss, want_grad = both(
-        z, w, ReverseKL(clamp=bounds),
-        lambda x: plain(x, w, ids, lambda p, q: p.exp() * (p - q).clamp(*bounds), "renormalized"), k=8,
+        z, chosen(w, 8), ReverseKL(clamp=bounds),
+        lambda x: plain(x, w, ids, lambda p, q: p.exp() * (p - q).clamp(*bounds), "renormalized"),
     )  # fmt: skip
     torch.testing.assert_close(loss, want_loss, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad, want_grad, rtol=2e-6, atol=2e-6)
@@ -226,7 +251,7 @@ def test_student_minus_inf_inside_the_support(backend, divergence) -> None:
     z, w = torch.randn(2, 1, 6, device=DEVICE)
     z[0, 2] = -torch.inf
     leaf = z.clone().requires_grad_()
-    loss = topk_divergence(leaf, w, divergence=divergence, k=6, reduction="none")
+    loss = topk_divergence(leaf, chosen(w, 6), divergence=divergence, reduction="none")
     loss, grad = gradient(loss, leaf)
     beyond = z.masked_fill(z == -torch.inf, -300.0).double().requires_grad_()
     with use_backend("reference"):
@@ -281,7 +306,7 @@ def test_the_largest_ratios_keep_their_accuracy(backend) -> None:
             }[divergence]
         )
         want = lambda x, f=formula: plain(x, w, ids, f, "renormalized", 0.05)  # noqa: E731
-        loss, grad, want_loss, want_grad = both(z, w, divergence, want, k=16, temperature=0.05)
+        loss, grad, want_loss, want_grad = both(z, chosen(w, 16), divergence, want, temperature=0.05)
         log_p, log_q = log_probs(z, w, ids, "renormalized", 0.05)
         bound = 2e-6 * (1 + (log_p - log_q).abs().amax(1))
         assert ((loss - want_loss).abs() <= bound).all()
@@ -351,9 +376,9 @@ def test_the_modules_are_the_functions() -> None:
 
 
 @pytest.mark.parametrize("mass", MASSES)
-@pytest.mark.parametrize("temperature", [1.0, 0.05, 20.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_mass_is_that_of_the_whole_vocabulary(backend, mass: str, temperature: float) -> None:
-    z, w = torch.randn(2, 5, 300, device=DEVICE) * 4
+    z, w = torch.randn(2, 3, 300, device=DEVICE) * 4
     ids = w.topk(9).indices
     log_p, log_q = log_probs(z, w, ids, mass, temperature)
     bound = 2e-6 * (1 + (log_p - log_q).abs().amax(1))
@@ -364,6 +389,132 @@ def test_mass_is_that_of_the_whole_vocabulary(backend, mass: str, temperature: f
         loss, grad, want_loss, want_grad = both(z, w, divergence, want, k=9, mass=mass, temperature=temperature)
         assert ((loss - want_loss).abs() <= bound).all(), divergence
         assert ((grad - want_grad).abs().amax(1) <= bound).all(), divergence
+
+
+def mass_gradient(z: Tensor, teacher: Tensor | Support, **options) -> tuple[Tensor, Tensor]:
+    leaf = z.detach().requires_grad_()
+    return gradient(topk_divergence(leaf, teacher, **{"mass": "tail", "reduction": "none", **options}), leaf)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 33), (300, 15), (300, 16), (9_001, 40), (300, 200)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tail_over_rows_of_any_length(backend, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Blocks that are whole and that are not, S in all of them, a block of slots that is full; and none outside S."""
+    vocab, k = size
+    z, w = (torch.randn(2, 3, vocab, device=DEVICE) * 2).to(dtype)
+    ids = torch.rand(3, vocab, device=DEVICE).argsort(1)[:, :k]
+    with use_backend("reference"):
+        log_probs = w.double().log_softmax(1).gather(1, ids)
+        want = mass_gradient(z.double(), Support(ids, log_probs.float()))
+    loss, grad = mass_gradient(z, Support(ids, log_probs.float()))
+    torch.testing.assert_close(loss.double(), want[0], rtol=2e-6, atol=2e-6)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2e-6}[dtype]
+    torch.testing.assert_close(grad.double(), want[1], rtol=rounding, atol=2e-6)
+
+
+def test_tail_of_itself_is_zero(backend) -> None:
+    """By the same sums on both sides; a Support has rounded log-probs, and is as close as those."""
+    z = torch.randn(4, 700, device=DEVICE) * 3
+    loss, grad = mass_gradient(z, z, k=20, temperature=0.7)
+    assert (loss == 0).all() and (grad == 0).all()
+    loss, grad = mass_gradient(z, teacher_topk(z, 20, normalize=True))
+    assert loss.abs().max() <= 1e-12 and grad.abs().max() <= 1e-6
+
+
+def test_tail_that_nearly_vanishes_keeps_its_accuracy(backend) -> None:
+    """1 - P of 1e-9 and of 1e-40: the sum outside S is taken on its own, not as a difference."""
+    z, w = torch.randn(2, 4, 500, device=DEVICE)
+    w[:, :8] += 5
+    z[:2, :8] += 28
+    z[2:, :8] += 98
+    ids = w.topk(8).indices
+    for divergence in (ForwardKL(), ReverseKL(), JensenShannon()):
+        want = lambda x, d=divergence: plain(x, w, ids, FORMULAS[d], "tail")  # noqa: E731
+        loss, grad, want_loss, want_grad = both(z, w, divergence, want, k=8, mass="tail")
+        torch.testing.assert_close(loss, want_loss, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(grad, want_grad, rtol=2e-6, atol=2e-6)
+
+
+def test_tail_of_any_support(backend) -> None:
+    """Empty slots, ids in any order and twice, ids that the student lacks, rows of weight 0, NaN outside S."""
+    z = torch.randn(6, 90, device=DEVICE)
+    ids, values = teacher_topk(torch.randn(6, 100, device=DEVICE), 12, normalize=True)
+    ids[0, 2], values[0, 4], ids[0, 6], ids[1] = -1, -torch.inf, 95, -1
+    want = mass_gradient(z, Support(ids, values))
+    mixed = torch.tensor([7, 3, 11, 0, 1, 5, 2, 9, 4, 8, 10, 6, 3, 0, 5], device=DEVICE)
+    others = torch.cat((values[:, mixed[:12]], values[:, mixed[12:]] - 3), 1)
+    for row_ids in (ids[:, mixed], ids[:, mixed].long()):
+        got = mass_gradient(z, Support(row_ids, others))
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
+    assert want[0][1] == 0 and (want[1][1].sum() == 0)  # all of it is the rest, on both sides
+    z[2, 89 - ids[2].max() % 2] = torch.nan
+    z[3, :] = torch.nan
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0, -2.0, 1.0], device=DEVICE)
+    loss, grad = mass_gradient(z, Support(ids, values), weights=weights)
+    assert loss[2].isnan() and grad[2].isnan().all() and loss[3] == 0 and (grad[3] == 0).all()
+    torch.testing.assert_close((loss[4], grad[4]), (want[0][4] * -2, want[1][4] * -2), rtol=1e-6, atol=1e-8)
+    kept = [0, 1, 5]
+    assert torch.equal(loss[kept], want[0][kept]) and torch.equal(grad[kept], want[1][kept])
+
+
+def test_tail_where_either_side_leaves_nothing(backend) -> None:
+    """Teacher logits of -inf outside S are outside the comparison; a student's there make forward KL infinite."""
+    z, w = torch.randn(2, 2, 40, device=DEVICE)
+    w[:, 6:] = -torch.inf
+    got, want = mass_gradient(z, w, k=6), mass_gradient(z, w, k=6, mass="renormalized")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    w = torch.randn(2, 40, device=DEVICE)
+    z[:, w.topk(6).indices.amax() + 1 :] = -torch.inf
+    z.scatter_(1, w.topk(40).indices[:, 6:], -torch.inf)
+    loss, grad = mass_gradient(z, w, k=6)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    loss, grad = mass_gradient(z, w, k=6, divergence=ForwardKL())
+    assert (loss == torch.inf).all() and grad.isfinite().all() and (grad.gather(1, w.topk(6).indices) != 0).all()
+
+
+def test_mass_with_strides_grad_output_and_overwriting(backend) -> None:
+    from tests import cases
+
+    z, w = torch.randn(2, 6, 70, device=DEVICE)
+    want = mass_gradient(z, w, k=8)
+    for name, layout in cases.LAYOUTS.items():
+        got = mass_gradient(layout(z), layout(w), k=8)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
+    batch = z.view(2, 3, 70)
+    given = torch.randn(6, 2, device=DEVICE)[:, 0].view(2, 3)
+    leaf = batch.clone().requires_grad_()
+    loss = topk_divergence(leaf, w.view(2, 3, 70), k=8, mass="tail", reduction="none")
+    found, again = (torch.autograd.grad(loss, leaf, given, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(found, want[1].view(2, 3, 70) * given[..., None], rtol=1e-6, atol=1e-7)
+    assert torch.equal(found, again)
+    (twice,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        twice.sum().backward()
+    source = z.clone().requires_grad_()
+    logits = source * 1
+    topk_divergence(logits, w, k=8, mass="tail", reduction="sum", overwrite_student_logits=True).backward()
+    assert torch.equal(source.grad, want[1]) and torch.equal(logits, want[1])
+
+
+def test_mass_with_one_slot_does_not_warn(recwarn) -> None:
+    z, w = torch.randn(2, 3, 20, device=DEVICE)
+    assert topk_divergence(z, w, k=1, mass="tail") > 0
+    assert not [warning for warning in recwarn if "K = 1" in str(warning.message)]
+
+
+def test_mass_does_not_read_the_device_on_the_host(module) -> None:
+    from test_loss import NoHostSync
+
+    if DEVICE == "cpu" and module.__name__.endswith("triton"):
+        pytest.skip("the interpreter itself reads values")
+    z, w = torch.randn(2, 4, 90, device=DEVICE)
+    ids, values = teacher_topk(w, 6)
+    ids = ids.sort(1).values
+    with NoHostSync():
+        tail = module.rest(w, ids, 1.0)
+        _, g, others = module.mass_loss(z, ids, values, tail, None, 1.0, JensenShannon().code, "tail")
+        module.spread(g, ids, others, torch.ones(4, device=DEVICE), None, z, 1.0)
+        topk_divergence(z.requires_grad_(), w, k=6, mass="tail").backward()
 
 
 def test_expected_gradient_of_the_sampled_masses() -> None:

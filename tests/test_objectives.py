@@ -388,6 +388,14 @@ def test_every_call_is_its_formula(name: str) -> None:
             torch.testing.assert_close(mine, true, rtol=bound, atol=bound / 10, check_dtype=False)
 
 
+def test_entropies_and_log_probs_come_with_a_loss() -> None:
+    names = scope(torch.float64)
+    (call,) = re.findall(r"returns:\s`([^`]*)`", LEGEND)
+    _, found = run(call, names)
+    for got, name in zip(found.values(), ("H", "H_teacher", "log_p", "log_q"), strict=True):
+        torch.testing.assert_close(got, names[name].detach(), rtol=1e-12, atol=1e-12)
+
+
 def test_every_row_has_a_formula_or_says_why_none_is_needed() -> None:
     assert set(CALLS) == set(FORMULAS)
     assert all(cell.startswith("none: ") for name, cell in ROWS.items() if name not in CALLS)

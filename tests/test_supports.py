@@ -9,7 +9,7 @@ from conftest import DEVICE, LiveBytes
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from topk_rkl import Support, builders, linear_teacher_topk, teacher_topk, topk_reverse_kl
+from topk_rkl import Support, builders, linear_teacher_topk, teacher_topk, topk_divergence, topk_reverse_kl
 from topk_rkl.builders import (
     difference,
     fixed_ids,
@@ -349,6 +349,9 @@ def test_refusals(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         call()
 
 
-def test_a_single_token_warns() -> None:
+def test_a_single_token_warns_where_the_loss_renormalises_it(recwarn: pytest.WarningsRecorder) -> None:
+    support = student_topk(Z, W, 1, normalize=True)
+    topk_divergence(Z, support, mass="tail")
+    assert not recwarn.list
     with pytest.warns(UserWarning, match="K = 1"):
-        student_topk(Z, W, 1)
+        topk_reverse_kl(Z, support)

@@ -49,7 +49,7 @@ def student_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.student_ranking("student_logits", student_logits, k)
+    checks.ranking("student_logits", student_logits, k)
     checks.constant_logits("teacher_logits", teacher_logits)
     checks.same_positions("teacher_logits", teacher_logits, student_logits)
     ids, _ = ops.select(student_logits.detach(), k, False, requested())
@@ -81,7 +81,7 @@ def teacher_top_p(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.teacher_logits("teacher_logits", teacher_logits, k)
+    checks.teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
     checks.top_p(p, "p")
     ids, log_probs = ops.select(teacher_logits, k, True, requested())
     mass_above = pad(log_probs.double().exp()[..., :-1].cumsum(-1), (1, 0))  # (..., K)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_rkl.diagnostics import NAMES as DIAGNOSTICS
+from topk_rkl.diagnostics import OF_SAMPLED, OF_TEACHER_LOGITS
 from topk_rkl.divergence import (
     MASSES,
     AlphaBeta,
@@ -51,32 +53,37 @@ def teacher_logits(
     name: str,
     x: Tensor,  # (..., V)
     k: int | None,
+    renormalized: bool = True,
 ) -> None:
     constant_logits(name, x)
-    single_slot(_top(k, x.shape[-1], name))
+    k = _top(k, x.shape[-1], name)
+    if renormalized:
+        single_slot(k)
 
 
-def student_ranking(
+def ranking(
     name: str,
     x: Tensor,  # (..., V)
     k: int | None,
 ) -> None:
     logits(name, x)
-    single_slot(_top(k, x.shape[-1], name))
+    _top(k, x.shape[-1], name)
 
 
 def support(
     teacher: Support,
     k: int | None,
+    renormalized: bool = True,
 ) -> None:
     if k is not None:
         raise ValueError(f"k is {k}, but teacher is a Support, whose last dimension is K; leave k out")
     slots("teacher", teacher)
-    single_slot(teacher.ids.shape[-1])
+    if renormalized:
+        single_slot(teacher.ids.shape[-1])
 
 
 def slots(name: str, x: Support) -> None:
-    """The two tensors of a support, which may have one slot here, as where supports are combined."""
+    """The two tensors of a support."""
     if not isinstance(x, tuple) or not hasattr(x, "ids"):
         raise TypeError(f"{name} is {_kind(x)}; it must be a Support(ids, log_probs)")
     ids, log_probs = x
@@ -252,8 +259,8 @@ def reduction(value: str, denominator: float | Tensor | None) -> None:
     _denominator(denominator)
 
 
-def objective(value: object, mass: str, sampled: object) -> None:
-    """The divergence, the mass, whether they go together, and whether there are sampled ids where they are needed."""
+def objective(value: object, mass: str) -> None:
+    """The divergence, the mass, and whether they go together."""
     if mass not in MASSES:
         raise ValueError(f"mass is {mass!r}; use one of {', '.join(MASSES)}")
     if isinstance(value, type):
@@ -273,10 +280,26 @@ def objective(value: object, mass: str, sampled: object) -> None:
             f"mass={mass!r} is for ReverseKL() without clamp, ForwardKL() and Mixture, but divergence is {value}; use "
             "mass='tail' or 'renormalized'"
         )
-    if mass.startswith("ema_pg") != (sampled is not None):
+
+
+def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: bool) -> None:
+    """The names, and whether what they and the mass need is there."""
+    if names is None:
+        names = ()
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"diagnostics is {names!r}; it must be a sequence of names, such as ('student_mass',)")
+    for name in names:
+        if name not in DIAGNOSTICS:
+            raise ValueError(f"diagnostics has {name!r}; use some of {', '.join(DIAGNOSTICS)}")
+        if name in OF_TEACHER_LOGITS and teacher_is_support:
+            raise ValueError(f"diagnostics has {name!r}, but teacher is a Support; pass teacher logits")
+    takers = [name for name in names if name in OF_SAMPLED] + [mass] * mass.startswith("ema_pg")
+    if takers and sampled is None:
+        raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
+    if sampled is not None and not takers:
         raise ValueError(
-            f"sampled_ids is {'None' if sampled is None else 'given'} with mass={mass!r}; 'ema_pg' and "
-            "'ema_pg_corrected' need the sampled tokens, and no other mass takes them"
+            f"sampled_ids is given, but mass={mass!r} and the diagnostics do not use it; leave it out, or ask for "
+            f"mass='ema_pg', 'ema_pg_corrected' or one of {', '.join(OF_SAMPLED)}"
         )
 
 
@@ -473,7 +496,7 @@ def composed(
             "cut logits to the common vocabulary, give supports on the same tokens"
         )
     if not supports:
-        single_slot(_top(k, widths[first_name], first_name))
+        _top(k, widths[first_name], first_name)
     elif k is not None:
         raise ValueError(f"k is {k}, but {next(iter(supports))} is a Support, whose last dimension is K; leave k out")
 

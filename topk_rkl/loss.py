@@ -133,10 +133,11 @@ def topk_reverse_kl(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors.
     """
-    return topk_divergence(
+    loss: Tensor = topk_divergence(
         student_logits, teacher, k=k, weights=weights, temperature=temperature, reduction=reduction,
         denominator=denominator, overwrite_student_logits=overwrite_student_logits,
     )  # fmt: skip
+    return loss
 
 
 def linear_teacher_topk(
@@ -223,11 +224,12 @@ def linear_topk_reverse_kl(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors.
     """
-    return linear_topk_divergence(
+    loss: Tensor = linear_topk_divergence(
         student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
         temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
         softcap=softcap, weight_grad=weight_grad,
     )  # fmt: skip
+    return loss
 
 
 class TopKReverseKLLoss(TopKDivergenceLoss):

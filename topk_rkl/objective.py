@@ -1,5 +1,6 @@
 """The general entries: any divergence, over S alone or with the mass outside it, from logits or from hidden states."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from topk_rkl import checks, ops
 from topk_rkl.autograd import HeadOptions, LinearMassLoss, MassLoss, Options, SelectLoss, SparseHeadLoss, SupportLoss
 from topk_rkl.backends import requested
+from topk_rkl.backends.linear_mass import all_logits
+from topk_rkl.diagnostics import measure
 from topk_rkl.divergence import Code, Divergence, ReverseKL, Terms
 from topk_rkl.mass import classes
 from topk_rkl.support import Support
@@ -33,7 +36,8 @@ def topk_divergence(
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
     sampled_ids: Tensor | None = None,  # (...)
-) -> Tensor:  # (...) or ()
+    diagnostics: Sequence[str] | None = None,
+) -> Any:  # Tensor (...) or (), and with diagnostics a dict of (...)
     """`topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
     With p and q the probabilities of student and teacher over the whole vocabulary, P and Q their sums over S:
@@ -65,13 +69,18 @@ def topk_divergence(
             "reference" backend. It is summed over the slots of S where p is not 0, and may see any finite number at
             the others. Such a function breaks the graph of torch.compile.
         mass: as above. Others than "renormalized" read the student's logits once more forwards and once backwards.
-        sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg" alone, which also
-            need teacher logits.
+        sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg", which also need
+            teacher logits, and for some diagnostics.
+        diagnostics: names of `topk_rkl.diagnostics`, each a number a position, detached and without the weights:
+            "student_mass", "teacher_mass", "overlap_count", "overlap_token_advantage", "top1_agreement",
+            "student_entropy", "teacher_entropy", "sampled_log_prob", "teacher_sampled_log_prob", "sampled_in_support",
+            "max_log_ratio". All but the last two read whole rows, in plain PyTorch.
 
     Returns:
-        As `topk_reverse_kl`. In divergences that hold forward KL a student logit of -inf in S makes the loss +inf, or
-        leaves it finite where the teacher is compared with a blend of both; the gradient is 0 there and finite at the
-        others. With a mass other than "renormalized" a NaN anywhere in the student's row makes that position NaN.
+        As `topk_reverse_kl`; with `diagnostics` that and a dict of name to (...). In divergences that hold forward KL a
+        student logit of -inf in S makes the loss +inf, or leaves it finite where the teacher is compared with a blend
+        of both; the gradient is 0 there and finite at the others. With a mass other than "renormalized" a NaN anywhere
+        in the student's row makes that position NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
@@ -81,7 +90,8 @@ def topk_divergence(
     checks.weights(weights, student_logits)
     checks.temperature(temperature)
     checks.reduction(reduction, denominator)
-    checks.objective(divergence, mass, sampled_ids)
+    checks.objective(divergence, mass)
+    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
     if sampled_ids is not None:
         checks.sampled_ids(sampled_ids, student_logits, "sampled_ids")
     weights = as_factors(weights, student_logits)
@@ -91,13 +101,19 @@ def topk_divergence(
     _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
     options = Options(float(temperature), _code(divergence), mass, overwrite_student_logits, requested())
     if mass != "renormalized":
-        compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, requested())
+        compared = classes(teacher, k, student_logits.shape[-1], temperature, _for_mass(sampled_ids, mass), requested())
         per_token = MassLoss.apply(student_logits, *compared, weights, options)
     elif isinstance(teacher, Support):
         per_token = SupportLoss.apply(student_logits, *teacher, weights, options)
     else:
         per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
-    return reduce(per_token, weights, reduction, denominator)
+    loss = reduce(per_token, weights, reduction, denominator)
+    if not diagnostics:
+        return loss
+    logits, support = _logits_and_support(teacher, k)
+    return loss, measure(
+        diagnostics, student_logits, None, student_logits.shape[-1], logits, *support, sampled_ids, temperature
+    )
 
 
 def linear_topk_divergence(
@@ -117,13 +133,15 @@ def linear_topk_divergence(
     softcap: float | None = None,
     weight_grad: WeightGrad = "dense",
     sampled_ids: Tensor | None = None,  # (...)
-) -> Tensor:  # (...) or ()
+    diagnostics: Sequence[str] | None = None,
+) -> Any:  # Tensor (...) or (), and with diagnostics a dict of (...)
     """`linear_topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
     Args:
-        divergence, mass, sampled_ids: see `topk_divergence`. With a mass other than "renormalized" every logit counts:
-            they are made a block of positions by a block of the vocabulary at a time, forwards and again backwards, in
-            float32 (float64) and plain PyTorch on any device. Nothing of size N V exists; the head's gradient is dense.
+        divergence, mass, sampled_ids, diagnostics: see `topk_divergence`. With a mass other than "renormalized" all
+            logits count: they are made a block of positions by a block of the vocabulary at a time, forwards and again
+            backwards, in float32 (float64) and plain PyTorch on any device; diagnostics make them some positions at a
+            time. Nothing of size N V exists; the head's gradient is dense.
         others: see `linear_topk_reverse_kl`.
 
     Raises:
@@ -136,7 +154,8 @@ def linear_topk_divergence(
     checks.reduction(reduction, denominator)
     checks.logit_options(logit_scale, softcap)
     checks.weight_grad(weight_grad)
-    checks.objective(divergence, mass, sampled_ids)
+    checks.objective(divergence, mass)
+    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
     if sampled_ids is not None:
         checks.sampled_ids(sampled_ids, student_hidden, "sampled_ids", "student_hidden")
     if mass != "renormalized":
@@ -148,14 +167,33 @@ def linear_topk_divergence(
         float(temperature), _code(divergence), mass, float(logit_scale), softcap, weight_grad, requested()
     )
     if mass != "renormalized":
-        compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, requested())
+        compared = classes(teacher, k, len(student_weight), temperature, _for_mass(sampled_ids, mass), requested())
         per_token = LinearMassLoss.apply(student_hidden, student_weight, student_bias, *compared, weights, options)
-        return reduce(per_token, weights, reduction, denominator)
-    if not isinstance(teacher, Support):
-        assert k is not None
-        teacher = Support(*ops.select(teacher, k, False, requested()))
-    per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *teacher, weights, options)
-    return reduce(per_token, weights, reduction, denominator)
+    else:
+        _, support = _logits_and_support(teacher, k)
+        per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *support, weights, options)
+    loss = reduce(per_token, weights, reduction, denominator)
+    if not diagnostics:
+        return loss
+
+    def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
+        return all_logits(hidden, student_weight, student_bias, logit_scale, softcap)
+
+    logits, support = _logits_and_support(teacher, k)
+    return loss, measure(
+        diagnostics, student_hidden, logits_of, len(student_weight), logits, *support, sampled_ids, temperature
+    )
+
+
+def _logits_and_support(teacher: Tensor | Support, k: int | None) -> tuple[Tensor | None, Support]:
+    if isinstance(teacher, Support):
+        return None, teacher
+    assert k is not None
+    return teacher, Support(*ops.select(teacher, k, False, requested()))
+
+
+def _for_mass(sampled_ids: Tensor | None, mass: str) -> Tensor | None:
+    return sampled_ids if mass.startswith("ema_pg") else None
 
 
 def _check_teacher(
@@ -167,13 +205,13 @@ def _check_teacher(
     student_name: str,
 ) -> None:
     if isinstance(teacher, Support):
-        checks.support(teacher, k)
+        checks.support(teacher, k, mass == "renormalized")
         checks.same_positions("teacher.ids", teacher.ids, student, student_name=student_name)
         if mass != "renormalized":
             checks.full_vocabulary_support(mass, temperature)
     else:
         checks.teacher_kind(teacher)
-        checks.teacher_logits("teacher", teacher, k)
+        checks.teacher_logits("teacher", teacher, k, mass == "renormalized")
         checks.same_positions("teacher", teacher, student, student_name=student_name)
 
 
@@ -194,13 +232,14 @@ class TopKDivergenceLoss(nn.Module):
         temperature: float = 1.0,
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
+        diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         checks.temperature(temperature)
         checks.reduction(reduction, None)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "overwrite_student_logits": overwrite_student_logits,
+            "overwrite_student_logits": overwrite_student_logits, "diagnostics": diagnostics,
         }  # fmt: skip
 
     def forward(
@@ -210,7 +249,7 @@ class TopKDivergenceLoss(nn.Module):
         weights: Tensor | None = None,  # (...)
         denominator: float | Tensor | None = None,
         sampled_ids: Tensor | None = None,  # (...)
-    ) -> Tensor:
+    ) -> Any:
         """See `topk_divergence`."""
         return topk_divergence(
             student_logits, teacher, weights=weights, denominator=denominator, sampled_ids=sampled_ids, **self.options
@@ -234,6 +273,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         weight_grad: WeightGrad = "dense",
+        diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         checks.temperature(temperature)
@@ -242,7 +282,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         checks.weight_grad(weight_grad)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad,
+            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad, "diagnostics": diagnostics,
         }  # fmt: skip
 
     def forward(
@@ -254,7 +294,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         denominator: float | Tensor | None = None,
         student_bias: Tensor | None = None,  # (V,)
         sampled_ids: Tensor | None = None,  # (...)
-    ) -> Tensor:
+    ) -> Any:
         """See `linear_topk_divergence`."""
         return linear_topk_divergence(
             student_hidden, student_weight, teacher, weights=weights, denominator=denominator,

@@ -46,7 +46,7 @@ def select(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (..., K) int32, (..., K) float32
     module = choose(backend, k, logits)
-    ids, values = _cat(module.select(rows, k, normalize) for (rows,) in _rows(logits))
+    ids, values = _cat(module.select(rows, k, normalize) for (rows,) in row_views(logits))
     return ids.view(*logits.shape[:-1], k), values.view(*logits.shape[:-1], k)
 
 
@@ -72,7 +72,7 @@ def support_loss(
     module = choose(backend, ids.shape[-1], student, divergence=divergence)
     loss, g = _cat(
         module.support_loss(*rows, temperature, divergence)
-        for rows in _rows(student, ids.contiguous(), values.contiguous(), _contiguous(weights))
+        for rows in row_views(student, ids.contiguous(), values.contiguous(), _contiguous(weights))
     )
     return loss.view(student.shape[:-1]), g.view(ids.shape)
 
@@ -108,7 +108,7 @@ def select_loss(
     lead = student.shape[:-1]
     loss, ids, g = _cat(
         module.select_loss(z, w, k, weight, temperature, divergence)
-        for z, w, weight in _rows(student, teacher, _contiguous(weights))
+        for z, w, weight in row_views(student, teacher, _contiguous(weights))
     )
     return loss.view(lead), ids.view(*lead, k), g.view(*lead, k)
 
@@ -139,7 +139,7 @@ def rest(
     backend: str,
 ) -> Tensor:  # (...) float64
     module = choose(backend, ids.shape[-1], logits, mass="tail")
-    (out,) = _cat((module.rest(*rows, temperature),) for rows in _rows(logits, ids.contiguous()))
+    (out,) = _cat((module.rest(*rows, temperature),) for rows in row_views(logits, ids.contiguous()))
     return out.view(logits.shape[:-1])
 
 
@@ -166,7 +166,7 @@ def mass_loss(
     module = choose(backend, ids.shape[-1], student, divergence=divergence, mass=mass)
     loss, g, others = _cat(
         module.mass_loss(*rows, temperature, divergence, mass)
-        for rows in _rows(student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights))
+        for rows in row_views(student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights))
     )
     return loss.view(student.shape[:-1]), g.view(ids.shape), others.view(*student.shape[:-1], 2)
 
@@ -206,7 +206,9 @@ def spread(
     backend: str,
 ) -> None:
     module = choose(backend, ids.shape[-1], out, mass="tail")
-    for rows in _rows(g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out):
+    for rows in row_views(
+        g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out
+    ):
         module.spread(*rows, temperature)
 
 
@@ -234,7 +236,7 @@ def scatter(
     backend: str,
 ) -> None:
     module = choose(backend, ids.shape[-1], out)
-    for rows in _rows(g.contiguous(), ids.contiguous(), grad_output.contiguous(), out):
+    for rows in row_views(g.contiguous(), ids.contiguous(), grad_output.contiguous(), out):
         module.scatter(*rows, unique)
 
 
@@ -264,7 +266,7 @@ def linear_select(
     ids = hidden.new_empty((lead.numel(), k), dtype=torch.int32)
     values = hidden.new_empty((lead.numel(), k), dtype=result_dtype(hidden))
     done = 0
-    for (rows,) in _rows(hidden):
+    for (rows,) in row_views(hidden):
         for part in rows.split(chunk_rows):
             logits = buffer[: len(part)]
             if bias is None:
@@ -321,7 +323,7 @@ def sparse_head(
         module.sparse_head(
             rows, head, bias, row_ids, row_values, weight, temperature, logit_scale, softcap, want_dhidden, divergence
         )
-        for rows, row_ids, row_values, weight in _rows(
+        for rows, row_ids, row_values, weight in row_views(
             hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
         )
     )
@@ -481,14 +483,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _rows(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def row_views(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors (lead..., X) as views (n, X), all of the same rows; several where strides forbid a single view."""
     tensors, lead = (first, *others), first.dim() - 1
     try:
         views = tuple(None if t is None else t.view(-1, *t.shape[lead:]) for t in tensors)
     except RuntimeError:  # logits[:, :-1] has no 2-D view, its slabs have
         for slab in range(len(first)):
-            yield from _rows(first[slab], *(None if t is None else t[slab] for t in others))
+            yield from row_views(first[slab], *(None if t is None else t[slab] for t in others))
     else:
         yield views
 

@@ -97,6 +97,18 @@ def _blocks(n: int, vocab: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + ROWS), slice(first, min(first + TOKENS, vocab))
 
 
+def all_logits(
+    hidden: Tensor,  # (n, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:  # (n, V) float32, or float64 for float64
+    """Of so few positions that they may all exist."""
+    blocks = (slice(first, first + TOKENS) for first in range(0, len(head), TOKENS))
+    return torch.cat([_logits(hidden, head, bias, tokens, logit_scale, softcap)[0] for tokens in blocks], 1)
+
+
 def _logits(
     hidden: Tensor,  # (n, H)
     head: Tensor,  # (V, H)
@@ -105,6 +117,7 @@ def _logits(
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # (n, TOKENS), (n, TOKENS)
+    """The logits and their derivative with respect to the product."""
     dtype = result_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # a trainer's would take the products in 16 bits
         raw = hidden.to(dtype) @ head[tokens].to(dtype).T
