@@ -22,6 +22,15 @@ Vector vector(const V& x) {
   return {reinterpret_cast<void*>(data), Kind(kind), stride};
 }
 
+// [form, numbers...], as in topk_rkl/divergence.py, and the place of the mass in its MASSES.
+using D = std::vector<double>;
+
+Objective objective(const D& divergence, int mass = 0) {
+  Objective at{Form(int(divergence.at(0))), Mass(mass), {}};
+  for (size_t i = 1; i < divergence.size() && i < 5; ++i) at.numbers[i - 1] = divergence[i];
+  return at;
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -43,18 +52,40 @@ PYBIND11_MODULE(_native, m) {
       released);
   m.def(
       "support_loss",
-      [](M student, int64_t n, int64_t k, M ids, M values, V weights, double temperature, int threads, uintptr_t loss,
-         uintptr_t g) {
-        support_loss(matrix(student), n, k, matrix(ids), matrix(values), vector(weights), temperature, threads,
-                     pointer<float>(loss), pointer<float>(g));
+      [](M student, int64_t n, int64_t k, M ids, M values, V weights, double temperature, D divergence, int threads,
+         uintptr_t loss, uintptr_t g) {
+        support_loss(matrix(student), n, k, matrix(ids), matrix(values), vector(weights), temperature,
+                     objective(divergence), threads, pointer<float>(loss), pointer<float>(g));
       },
       released);
   m.def(
       "select_loss",
-      [](M student, M teacher, int64_t n, int64_t k, V weights, double temperature, int threads, uintptr_t loss,
-         uintptr_t ids, uintptr_t g) {
-        select_loss(matrix(student), matrix(teacher), n, k, vector(weights), temperature, threads, pointer<float>(loss),
-                    pointer<int32_t>(ids), pointer<float>(g));
+      [](M student, M teacher, int64_t n, int64_t k, V weights, double temperature, D divergence, int threads,
+         uintptr_t loss, uintptr_t ids, uintptr_t g) {
+        select_loss(matrix(student), matrix(teacher), n, k, vector(weights), temperature, objective(divergence),
+                    threads, pointer<float>(loss), pointer<int32_t>(ids), pointer<float>(g));
+      },
+      released);
+  m.def(
+      "rest",
+      [](M logits, int64_t n, int64_t k, M ids, double temperature, int threads, uintptr_t out) {
+        rest(matrix(logits), n, k, matrix(ids), temperature, threads, pointer<double>(out));
+      },
+      released);
+  m.def(
+      "mass_loss",
+      [](M student, int64_t n, int64_t k, M ids, M values, V tail, V weights, double temperature, D divergence,
+         int mass, int threads, uintptr_t loss, uintptr_t g, uintptr_t others) {
+        mass_loss(matrix(student), n, k, matrix(ids), matrix(values), vector(tail), vector(weights), temperature,
+                  objective(divergence, mass), threads, pointer<float>(loss), pointer<float>(g),
+                  pointer<double>(others));
+      },
+      released);
+  m.def(
+      "spread",
+      [](M g, M ids, M others, V grad_output, M student, M out, int64_t n, int64_t k, double temperature, int threads) {
+        spread(matrix(g), matrix(ids), matrix(others), vector(grad_output), matrix(student), matrix(out), n, k,
+               temperature, threads);
       },
       released);
   m.def(
@@ -66,10 +97,11 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "sparse_head",
       [](M hidden, M head, int64_t vocab, V bias, int64_t n, int64_t k, M ids, M values, V weights, double temperature,
-         double logit_scale, double softcap, int threads, uintptr_t loss, uintptr_t g, uintptr_t dhidden) {
+         double logit_scale, double softcap, D divergence, int threads, uintptr_t loss, uintptr_t g,
+         uintptr_t dhidden) {
         sparse_head(matrix(hidden), matrix(head), vocab, vector(bias), n, k, matrix(ids), matrix(values),
-                    vector(weights), temperature, logit_scale, softcap, threads, pointer<float>(loss),
-                    pointer<float>(g), pointer<float>(dhidden));
+                    vector(weights), temperature, logit_scale, softcap, objective(divergence), threads,
+                    pointer<float>(loss), pointer<float>(g), pointer<float>(dhidden));
       },
       released);
   m.def(

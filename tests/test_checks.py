@@ -4,13 +4,21 @@ import pytest
 import torch
 
 from topk_rkl import (
+    AlphaBeta,
+    ForwardKL,
+    JensenShannon,
     LinearTopKReverseKLLoss,
+    Mixture,
+    ReverseKL,
+    SkewForwardKL,
     Support,
     TopKReverseKLLoss,
     linear_teacher_topk,
+    linear_topk_divergence,
     linear_topk_reverse_kl,
     ops,
     teacher_topk,
+    topk_divergence,
     topk_reverse_kl,
 )
 from topk_rkl.weighting import aggregate, special_token_mask
@@ -35,7 +43,8 @@ def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*_: object) -> None:
         raise AssertionError("an op ran before the refusal")
 
-    for name in ("select", "support_loss", "select_loss", "scatter", "linear_select", "sparse_head"):
+    losses = ("support_loss", "select_loss", "mass_loss", "sparse_head", "linear_mass_loss")
+    for name in ("select", "rest", "scatter", "spread", "linear_select", *losses):
         monkeypatch.setattr(ops, name, launched)
 
 
@@ -256,6 +265,116 @@ REFUSALS = {
         lambda: LinearTopKReverseKLLoss(weight_grad="none"),
         ValueError,
         "weight_grad is 'none'; use 'dense' or 'sparse'",
+    ),
+    "divergence a class": (
+        lambda: topk_divergence(Z, W, k=3, divergence=ForwardKL),
+        TypeError,
+        r"divergence is the class ForwardKL; pass an instance, such as ForwardKL\(",
+    ),
+    "divergence a name": (
+        lambda: topk_divergence(Z, W, k=3, divergence="jsd"),
+        TypeError,
+        r"divergence is a str; use ReverseKL\(\)",
+    ),
+    "divergence beta": (
+        lambda: topk_divergence(Z, W, k=3, divergence=JensenShannon(1.0)),
+        ValueError,
+        "divergence.beta is 1.0; it must be between 0 and 1.*generalized_jsd",
+    ),
+    "divergence lam": (
+        lambda: topk_divergence(Z, W, k=3, divergence=Mixture(-0.1)),
+        ValueError,
+        "divergence.lam is -0.1; it must be from 0",
+    ),
+    "divergence skew lam": (
+        lambda: linear_topk_divergence(Z, HEAD, S, divergence=SkewForwardKL(1)),
+        ValueError,
+        "divergence.lam is 1; it must be at least 0 and below 1",
+    ),
+    "divergence alpha": (
+        lambda: topk_divergence(Z, W, k=3, divergence=AlphaBeta(float("inf"), 0)),
+        ValueError,
+        "divergence.alpha is inf; it must be finite",
+    ),
+    "divergence clamp of one": (
+        lambda: topk_divergence(Z, W, k=3, divergence=ReverseKL(clamp=5.0)),
+        TypeError,
+        r"divergence.clamp is 5.0; it must be \(low, high\)",
+    ),
+    "divergence clamp upside down": (
+        lambda: topk_divergence(Z, W, k=3, divergence=ReverseKL(clamp=(1, -1))),
+        ValueError,
+        r"divergence.clamp is \(1, -1\); it must be \(low, high\) with low <= high",
+    ),
+    "mass unknown": (
+        lambda: topk_divergence(Z, W, k=3, mass="full"),
+        ValueError,
+        "mass is 'full'; use one of renormalized, tail",
+    ),
+    "mass raw of a divergence without": (
+        lambda: topk_divergence(Z, W, k=3, divergence=JensenShannon(), mass="raw"),
+        ValueError,
+        r"mass='raw' is for ReverseKL\(\) without clamp, .* JensenShannon\(beta=0.5\); use mass='tail'",
+    ),
+    "mass ema_pg of a mixture": (
+        lambda: topk_divergence(Z, W, k=3, divergence=Mixture(0.5), mass="ema_pg", sampled_ids=IDS[:, 0]),
+        ValueError,
+        "mass='ema_pg' is for",
+    ),
+    "mass of a function": (
+        lambda: topk_divergence(Z, W, k=3, divergence=lambda p, q: p - q, mass="raw"),
+        ValueError,
+        "mass='raw' is for",
+    ),
+    "mass ema_pg without samples": (
+        lambda: topk_divergence(Z, W, k=3, mass="ema_pg"),
+        ValueError,
+        "sampled_ids is None, but 'ema_pg' needs",
+    ),
+    "samples that nothing uses": (
+        lambda: topk_divergence(Z, W, k=3, sampled_ids=IDS[:, 0]),
+        ValueError,
+        "sampled_ids is given, but mass='renormalized'.*leave it out",
+    ),
+    "samples of other positions": (
+        lambda: topk_divergence(Z, W, k=3, mass="ema_pg", sampled_ids=IDS),
+        ValueError,
+        r"sampled_ids has shape \(3, 5\)",
+    ),
+    "mass ema_pg with a support": (
+        lambda: topk_divergence(Z, S, mass="ema_pg", sampled_ids=IDS[:, 0]),
+        ValueError,
+        "teacher is a Support with mass='ema_pg'",
+    ),
+    "mass with a support and a temperature": (
+        lambda: linear_topk_divergence(Z, HEAD, S, mass="tail", temperature=0.5),
+        ValueError,
+        "temperature is 0.5 with mass='tail' and a Support, .*pass teacher logits",
+    ),
+    "mass with a sparse gradient": (
+        lambda: linear_topk_divergence(Z, HEAD, S, mass="tail", weight_grad="sparse"),
+        ValueError,
+        "weight_grad is 'sparse' with mass='tail'",
+    ),
+    "diagnostics a str": (
+        lambda: topk_divergence(Z, W, k=3, diagnostics="student_mass"),
+        TypeError,
+        "diagnostics is 'student_mass'; it must be a sequence",
+    ),
+    "diagnostics unknown": (
+        lambda: topk_divergence(Z, W, k=3, diagnostics=("entropy",)),
+        ValueError,
+        "diagnostics has 'entropy'; use some of student_mass",
+    ),
+    "diagnostics of teacher logits": (
+        lambda: topk_divergence(Z, S, diagnostics=("teacher_entropy",)),
+        ValueError,
+        "'teacher_entropy', but teacher is a Support",
+    ),
+    "diagnostics without samples": (
+        lambda: linear_topk_divergence(Z, HEAD, S, diagnostics=("sampled_in_support",)),
+        ValueError,
+        "sampled_ids is None, but 'sampled_in_support' needs",
     ),
     "linear teacher requires grad": (
         lambda: linear_teacher_topk(Z, HEAD.clone().requires_grad_(), 3),

@@ -10,6 +10,9 @@ from torch import Tensor
 from tests.test_loss import plain, run
 from tests.test_select import stable_sort
 from topk_rkl import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl.builders import intersection, remap, student_topk, teacher_top_p, union, with_sampled
+from topk_rkl.composition import mixture, residual, taid
+from topk_rkl.rewards import log_ratio, return_to_go
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +89,27 @@ def test_from_hidden_states_no_host_sync_and_capture_in_a_cuda_graph(name: str) 
         replayed = [x.detach().clone() for x in results]
         want = step()
     assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
+
+
+def test_building_a_support_has_no_host_sync_and_is_captured_in_a_cuda_graph() -> None:
+    student, teacher, other = torch.randn(3, 8, 33_000, device="cuda", dtype=torch.bfloat16)
+    sampled = torch.randint(0, 33_000, (8,), device="cuda")
+
+    def step():
+        found = union(
+            student_topk(student, teacher, 16, normalize=True), teacher_top_p(teacher, 0.9, 16, normalize=True)
+        )
+        found = remap(with_sampled(found, sampled, teacher, normalize=True), {3: 5}, student_vocab=32_000)
+        found = residual(found, other)
+        reward = return_to_go(log_ratio(found.log_probs[:, 0], found.log_probs[:, 1]), sampled > 9, gamma=0.9)
+        targets = intersection(taid(student, other, t=0.5, k=64), mixture([teacher, other], [0.3, 0.7], k=64))
+        return *found, *targets, reward
+
+    graph, results = captured(step)
+    for logits in (student, teacher, other):
+        logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip([x.clone() for x in results], step(), strict=True))
 
 
 def test_from_hidden_states_of_a_real_size(kernels: str) -> None:

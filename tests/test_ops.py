@@ -6,15 +6,21 @@ from conftest import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from topk_rkl import (
+    ForwardKL,
+    JensenShannon,
     Support,
     TopKReverseKLLoss,
     linear_teacher_topk,
+    linear_topk_divergence,
     linear_topk_reverse_kl,
     ops,
     teacher_topk,
+    topk_divergence,
     topk_reverse_kl,
     use_backend,
 )
+
+CLAMPED = (1.0, -2.0, 0.5)
 
 
 def samples() -> dict[str, tuple]:
@@ -23,19 +29,31 @@ def samples() -> dict[str, tuple]:
     values, weights = torch.randn(3, 4, 6, device=DEVICE), torch.rand(3, 4, device=DEVICE)
     hidden, head, bias = torch.randn(3, 4, 8, device=DEVICE), *torch.randn(50, 9, device=DEVICE).split((8, 1), 1)
     head, bias = head.contiguous(), bias.flatten()
+    distinct = torch.arange(6, device=DEVICE).expand(3, 4, 6).clone()
+    others = torch.rand(3, 4, 2, device=DEVICE, dtype=torch.float64)
     return {
         "select": (teacher[:, 1:], 6, True, "reference"),
-        "support_loss": (student, ids, values, weights, 0.7, "reference"),
-        "select_loss": (student, teacher.bfloat16(), 6, None, 0.7, "reference"),
+        "support_loss": (student, ids, values, weights, 0.7, CLAMPED, "reference"),
+        "select_loss": (student, teacher.bfloat16(), 6, None, 0.7, CLAMPED, "reference"),
+        "rest": (student, ids, 0.7, "reference"),
+        "mass_loss": (student, distinct, values, weights, weights, 0.7, (0,), "tail", "reference"),
+        "spread": (values, distinct, others, weights, student, student.clone(), 0.7, "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
         "linear_select": (hidden, head, bias, 6, 5, 0.5, 3.0, "reference"),
-        "sparse_head": (hidden, head, bias, ids, values, weights, 0.7, 0.5, 3.0, True, "reference"),
+        "sparse_head": (hidden, head, bias, ids, values, weights, 0.7, 0.5, 3.0, True, CLAMPED, "reference"),
         "sparse_head_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
-    }
+        "linear_mass_loss": (
+            hidden, head, bias, distinct, values, weights, weights, 0.7, 0.5, 3.0, (0,), "raw", "reference"
+        ),
+        "linear_mass_grad": (
+            values, distinct, others, weights, hidden, head, bias, 0.7, 0.5, 3.0,
+            *map(torch.clone, (hidden, head, bias)), "raw", "reference",
+        ),
+    }  # fmt: skip
 
 
-OPS = ["select", "support_loss", "select_loss", "scatter", "linear_select", "sparse_head", "sparse_head_weight_grad"]
-WRITING = ("scatter", "sparse_head_weight_grad")
+OPS = list(samples())
+WRITING = ("scatter", "spread", "sparse_head_weight_grad", "linear_mass_grad")
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -54,7 +72,8 @@ def test_a_fake_is_what_the_op_gives(name: str, dtype: torch.dtype) -> None:
     real = getattr(ops, name)(*arguments)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = getattr(ops, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
-    for a, b in zip(real or (), fake or (), strict=True):
+    real, fake = ((x,) if isinstance(x, torch.Tensor) else x or () for x in (real, fake))
+    for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
@@ -83,7 +102,19 @@ def from_hidden(hidden, teacher, weights):
     return linear_topk_reverse_kl(hidden, HEAD * hidden.mean(), support, weights=weights, softcap=2.0)
 
 
-@pytest.mark.parametrize("function", [by_logits, by_support, by_unique_support, overwriting, from_hidden])
+def by_tail(student, teacher, weights):
+    return topk_divergence(student, teacher, divergence=JensenShannon(0.3), mass="tail", k=6, weights=weights)
+
+
+def by_tail_from_hidden(hidden, teacher, weights):
+    head = HEAD * hidden.mean()
+    return linear_topk_divergence(hidden, head, teacher, mass="tail", k=6, divergence=ForwardKL(), weights=weights)
+
+
+COMPILED = [by_logits, by_support, by_unique_support, overwriting, from_hidden, by_tail, by_tail_from_hidden]
+
+
+@pytest.mark.parametrize("function", COMPILED)
 def test_compile_without_a_graph_break_at_most_twice_over_changing_n(function) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

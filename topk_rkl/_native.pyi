@@ -1,9 +1,12 @@
 """csrc/bindings.cpp. A matrix is (pointer, kind, columns, stride, step), a vector (pointer, kind, stride)."""
 
+from collections.abc import Sequence
+
 BUILD: str
 
 Matrix = tuple[int, int, int, int, int]
 Vector = tuple[int, int, int]
+Divergence = Sequence[float]
 
 def isas() -> list[str]: ...
 def isa() -> str: ...
@@ -17,6 +20,7 @@ def support_loss(
     values: Matrix,
     weights: Vector,
     temperature: float,
+    divergence: Divergence,
     threads: int,
     loss: int,
     g: int,
@@ -28,10 +32,40 @@ def select_loss(
     k: int,
     weights: Vector,
     temperature: float,
+    divergence: Divergence,
     threads: int,
     loss: int,
     ids: int,
     g: int,
+) -> None: ...
+def rest(logits: Matrix, n: int, k: int, ids: Matrix, temperature: float, threads: int, out: int) -> None: ...
+def mass_loss(
+    student: Matrix,
+    n: int,
+    k: int,
+    ids: Matrix,
+    values: Matrix,
+    tail: Vector,
+    weights: Vector,
+    temperature: float,
+    divergence: Divergence,
+    mass: int,
+    threads: int,
+    loss: int,
+    g: int,
+    others: int,
+) -> None: ...
+def spread(
+    g: Matrix,
+    ids: Matrix,
+    others: Matrix,
+    grad_output: Vector,
+    student: Matrix,
+    out: Matrix,
+    n: int,
+    k: int,
+    temperature: float,
+    threads: int,
 ) -> None: ...
 def scatter(
     g: Matrix,
@@ -56,6 +90,7 @@ def sparse_head(
     temperature: float,
     logit_scale: float,
     softcap: float,
+    divergence: Divergence,
     threads: int,
     loss: int,
     g: int,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topk_rkl import ops
+from topk_rkl.divergence import Code, Terms
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -33,6 +34,8 @@ class Options:
     """Everything that is not a tensor."""
 
     temperature: float
+    divergence: Code | Terms
+    mass: str
     overwrite_student_logits: bool
     backend: str
 
@@ -70,7 +73,8 @@ class SupportLoss(_RowLoss):
         options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        loss, g = ops.support_loss(student, ids, values, weights, options.temperature, options.backend)
+        op = ops.carrier(ops.support_loss, options.divergence)
+        loss, g = op(student, ids, values, weights, options.temperature, options.divergence, options.backend)
         _save(ctx, student, g, ids, options, unique=False)
         return loss
 
@@ -88,7 +92,8 @@ class SelectLoss(_RowLoss):
         options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        loss, ids, g = ops.select_loss(student, teacher, k, weights, options.temperature, options.backend)
+        op = ops.carrier(ops.select_loss, options.divergence)
+        loss, ids, g = op(student, teacher, k, weights, options.temperature, options.divergence, options.backend)
         _save(ctx, student, g, ids, options, unique=True)
         return loss
 
@@ -100,11 +105,56 @@ def _save(ctx: Any, student: Tensor, g: Tensor, ids: Tensor, options: Options, u
     ctx.save_for_backward(g, ids, student if options.overwrite_student_logits else None)
 
 
+class MassLoss(torch.autograd.Function):
+    """The loss of every row with the rest of the vocabulary as one more class, times its weight.
+
+    It has a gradient everywhere: K numbers a row, and two for all the others, which the backward pass makes of the
+    logits anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,  # (..., V)
+        ids: Tensor,  # (..., K)
+        values: Tensor,  # (..., K)
+        tail: Tensor,  # (...)
+        weights: Tensor | None,  # (...)
+        options: Options,
+    ) -> Tensor:  # (...)
+        loss: Tensor
+        loss, g, others = ops.carrier(ops.mass_loss, options.divergence)(
+            student, ids, values, tail, weights, options.temperature, options.divergence, options.mass, options.backend
+        )
+        ctx.options = options
+        ctx.save_for_backward(student, g, ids, others)
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(
+        ctx: Any,
+        grad_output: Tensor,  # (...), any strides
+    ) -> Gradients:  # (..., V), and nothing for the other five
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        student, g, ids, others = ctx.saved_tensors
+        temperature, backend = ctx.options.temperature, ctx.options.backend
+        overwrite = ctx.options.overwrite_student_logits
+        out = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype, device=g.device)
+        ops.spread(g, ids, others, grad_output, None if overwrite else student, out, temperature, backend)
+        if overwrite:
+            torch.autograd.graph.increment_version(student)
+        return out, None, None, None, None, None
+
+
 @dataclass(frozen=True)
 class HeadOptions:
     """Everything about the entry from hidden states that is not a tensor."""
 
     temperature: float
+    divergence: Code | Terms
+    mass: str
     logit_scale: float
     softcap: float | None
     weight_grad: str
@@ -131,9 +181,9 @@ class SparseHeadLoss(torch.autograd.Function):
     ) -> Tensor:  # (...)
         loss: Tensor
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        loss, g, dhidden = ops.sparse_head(
+        loss, g, dhidden = ops.carrier(ops.sparse_head, options.divergence)(
             hidden, head, bias, ids, values, weights, options.temperature, options.logit_scale, options.softcap,
-            of_hidden, options.backend,
+            of_hidden, options.divergence, options.backend,
         )  # fmt: skip
         ctx.options, ctx.vocab, ctx.dtype = options, len(head), hidden.dtype
         summed = (g, ids, hidden) if of_head or of_bias else (None, None, None)
@@ -163,6 +213,47 @@ class SparseHeadLoss(torch.autograd.Function):
         if sparse:
             dhead = _row_sparse(g, ids, hidden, ctx.vocab, ctx.options.backend)
         return dhidden, dhead, dbias, None, None, None, None
+
+
+class LinearMassLoss(torch.autograd.Function):
+    """The loss of every row from its hidden state with the rest of the vocabulary as one more class."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (..., H)
+        head: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        ids: Tensor,  # (..., K)
+        values: Tensor,  # (..., K)
+        tail: Tensor,  # (...)
+        weights: Tensor | None,  # (...)
+        options: HeadOptions,
+    ) -> Tensor:  # (...)
+        loss: Tensor
+        loss, g, others = ops.carrier(ops.linear_mass_loss, options.divergence)(
+            hidden, head, bias, ids, values, tail, weights, options.temperature, options.logit_scale, options.softcap,
+            options.divergence, options.mass, options.backend,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.save_for_backward(g, ids, others, hidden, head, bias)
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(
+        ctx: Any,
+        grad_output: Tensor,  # (...), any strides
+    ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
+        g, ids, others, hidden, head, bias = ctx.saved_tensors
+        asked = zip(ctx.needs_input_grad, (hidden, head, bias), strict=False)
+        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
+        options = ctx.options
+        ops.linear_mass_grad(
+            g, ids, others, grad_output, hidden, head, bias, options.temperature, options.logit_scale, options.softcap,
+            *outs, options.mass, options.backend,
+        )  # fmt: skip
+        return *outs, None, None, None, None, None
 
 
 def _row_sparse(

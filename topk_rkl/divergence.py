@@ -1,41 +1,309 @@
 """The mathematics on K slots, once, in plain PyTorch: what every kernel must equal.
 
-With p and q the softmax of the student's and of the teacher's logits over the slots of S, at temperature T:
+With p and q the softmax of the student's and of the teacher's logits over the slots of S, at temperature T, a
+divergence is a sum of terms, and with h = p times the derivative of the sum with respect to p its gradient is
 
-    L       = sum_S p (log p - log q)              truncated, renormalised reverse KL
-    dL/dz   = p (log p - log q - L) / T            on S, exactly 0 elsewhere
+    dL/dz   = (h - p sum_S h) / T                  on S, exactly 0 elsewhere
+
+A constant a slot times p may be added to h without a change. For the truncated, renormalised reverse KL
+
+    L       = sum_S p (log p - log q)              h = p (log p - log q)
+
+Three forms cover those that are built in, each with a few numbers, as which a divergence crosses the border of an op:
+
+    reverse KL    L = sum p d,   d = log p - log q clamped to [low, high]
+    blended KLs   L = c KL(p | (1 - s) p + s q) + e KL(q | (1 - t) q + t p)
+    alpha-beta    L = -1/(alpha beta) sum [ q^alpha p^beta - alpha/r q^r - beta/r p^r ],   r = alpha + beta
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Terms = Callable[[Tensor, Tensor], Tensor]
+Code = Sequence[float]
 
-def reverse_kl(
+REVERSE, CLAMPED, BLENDED, ALPHA_BETA = range(4)
+REVERSE_KL: Code = (REVERSE,)
+
+MASSES = ("renormalized", "tail", "raw", "raw_stop_grad", "ema_pg", "ema_pg_corrected")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How student p and teacher q are compared. `code` holds its form and numbers, as the kernels take them."""
+
+    @property
+    def code(self) -> Code:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(p | q) = sum p d with d = log p - log q: the default, which seeks the teacher's modes.
+
+    `clamp=(low, high)` keeps each d within those bounds. A slot at which d lies outside has the gradient that
+    torch.clamp gives: none through d. The loss may then be negative.
+    """
+
+    clamp: tuple[float, float] | None = None
+
+    @property
+    def code(self) -> Code:
+        return REVERSE_KL if self.clamp is None else (CLAMPED, *map(float, self.clamp))
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(q | p) = sum q (log q - log p), which covers the teacher's modes; its gradient is p - q.
+
+    A student logit of -inf in S makes the loss of that position +inf. Its gradient there is 0, and p - q elsewhere.
+    """
+
+    @property
+    def code(self) -> Code:
+        return (BLENDED, 0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """beta KL(q | M) + (1 - beta) KL(p | M) with M = beta q + (1 - beta) p, 0 < beta < 1; beta = 0.5 is the plain one.
+
+    It tends to 0 with beta and with 1 - beta: divided by beta to forward KL, divided by 1 - beta to reverse KL.
+    DistiLLM's js_distance(lam) has beta = 1 - lam. See `generalized_jsd` for GKD's convention at the ends.
+    """
+
+    beta: float = 0.5
+
+    @property
+    def code(self) -> Code:
+        return (BLENDED, 1.0 - self.beta, self.beta, self.beta, 1.0 - self.beta)
+
+
+@dataclass(frozen=True)
+class Mixture(Divergence):
+    """lam KL(q | p) + (1 - lam) KL(p | q), both in one pass, 0 <= lam <= 1."""
+
+    lam: float
+
+    @property
+    def code(self) -> Code:
+        return (BLENDED, 1.0 - self.lam, 1.0, self.lam, 1.0) if self.lam else REVERSE_KL
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(p | (1 - lam) q + lam p), 0 <= lam < 1 (DistiLLM's SRKL, with lam = 0.1); lam = 0 is reverse KL."""
+
+    lam: float = 0.1
+
+    @property
+    def code(self) -> Code:
+        return (BLENDED, 1.0, 1.0 - self.lam, 0.0, 0.0) if self.lam else REVERSE_KL
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(q | lam q + (1 - lam) p), 0 <= lam < 1 (DistiLLM's SKL, with lam = 0.1); lam = 0 is forward KL."""
+
+    lam: float = 0.1
+
+    @property
+    def code(self) -> Code:
+        return (BLENDED, 0.0, 0.0, 1.0, 1.0 - self.lam)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """The alpha-beta divergence of q to p (Cichocki et al. 2011; ABKD), for any finite alpha and beta.
+
+    -1/(alpha beta) sum [ q^alpha p^beta - alpha/r q^r - beta/r p^r ] with r = alpha + beta, and its limit where one of
+    the three is 0: (1, 0) is forward KL, (0, 1) reverse KL, (0, 0) half the sum of (log p - log q)^2. At alpha = 0 the
+    limit has a factor 1/beta^2 (1/alpha^2 at beta = 0 and at r = 0), where published code has 1/beta. A student logit
+    of -inf in S makes the loss +inf unless beta > 0 and r > 0.
+    """
+
+    alpha: float
+    beta: float
+
+    @property
+    def code(self) -> Code:
+        return (ALPHA_BETA, float(self.alpha), float(self.beta))
+
+
+def generalized_jsd(beta: float) -> Divergence:
+    """GKD's convention: forward KL at beta = 0, reverse KL at beta = 1, and the Jensen-Shannon divergence between."""
+    if beta == 0:
+        return ForwardKL()
+    return ReverseKL() if beta == 1 else JensenShannon(beta)
+
+
+def slots_loss(
     z: Tensor,  # (..., K) the student's logits
     w: Tensor,  # (..., K) the teacher's logits or log-probs, up to a constant a row
     live: Tensor,  # (..., K) bool, the slots that are in S
     temperature: float,
+    divergence: Code | Terms = REVERSE_KL,
+    mass: str = "renormalized",
 ) -> tuple[Tensor, Tensor]:  # (...), (..., K) float64
     """The loss of each row and its gradient with respect to z, both in float64.
 
+    Where `mass` is not "renormalized" the last slot is the rest of the vocabulary, temperature times the logsumexp of
+    all other logits / temperature, so that p and q are probabilities among all tokens.
+
     float64, because at temperature 0.05 float32 misses the promised accuracy by a factor of 3.5; on K numbers a row
     it costs nothing that can be measured. A row without a live slot gives 0; a NaN or +inf on a live slot gives NaN;
-    a student logit of -inf has probability 0 and leaves the teacher's side as it is.
+    a student logit of -inf has probability 0 and gradient 0, and leaves the teacher's side as it is.
     """
     inv_t = 1.0 / temperature
     z = torch.where(live, z.double(), -torch.inf)
     w = torch.where(live, w.double(), -torch.inf)
     a = z - _finite_max(z)
     b = w - _finite_max(w)
-    p = (a * inv_t).exp()
-    p_sum = _nonzero(p.sum(-1, keepdim=True))
-    q_sum = _nonzero((b * inv_t).exp().sum(-1, keepdim=True))
-    p = p / p_sum
+    p, q = (a * inv_t).exp(), (b * inv_t).exp()
+    p_sum, q_sum = _nonzero(p.sum(-1, keepdim=True)), _nonzero(q.sum(-1, keepdim=True))
+    p, q = p / p_sum, q / q_sum
     # The difference of the logits is taken first, so that equal logits give 0 and not a rounding error.
-    log_ratio = torch.where(p == 0, 0, a - b) * inv_t - (p_sum.log() - q_sum.log())
-    loss = (p * log_ratio).sum(-1, keepdim=True)
-    gradient = torch.where(live, p * (log_ratio - loss) * inv_t, 0)
+    d = torch.where(live, (a - b) * inv_t - (p_sum.log() - q_sum.log()), 0)
+    log_q = torch.where(live, b * inv_t - q_sum.log(), 0)
+    reachable = live & (z != -torch.inf)
+    if callable(divergence):
+        terms, h = _autograd(divergence, torch.where(reachable, d + log_q, 0), log_q, reachable)
+    else:
+        terms, h = _terms(divergence, p, q, d, log_q)
+        if mass not in ("renormalized", "tail"):
+            terms, h = _head_only(divergence, mass, terms, h, p, d, live)
+    loss = terms.sum(-1, keepdim=True)
+    if mass in ("renormalized", "tail") and not callable(divergence) and divergence[0] in (BLENDED, ALPHA_BETA):
+        loss = torch.where(loss < 0, 0, loss)  # which only rounding makes it
+    gradient = torch.where(reachable, (h - p * h.sum(-1, keepdim=True)) * inv_t, 0)
     return loss.squeeze(-1), gradient
+
+
+def _terms(
+    code: Code,
+    p: Tensor,  # (..., K)
+    q: Tensor,  # (..., K)
+    d: Tensor,  # (..., K) log p - log q
+    log_q: Tensor,  # (..., K)
+) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
+    """The terms of the sum, and h: both 0 where p = q, so that a distribution is at distance 0 from itself."""
+    if code[0] == REVERSE:
+        x = p * torch.where(p == 0, 0, d)
+        return x, x
+    if code[0] == CLAMPED:
+        low, high = code[1:]
+        inside = (d >= low) & (d <= high)
+        bounded = torch.where(p == 0, 0, d).clamp(low, high)
+        return p * bounded, p * torch.where(inside, bounded, bounded - 1)
+    if code[0] == BLENDED:
+        of_p, share_of_q, of_q, share_of_p = code[1:]
+        log_p_blend, q_part = _blend(d, share_of_q)
+        log_q_blend, p_part = _blend(-d, share_of_p)
+        terms = of_p * _times(p, log_p_blend) + of_q * _times(q, log_q_blend)
+        rise = _times(p, log_p_blend + (q_part - share_of_q))
+        fall = (q - p) * p_part + p * (p_part - share_of_p)  # split so that fusion leaves nothing where p = q
+        return terms, of_p * rise - of_q * fall
+    return _alpha_beta(code[1], code[2], d, log_q)
+
+
+def _head_only(
+    code: Code,
+    mass: str,
+    terms: Tensor,  # (..., K)
+    h: Tensor,  # (..., K)
+    p: Tensor,  # (..., K)
+    d: Tensor,  # (..., K)
+    live: Tensor,  # (..., K) bool
+) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
+    """Without a term of the rest; "ema_pg" has one of the sampled token, the last slot but one, in its stead.
+
+    The probabilities on S have no constant sum, so here it matters which multiple of p stands in h. Alone, h is that of
+    the generalised KL, sum [ p log(p / q) - p + q ]; the terms as they are have h + kappa p.
+    """
+    forward = code[0] == BLENDED and code[1] == 0
+    kappa = 1.0 if code[0] == REVERSE else code[1] * code[2] - code[3] * code[4]
+    if mass in ("raw", "ema_pg") or (mass == "ema_pg_corrected" and forward):
+        h = h + kappa * p
+    terms, h = terms.clone(), h.clone()
+    terms[..., -1] = h[..., -1] = 0
+    if mass in ("ema_pg", "ema_pg_corrected"):
+        d, drawn = d[..., -2], live[..., -2]
+        ratio = (-d).exp()
+        terms[..., -2] = torch.where(drawn, -ratio * d if forward else d, 0)
+        published = 1.0 if mass == "ema_pg" else 0.0
+        h[..., -2] = torch.where(drawn, published - ratio if forward else d, 0)
+    return terms, h
+
+
+def _blend(d: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Of x and y with d = log x - log y, and B = (1 - share) x + share y: log x - log B, and share y / B."""
+    if share == 1:
+        return d, torch.ones_like(d)
+    smaller = (-d.abs()).exp()  # over the larger
+    blend = torch.where(d < 0, share + (1 - share) * smaller, (1 - share) + share * smaller)  # over the larger
+    return torch.where(d < 0, d, 0) - blend.log(), torch.where(d < 0, share, share * smaller) / blend
+
+
+def _alpha_beta(
+    alpha: float,
+    beta: float,
+    d: Tensor,  # (..., K)
+    log_q: Tensor,  # (..., K)
+) -> tuple[Tensor, Tensor]:
+    """A term is d^2 times the second divided difference of exp at r log q, alpha log q + beta log p and r log p.
+
+    That has no denominator which vanishes with alpha, beta or r, so it holds in the limits and near them; h is d times
+    the first divided difference at the last two.
+    """
+    r = alpha + beta
+    vanished = d == -torch.inf  # the student's probability is 0
+    d = torch.where(vanished, 0, d)
+    first, second = beta * d, r * d  # the points, less the one of q
+    low, high = torch.minimum(first, second).clamp(max=0), torch.maximum(first, second).clamp(min=0)
+    middle = first + second - low - high
+    terms = d * d * (r * log_q + high).exp() * _second_chord(middle - high, low - high)
+    top = torch.maximum(first, second)
+    h = d * (r * log_q + top).exp() * _chord(-(alpha * d).abs())
+    limit = (r * log_q).exp()
+    end_term = limit / (beta * r) if beta > 0 and r > 0 else torch.full_like(limit, torch.inf)
+    end_h = -limit / alpha if beta == 0 and alpha > 0 else torch.zeros_like(limit)
+    return torch.where(vanished, end_term, terms), torch.where(vanished, end_h, h)
+
+
+def _chord(x: Tensor) -> Tensor:
+    """(exp(x) - 1) / x of x <= 0, and 1 at 0."""
+    return torch.where(x == 0, 1, x.expm1() / x)
+
+
+def _second_chord(x: Tensor, y: Tensor) -> Tensor:
+    """The divided difference of exp at 0, x and y, for y <= x <= 0."""
+    series = 1 / 2 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
+    return torch.where(y > -0.01, series, (_chord(x) - x.exp() * _chord(y - x)) / -y)
+
+
+def _autograd(
+    function: Terms,
+    log_p: Tensor,  # (..., K)
+    log_q: Tensor,  # (..., K)
+    reachable: Tensor,  # (..., K) bool; anything finite elsewhere
+) -> tuple[Tensor, Tensor]:
+    """The terms that a user's function gives, 0 where p = 0, and h = d terms / d log p by autograd."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = log_p.clone().requires_grad_()
+        terms = function(leaf, log_q.clone())
+        if terms.shape != leaf.shape:
+            raise ValueError(f"divergence gave {tuple(terms.shape)}; it must give a term a slot, {tuple(leaf.shape)}")
+        terms = torch.where(reachable.clone(), terms, 0)
+        (h,) = torch.autograd.grad(terms.sum(), leaf)
+    return terms.detach(), h
+
+
+def _times(probability: Tensor, x: Tensor) -> Tensor:
+    """0 where the probability is, even if x is infinite."""
+    return torch.where(probability == 0, 0, probability * x)
 
 
 def capped(

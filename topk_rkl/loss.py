@@ -6,32 +6,59 @@ loss = topk_reverse_kl(student_logits, teacher_logits, k=32, weights=response_ma
 loss.backward()
 """
 
-from typing import Literal
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from topk_rkl import checks, ops
-from topk_rkl.autograd import HeadOptions, Options, SelectLoss, SparseHeadLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
+from topk_rkl.divergence import (
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    Mixture,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    generalized_jsd,
+)
+from topk_rkl.objective import (
+    REVERSE_KL,
+    LinearTopKDivergenceLoss,
+    Mass,
+    Reduction,
+    TopKDivergenceLoss,
+    WeightGrad,
+    linear_topk_divergence,
+    topk_divergence,
+)
 from topk_rkl.support import Support
-from topk_rkl.weighting import reduce
 
 __all__ = [
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "JensenShannon",
+    "LinearTopKDivergenceLoss",
     "LinearTopKReverseKLLoss",
+    "Mass",
+    "Mixture",
     "Reduction",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
     "Support",
+    "TopKDivergenceLoss",
     "TopKReverseKLLoss",
     "WeightGrad",
+    "generalized_jsd",
     "linear_teacher_topk",
+    "linear_topk_divergence",
     "linear_topk_reverse_kl",
     "teacher_topk",
+    "topk_divergence",
     "topk_reverse_kl",
     "use_backend",
 ]
-
-Reduction = Literal["none", "sum", "mean"]
-WeightGrad = Literal["dense", "sparse"]
 
 CHUNK_BYTES = 128 << 20  # of teacher logits at a time: enough rows for a matrix product at full speed
 
@@ -106,25 +133,11 @@ def topk_reverse_kl(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors.
     """
-    checks.logits("student_logits", student_logits)
-    checks.weights(weights, student_logits)
-    checks.temperature(temperature)
-    checks.reduction(reduction, denominator)
-    weights = _as_factors(weights, student_logits)
-    overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
-    if overwrite_student_logits:
-        checks.overwritable(student_logits)
-    options = Options(float(temperature), overwrite_student_logits, requested())
-    if isinstance(teacher, Support):
-        checks.support(teacher, k)
-        checks.same_positions("teacher.ids", teacher.ids, student_logits)
-        per_token = SupportLoss.apply(student_logits, *teacher, weights, options)
-    else:
-        checks.teacher_kind(teacher)
-        checks.teacher_logits("teacher", teacher, k)
-        checks.same_positions("teacher", teacher, student_logits)
-        per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
-    return reduce(per_token, weights, reduction, denominator)
+    loss: Tensor = topk_divergence(
+        student_logits, teacher, k=k, weights=weights, temperature=temperature, reduction=reduction,
+        denominator=denominator, overwrite_student_logits=overwrite_student_logits,
+    )  # fmt: skip
+    return loss
 
 
 def linear_teacher_topk(
@@ -211,37 +224,15 @@ def linear_topk_reverse_kl(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors.
     """
-    checks.head("student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias)
-    checks.weights(weights, student_hidden, "student_hidden")
-    checks.temperature(temperature)
-    checks.reduction(reduction, denominator)
-    checks.logit_options(logit_scale, softcap)
-    checks.weight_grad(weight_grad)
-    if isinstance(teacher, Support):
-        checks.support(teacher, k)
-        checks.same_positions("teacher.ids", teacher.ids, student_hidden, student_name="student_hidden")
-    else:
-        checks.teacher_kind(teacher)
-        checks.teacher_logits("teacher", teacher, k)
-        checks.same_positions("teacher", teacher, student_hidden, student_name="student_hidden")
-        teacher = Support(*ops.select(teacher, k, False, requested()))
-    weights = _as_factors(weights, student_hidden)
-    softcap = None if softcap is None else float(softcap)
-    options = HeadOptions(float(temperature), float(logit_scale), softcap, weight_grad, requested())
-    per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *teacher, weights, options)
-    return reduce(per_token, weights, reduction, denominator)
+    loss: Tensor = linear_topk_divergence(
+        student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
+        temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
+        softcap=softcap, weight_grad=weight_grad,
+    )  # fmt: skip
+    return loss
 
 
-def _as_factors(
-    weights: Tensor | None,  # (...)
-    student: Tensor,  # (..., V) or (..., H)
-) -> Tensor | None:
-    if weights is None:
-        return None
-    return weights.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
-
-
-class TopKReverseKLLoss(nn.Module):
+class TopKReverseKLLoss(TopKDivergenceLoss):
     """`topk_reverse_kl` as a module: the options in the constructor, the tensors in the call."""
 
     def __init__(
@@ -252,38 +243,13 @@ class TopKReverseKLLoss(nn.Module):
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
     ) -> None:
-        super().__init__()
-        checks.temperature(temperature)
-        checks.reduction(reduction, None)
-        self.k = k
-        self.temperature = temperature
-        self.reduction = reduction
-        self.overwrite_student_logits = overwrite_student_logits
-
-    def forward(
-        self,
-        student_logits: Tensor,  # (..., V)
-        teacher: Tensor | Support,
-        weights: Tensor | None = None,  # (...)
-        denominator: float | Tensor | None = None,
-    ) -> Tensor:
-        """See `topk_reverse_kl`."""
-        return topk_reverse_kl(
-            student_logits,
-            teacher,
-            k=self.k,
-            weights=weights,
-            temperature=self.temperature,
-            reduction=self.reduction,
-            denominator=denominator,
-            overwrite_student_logits=self.overwrite_student_logits,
-        )
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, temperature={self.temperature}, reduction={self.reduction!r}"
+        super().__init__(
+            k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction,
+            overwrite_student_logits=overwrite_student_logits,
+        )  # fmt: skip
 
 
-class LinearTopKReverseKLLoss(nn.Module):
+class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
     """`linear_topk_reverse_kl` as a module: the options in the constructor, the tensors in the call."""
 
     def __init__(
@@ -296,45 +262,7 @@ class LinearTopKReverseKLLoss(nn.Module):
         softcap: float | None = None,
         weight_grad: WeightGrad = "dense",
     ) -> None:
-        super().__init__()
-        checks.temperature(temperature)
-        checks.reduction(reduction, None)
-        checks.logit_options(logit_scale, softcap)
-        checks.weight_grad(weight_grad)
-        self.k = k
-        self.temperature = temperature
-        self.reduction = reduction
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.weight_grad = weight_grad
-
-    def forward(
-        self,
-        student_hidden: Tensor,  # (..., H)
-        student_weight: Tensor,  # (V, H)
-        teacher: Tensor | Support,
-        weights: Tensor | None = None,  # (...)
-        denominator: float | Tensor | None = None,
-        student_bias: Tensor | None = None,  # (V,)
-    ) -> Tensor:
-        """See `linear_topk_reverse_kl`."""
-        return linear_topk_reverse_kl(
-            student_hidden,
-            student_weight,
-            teacher,
-            student_bias=student_bias,
-            k=self.k,
-            weights=weights,
-            temperature=self.temperature,
-            reduction=self.reduction,
-            denominator=denominator,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            weight_grad=self.weight_grad,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"k={self.k}, temperature={self.temperature}, reduction={self.reduction!r}, "
-            f"logit_scale={self.logit_scale}, softcap={self.softcap}, weight_grad={self.weight_grad!r}"
-        )
+        super().__init__(
+            k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction, logit_scale=logit_scale,
+            softcap=softcap, weight_grad=weight_grad,
+        )  # fmt: skip

@@ -1,7 +1,9 @@
 """The torch.library ops and their fakes: the one place where an op meets its backend.
 
 Every op takes the name of the backend, so that a backward pass uses what its forward pass used, in whatever thread it
-runs. Logits have any leading dimensions and strides; rows are never copied. Only `scatter` writes to an argument.
+runs. A divergence crosses as its numbers; for one that is a function, which no op takes, `carrier` gives the
+implementation behind the op. Logits have any leading dimensions and strides; rows are never copied. Only `scatter`,
+`spread` and the two gradients of the head write to an argument.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_rkl.backends import choose, choose_head
+from topk_rkl.backends import choose, choose_head, choose_plain
 from topk_rkl.backends.reference import result_dtype
+from topk_rkl.divergence import Code, Terms
+
+_implementations: dict[Callable, Callable] = {}
 
 
 def _op(schema: str) -> Callable[[Callable], Callable]:
@@ -22,9 +27,15 @@ def _op(schema: str) -> Callable[[Callable], Callable]:
         torch.library.define(name, schema)
         torch.library.impl(name, "default", implementation)
         op: Callable = getattr(torch.ops.topk_rkl, implementation.__name__).default
+        _implementations[op] = implementation
         return op
 
     return register
+
+
+def carrier(op: Callable, divergence: Code | Terms) -> Callable:
+    """What can be called with this divergence as an argument: the op, or the function that it registers."""
+    return _implementations[op] if callable(divergence) else op
 
 
 @_op("(Tensor logits, int k, bool normalize, str backend) -> (Tensor, Tensor)")
@@ -35,7 +46,7 @@ def select(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (..., K) int32, (..., K) float32
     module = choose(backend, k, logits)
-    ids, values = _cat(module.select(rows, k, normalize) for (rows,) in _rows(logits))
+    ids, values = _cat(module.select(rows, k, normalize) for (rows,) in row_views(logits))
     return ids.view(*logits.shape[:-1], k), values.view(*logits.shape[:-1], k)
 
 
@@ -45,34 +56,43 @@ def _(logits: Tensor, k: int, normalize: bool, backend: str) -> tuple[Tensor, Te
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=result_dtype(logits))
 
 
-@_op("(Tensor student, Tensor ids, Tensor values, Tensor? weights, float temperature, str backend) -> (Tensor, Tensor)")
+@_op(
+    "(Tensor student, Tensor ids, Tensor values, Tensor? weights, float temperature, float[] divergence, str backend)"
+    " -> (Tensor, Tensor)"
+)
 def support_loss(
     student: Tensor,  # (..., V)
     ids: Tensor,  # (..., K)
     values: Tensor,  # (..., K)
     weights: Tensor | None,  # (...)
     temperature: float,
+    divergence: Code | Terms,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (...), (..., K)
-    k = ids.shape[-1]
-    module = choose(backend, k, student)
+    module = choose(backend, ids.shape[-1], student, divergence=divergence)
     loss, g = _cat(
-        module.support_loss(*rows, temperature)
-        for rows in _rows(student, ids.contiguous(), values.contiguous(), _contiguous(weights))
+        module.support_loss(*rows, temperature, divergence)
+        for rows in row_views(student, ids.contiguous(), values.contiguous(), _contiguous(weights))
     )
     return loss.view(student.shape[:-1]), g.view(ids.shape)
 
 
 @torch.library.register_fake("topk_rkl::support_loss")
 def _(
-    student: Tensor, ids: Tensor, values: Tensor, weights: Tensor | None, temperature: float, backend: str
+    student: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    temperature: float,
+    divergence: Code,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = result_dtype(student)
     return student.new_empty(student.shape[:-1], dtype=dtype), student.new_empty(ids.shape, dtype=dtype)
 
 
 @_op(
-    "(Tensor student, Tensor teacher, int k, Tensor? weights, float temperature, str backend)"
+    "(Tensor student, Tensor teacher, int k, Tensor? weights, float temperature, float[] divergence, str backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
 def select_loss(
@@ -81,20 +101,27 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (...)
     temperature: float,
+    divergence: Code | Terms,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K) int32, (..., K)
-    module = choose(backend, k, student, teacher)
+    module = choose(backend, k, student, teacher, divergence=divergence)
     lead = student.shape[:-1]
     loss, ids, g = _cat(
-        module.select_loss(z, w, k, weight, temperature)
-        for z, w, weight in _rows(student, teacher, _contiguous(weights))
+        module.select_loss(z, w, k, weight, temperature, divergence)
+        for z, w, weight in row_views(student, teacher, _contiguous(weights))
     )
     return loss.view(lead), ids.view(*lead, k), g.view(*lead, k)
 
 
 @torch.library.register_fake("topk_rkl::select_loss")
 def _(
-    student: Tensor, teacher: Tensor, k: int, weights: Tensor | None, temperature: float, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    k: int,
+    weights: Tensor | None,
+    temperature: float,
+    divergence: Code,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead, dtype = student.shape[:-1], result_dtype(student)
     return (
@@ -102,6 +129,101 @@ def _(
         student.new_empty((*lead, k), dtype=torch.int32),
         student.new_empty((*lead, k), dtype=dtype),
     )
+
+
+@_op("(Tensor logits, Tensor ids, float temperature, str backend) -> Tensor")
+def rest(
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K) ascending, none twice in a row, the negative ones last
+    temperature: float,
+    backend: str,
+) -> Tensor:  # (...) float64
+    module = choose(backend, ids.shape[-1], logits, mass="tail")
+    (out,) = _cat((module.rest(*rows, temperature),) for rows in row_views(logits, ids.contiguous()))
+    return out.view(logits.shape[:-1])
+
+
+@torch.library.register_fake("topk_rkl::rest")
+def _(logits: Tensor, ids: Tensor, temperature: float, backend: str) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float64)
+
+
+@_op(
+    "(Tensor student, Tensor ids, Tensor values, Tensor tail, Tensor? weights, float temperature, float[] divergence,"
+    " str mass, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def mass_loss(
+    student: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K) as for `rest`
+    values: Tensor,  # (..., K)
+    tail: Tensor,  # (...)
+    weights: Tensor | None,  # (...)
+    temperature: float,
+    divergence: Code | Terms,
+    mass: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., 2) float64
+    module = choose(backend, ids.shape[-1], student, divergence=divergence, mass=mass)
+    loss, g, others = _cat(
+        module.mass_loss(*rows, temperature, divergence, mass)
+        for rows in row_views(student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights))
+    )
+    return loss.view(student.shape[:-1]), g.view(ids.shape), others.view(*student.shape[:-1], 2)
+
+
+@torch.library.register_fake("topk_rkl::mass_loss")
+def _(
+    student: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    tail: Tensor,
+    weights: Tensor | None,
+    temperature: float,
+    divergence: Code,
+    mass: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, dtype = student.shape[:-1], result_dtype(student)
+    return (
+        student.new_empty(lead, dtype=dtype),
+        student.new_empty(ids.shape, dtype=dtype),
+        student.new_empty((*lead, 2), dtype=torch.float64),
+    )
+
+
+@_op(
+    "(Tensor g, Tensor ids, Tensor others, Tensor grad_output, Tensor? student, Tensor(a!) out, float temperature,"
+    " str backend) -> ()"
+)
+def spread(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    others: Tensor,  # (..., 2)
+    grad_output: Tensor,  # (...)
+    student: Tensor | None,  # (..., V), or None: out holds it
+    out: Tensor,  # (..., V), overwritten
+    temperature: float,
+    backend: str,
+) -> None:
+    module = choose(backend, ids.shape[-1], out, mass="tail")
+    for rows in row_views(
+        g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out
+    ):
+        module.spread(*rows, temperature)
+
+
+@torch.library.register_fake("topk_rkl::spread")
+def _(
+    g: Tensor,
+    ids: Tensor,
+    others: Tensor,
+    grad_output: Tensor,
+    student: Tensor | None,
+    out: Tensor,
+    temperature: float,
+    backend: str,
+) -> None:
+    return None
 
 
 @_op("(Tensor g, Tensor ids, Tensor grad_output, Tensor(a!) out, bool unique, str backend) -> ()")
@@ -114,7 +236,7 @@ def scatter(
     backend: str,
 ) -> None:
     module = choose(backend, ids.shape[-1], out)
-    for rows in _rows(g.contiguous(), ids.contiguous(), grad_output.contiguous(), out):
+    for rows in row_views(g.contiguous(), ids.contiguous(), grad_output.contiguous(), out):
         module.scatter(*rows, unique)
 
 
@@ -144,7 +266,7 @@ def linear_select(
     ids = hidden.new_empty((lead.numel(), k), dtype=torch.int32)
     values = hidden.new_empty((lead.numel(), k), dtype=result_dtype(hidden))
     done = 0
-    for (rows,) in _rows(hidden):
+    for (rows,) in row_views(hidden):
         for part in rows.split(chunk_rows):
             logits = buffer[: len(part)]
             if bias is None:
@@ -178,7 +300,8 @@ def _(
 
 @_op(
     "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor? weights, float temperature,"
-    " float logit_scale, float? softcap, bool want_dhidden, str backend) -> (Tensor, Tensor, Tensor)"
+    " float logit_scale, float? softcap, bool want_dhidden, float[] divergence, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 def sparse_head(
     hidden: Tensor,  # (..., H)
@@ -191,15 +314,16 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code | Terms,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., H) or (0, H)
     lead = hidden.shape[:-1]
-    module = choose_head(backend, ids.shape[-1], hidden, len(head))
+    module = choose_head(backend, ids.shape[-1], hidden, len(head), divergence)
     loss, g, dhidden = _cat(
         module.sparse_head(
-            rows, head, bias, row_ids, row_values, weight, temperature, logit_scale, softcap, want_dhidden
+            rows, head, bias, row_ids, row_values, weight, temperature, logit_scale, softcap, want_dhidden, divergence
         )
-        for rows, row_ids, row_values, weight in _rows(
+        for rows, row_ids, row_values, weight in row_views(
             hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
         )
     )
@@ -218,6 +342,7 @@ def _(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = result_dtype(hidden)
@@ -250,18 +375,122 @@ def _(g: Tensor, ids: Tensor, hidden: Tensor, dhead: Tensor | None, dbias: Tenso
     return None
 
 
+@_op(
+    "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor tail, Tensor? weights,"
+    " float temperature, float logit_scale, float? softcap, float[] divergence, str mass, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def linear_mass_loss(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    values: Tensor,  # (..., K)
+    tail: Tensor,  # (...)
+    weights: Tensor | None,  # (...)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    divergence: Code | Terms,
+    mass: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., 2) float64
+    lead, module = hidden.shape[:-1], choose_plain(backend, mass)
+    flat = (ids.reshape(-1, ids.shape[-1]), values.reshape(-1, ids.shape[-1]), tail.reshape(-1))
+    loss, g, others = module.linear_mass_loss(
+        hidden.reshape(-1, hidden.shape[-1]), head, bias, *flat, None if weights is None else weights.reshape(-1),
+        temperature, logit_scale, softcap, divergence, mass,
+    )  # fmt: skip
+    return loss.view(lead), g.view(ids.shape), others.view(*lead, 2)
+
+
+@torch.library.register_fake("topk_rkl::linear_mass_loss")
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    values: Tensor,
+    tail: Tensor,
+    weights: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    divergence: Code,
+    mass: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, dtype = hidden.shape[:-1], result_dtype(hidden)
+    return (
+        hidden.new_empty(lead, dtype=dtype),
+        hidden.new_empty(ids.shape, dtype=dtype),
+        hidden.new_empty((*lead, 2), dtype=torch.float64),
+    )
+
+
+@_op(
+    "(Tensor g, Tensor ids, Tensor others, Tensor grad_output, Tensor hidden, Tensor head, Tensor? bias,"
+    " float temperature, float logit_scale, float? softcap, Tensor(a!)? dhidden, Tensor(b!)? dhead, Tensor(c!)? dbias,"
+    " str mass, str backend) -> ()"
+)
+def linear_mass_grad(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    others: Tensor,  # (..., 2)
+    grad_output: Tensor,  # (...)
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    dhidden: Tensor | None,  # (..., H), overwritten
+    dhead: Tensor | None,  # (V, H), overwritten
+    dbias: Tensor | None,  # (V,), overwritten
+    mass: str,
+    backend: str,
+) -> None:
+    flat = (x.reshape(-1, x.shape[-1]) for x in (g, ids, others, grad_output[..., None], hidden))
+    g, ids, others, grad_output, hidden = flat
+    choose_plain(backend, mass).linear_mass_grad(
+        g, ids, others, grad_output[:, 0], hidden, head, bias, temperature, logit_scale, softcap,
+        None if dhidden is None else dhidden.view(hidden.shape), dhead, dbias,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("topk_rkl::linear_mass_grad")
+def _(
+    g: Tensor,
+    ids: Tensor,
+    others: Tensor,
+    grad_output: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    dhidden: Tensor | None,
+    dhead: Tensor | None,
+    dbias: Tensor | None,
+    mass: str,
+    backend: str,
+) -> None:
+    return None
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _rows(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def row_views(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors (lead..., X) as views (n, X), all of the same rows; several where strides forbid a single view."""
     tensors, lead = (first, *others), first.dim() - 1
     try:
         views = tuple(None if t is None else t.view(-1, *t.shape[lead:]) for t in tensors)
     except RuntimeError:  # logits[:, :-1] has no 2-D view, its slabs have
         for slab in range(len(first)):
-            yield from _rows(first[slab], *(None if t is None else t[slab] for t in others))
+            yield from row_views(first[slab], *(None if t is None else t[slab] for t in others))
     else:
         yield views
 

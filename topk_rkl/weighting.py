@@ -28,6 +28,15 @@ def reduce(
     return _ratio(total, denominator)
 
 
+def as_factors(
+    weights: Tensor | None,  # (...)
+    student: Tensor,  # (..., V) or (..., H)
+) -> Tensor | None:
+    if weights is None:
+        return None
+    return weights.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
+
+
 def aggregate(
     per_token: Tensor,  # (B, T), reduction="none"
     mask: Tensor,  # (B, T) bool, integer or float

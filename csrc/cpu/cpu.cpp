@@ -115,17 +115,18 @@ void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int thre
 }
 
 void support_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values,
-                  const Vector& weights, double temperature, int threads, float* loss, float* g) {
+                  const Vector& weights, double temperature, const Objective& objective, int threads, float* loss,
+                  float* g) {
   const Isa& isa = current_isa();
   std::vector<Slots> slots(threads, Slots(k));
   for_each_row(n, threads, grain_of(64 * k), [&](int thread, int64_t row) {
     const double weight = weights.data ? weights[row] : 1;
-    loss_row(isa, student, ids, values, row, k, weight, temperature, slots[thread], loss + row, g + row * k);
+    loss_row(isa, student, ids, values, row, k, weight, temperature, objective, slots[thread], loss + row, g + row * k);
   });
 }
 
 void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_t k, const Vector& weights,
-                 double temperature, int threads, float* loss, int32_t* ids, float* g) {
+                 double temperature, const Objective& objective, int threads, float* loss, int32_t* ids, float* g) {
   const Isa& isa = current_isa();
   auto workspace = workspaces(teacher, n, k, threads);
   std::vector<Slots> slots(threads, Slots(k));
@@ -139,8 +140,8 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
       workspace[thread].select(isa, teacher, row, k, false, ids + row * k, row_values);
     }
     const Matrix row_of_values{row_values, Kind::float32, k, 0, 1}, row_of_ids{ids, Kind::int32, k, k, 1};
-    loss_row(isa, student, row_of_ids, row_of_values, row, k, weight, temperature, slots[thread], loss + row,
-             g + row * k);
+    loss_row(isa, student, row_of_ids, row_of_values, row, k, weight, temperature, objective, slots[thread],
+             loss + row, g + row * k);
   });
 }
 

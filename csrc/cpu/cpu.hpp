@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "divergence.hpp"
 #include "isa.hpp"
 
 namespace topk_rkl {
@@ -19,15 +20,29 @@ void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int thre
             float* values);  // (n, k)
 
 void support_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values,
-                  const Vector& weights, double temperature, int threads,
+                  const Vector& weights, double temperature, const Objective& objective, int threads,
                   float* loss,  // (n)
                   float* g);    // (n, k)
 
 void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_t k, const Vector& weights,
-                 double temperature, int threads,
+                 double temperature, const Objective& objective, int threads,
                  float* loss,   // (n)
                  int32_t* ids,  // (n, k)
                  float* g);     // (n, k)
+
+// With mass: ids ascend in a row, none twice, the negative ones last. `tail` and `out` are float64.
+void rest(const Matrix& logits, int64_t n, int64_t k, const Matrix& ids, double temperature, int threads,
+          double* out);  // (n)
+
+void mass_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values, const Vector& tail,
+               const Vector& weights, double temperature, const Objective& objective, int threads,
+               float* loss,      // (n)
+               float* g,         // (n, k)
+               double* others);  // (n, 2)
+
+// g, grad_output are float32, others float64; student may be out.
+void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vector& grad_output, const Matrix& student,
+            const Matrix& out, int64_t n, int64_t k, double temperature, int threads);
 
 // g and grad_output are float32. `unique` says that no row has an id twice.
 void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, const Matrix& out, int64_t n, int64_t k,
@@ -36,7 +51,7 @@ void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, cons
 // softcap 0 is none; dhidden may be null.
 void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature,
-                 double logit_scale, double softcap, int threads,
+                 double logit_scale, double softcap, const Objective& objective, int threads,
                  float* loss,      // (n)
                  float* g,         // (n, k)
                  float* dhidden);  // (n, hidden.columns)
@@ -50,7 +65,8 @@ class Slots;
 
 // One row of the loss.
 void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
-              double weight, double temperature, Slots& slots, float* loss, float* g);
+              double weight, double temperature, const Objective& objective, Slots& slots, float* loss, float* g);
+void add_slots(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k, Slots& slots);
 
 // One row of the gradient, zeros included; `items` and `spare` hold k each.
 void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,

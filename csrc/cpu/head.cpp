@@ -32,14 +32,6 @@ void sum_rows(const Isa& isa, Kind kind, const void* const* rows, const float* f
   }
 }
 
-// A row in one piece: itself, or a copy where its columns are apart.
-const void* contiguous(const Matrix& x, int64_t row, char* copy) {
-  if (x.step == 1) return x.at(row);
-  const int64_t size = size_of(x.kind);
-  for (int64_t i = 0; i < x.columns; ++i) std::memcpy(copy + i * size, x.at(row, i), size);
-  return copy;
-}
-
 struct Problem {
   const Isa& isa;
   const Matrix &hidden, &head;
@@ -48,6 +40,7 @@ struct Problem {
   const Matrix &ids, &values;
   int64_t k;
   double temperature, logit_scale, softcap;
+  const Objective& objective;
 };
 
 // One thread at work on it.
@@ -60,7 +53,7 @@ class Worker {
   void run(int64_t row, double weight, float* loss, float* g, float* dhidden) {
     slots_.clear();
     if (weight != 0) multiply(row);
-    *loss = float(slots_.solve(at_.isa, at_.temperature, weight));
+    *loss = float(slots_.solve(at_.isa, at_.objective, at_.temperature, weight));
     std::fill_n(g, at_.k, 0.0f);
     int64_t count = 0;
     for (int64_t i = 0; i < slots_.live(); ++i) {
@@ -185,8 +178,9 @@ struct Summer {
 
 void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature, double logit_scale,
-                 double softcap, int threads, float* loss, float* g, float* dhidden) {
-  const Problem problem{current_isa(), hidden, head, vocab, bias, ids, values, k, temperature, logit_scale, softcap};
+                 double softcap, const Objective& objective, int threads, float* loss, float* g, float* dhidden) {
+  const Problem problem{current_isa(), hidden, head,        vocab,   bias,     ids,
+                        values,        k,      temperature, logit_scale, softcap, objective};
   threads = int(std::clamp<int64_t>(n, 1, threads));
   std::vector<Worker> workers(threads, Worker(problem));
   for_each_row(n, threads, 1, [&](int thread, int64_t row) {

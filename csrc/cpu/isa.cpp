@@ -20,6 +20,6 @@ bool runs_here() {
 
 }  // namespace
 
-extern const Isa ISA = {NAME_OF(TOPK_RKL_ISA), runs_here, SELECT_ROW, slots_loss, HEAD_ROWS};
+extern const Isa ISA = {NAME_OF(TOPK_RKL_ISA), runs_here, SELECT_ROW, slots_loss, HEAD_ROWS, ROW_BLOCKS};
 
 }  // namespace topk_rkl::TOPK_RKL_ISA

@@ -48,12 +48,24 @@ struct HeadRows {
   void (*round_bfloat16)(const float* from, char* to, int64_t n);
 };
 
+// A row as float32, a block of n columns at a time; buffers are padded to a multiple of HEAD_BLOCK.
+struct RowBlocks {
+  void (*read[3])(const void* from, int64_t n, float* to);  // by Kind
+  // The largest, or NaN if one is NaN or +inf.
+  float (*peak)(const float* x, int64_t n);
+  // The sum of exp((x - peak) inv_t).
+  double (*sum)(const float* x, int64_t n, float peak, float inv_t);
+  // x = factor exp((x - peak) inv_t), or factor where that is more.
+  void (*scale)(float* x, int64_t n, float peak, float inv_t, float factor);
+};
+
 struct Isa {
   const char* name;
   bool (*runs_here)();
   const SelectRow* select_row;  // by Kind
   SlotsLoss slots_loss;
   const HeadRows& head;
+  const RowBlocks& blocks;
 };
 
 // clang-format off
@@ -69,6 +81,7 @@ namespace TOPK_RKL_ISA {
 extern const SelectRow SELECT_ROW[3];
 double slots_loss(double* z, double* w, double* g, int64_t n, double inv_t);
 extern const HeadRows HEAD_ROWS;
+extern const RowBlocks ROW_BLOCKS;
 }  // namespace TOPK_RKL_ISA
 #endif
 

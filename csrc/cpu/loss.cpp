@@ -15,34 +15,43 @@ void Slots::add(int64_t j, double z, double w) {
   part(3)[live_++] = double(j);
 }
 
-double Slots::solve(const Isa& isa, double temperature, double weight) {
+double Slots::solve(const Isa& isa, const Objective& objective, double temperature, double weight) {
   double *z = part(0), *w = part(1), *g = part(2);
   if (live_ == 0) return 0;
   if (!finite_) {
     std::fill_n(g, live_, NAN);
     return NAN;
   }
-  const int64_t padded = padded_slots(live_);
-  for (int64_t i = live_; i < padded; ++i) z[i] = w[i] = -INF;
-  const double loss = isa.slots_loss(z, w, g, padded, 1 / temperature);
+  double loss;
+  if (objective.plain()) {
+    const int64_t padded = padded_slots(live_);
+    for (int64_t i = live_; i < padded; ++i) z[i] = w[i] = -INF;
+    loss = isa.slots_loss(z, w, g, padded, 1 / temperature);
+  } else {
+    loss = divergence(objective, z, w, g, part(4), live_, 1 / temperature);
+  }
   for (int64_t i = 0; i < live_; ++i) g[i] *= weight;
   return loss * weight;
 }
 
-void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
-              double weight, double temperature, Slots& slots, float* loss, float* g) {
-  slots.clear();
+void add_slots(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k, Slots& slots) {
   for (int64_t j = 0; j < k; ++j) {  // all at once, and not one after the other as they are needed
     const int64_t id = load_integer(ids.at(row, j), ids.kind);
     if (id >= 0 && id < student.columns) __builtin_prefetch(student.at(row, id));
   }
-  for (int64_t j = 0; j < k && weight != 0; ++j) {
+  for (int64_t j = 0; j < k; ++j) {
     const int64_t id = load_integer(ids.at(row, j), ids.kind);
     if (id < 0 || id >= student.columns) continue;
     const double w = load(values.at(row, j), values.kind);
     if (w != -INF) slots.add(j, load(student.at(row, id), student.kind), w);
   }
-  *loss = float(slots.solve(isa, temperature, weight));
+}
+
+void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
+              double weight, double temperature, const Objective& objective, Slots& slots, float* loss, float* g) {
+  slots.clear();
+  if (weight != 0) add_slots(student, ids, values, row, k, slots);
+  *loss = float(slots.solve(isa, objective, temperature, weight));
   std::fill_n(g, k, 0.0f);
   for (int64_t i = 0; i < slots.live(); ++i) g[slots.slot(i)] = float(slots.g(i));
 }

@@ -10,13 +10,13 @@ inline int64_t padded_slots(int64_t k) { return (k + SLOTS - 1) / SLOTS * SLOTS;
 
 class Slots {
  public:
-  explicit Slots(int64_t k) : memory_(4 * padded_slots(k)), padded_(padded_slots(k)) {}
+  explicit Slots(int64_t k) : memory_(5 * padded_slots(k)), padded_(padded_slots(k)) {}
 
   void clear() { live_ = 0, finite_ = true; }
   // Slot j of the row, which is in S, with the logits of student and teacher.
   void add(int64_t j, double z, double w);
   // The loss times the weight. A NaN or +inf on a slot makes everything NaN.
-  double solve(const Isa& isa, double temperature, double weight);
+  double solve(const Isa& isa, const Objective& objective, double temperature, double weight);
 
   int64_t live() const { return live_; }
   int64_t slot(int64_t i) const { return int64_t(part(3)[i]); }

@@ -42,6 +42,13 @@ uint16_t float16_bits(float value) {
 
 }  // namespace
 
+const void* contiguous(const Matrix& x, int64_t row, char* copy) {
+  if (x.step == 1) return x.at(row);
+  const int64_t size = size_of(x.kind);
+  for (int64_t i = 0; i < x.columns; ++i) std::memcpy(copy + i * size, x.at(row, i), size);
+  return copy;
+}
+
 double load(const void* element, Kind kind) {
   switch (kind) {
     case Kind::bfloat16: return std::bit_cast<float>(uint32_t(read<uint16_t>(element)) << 16);

@@ -22,6 +22,9 @@ struct Matrix {
   }
 };
 
+// A row in one piece: itself, or a copy where its columns are apart.
+const void* contiguous(const Matrix& x, int64_t row, char* copy);
+
 // One element as a double, exactly, of the kinds that are floating point; and of those that are integers.
 double load(const void* element, Kind kind);
 int64_t load_integer(const void* element, Kind kind);

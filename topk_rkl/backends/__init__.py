@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from topk_rkl.divergence import REVERSE_KL, Code, Terms
+
 NAMES = ("auto", "reference", "native", "triton", "cuda")
 
 _WAY_OUT = {
@@ -19,6 +21,7 @@ _WAY_OUT = {
     "where nvcc is installed, use 'triton'",
 }
 _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 # From K = V / DENSE_FROM on, the dense product of the head is taken to be cheaper.
 DENSE_FROM = 4
@@ -61,11 +64,15 @@ def choose(
     name: str,
     k: int,
     *logits: Tensor,  # (..., V) each
+    divergence: Code | Terms = REVERSE_KL,
+    mass: str = "renormalized",
 ) -> ModuleType:
     """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all."""
     _check_name(name, "TOPK_RKL_BACKEND")
     wanted = ("triton" if logits[0].is_cuda else "native") if name == "auto" else name
     reasons = [reason for x in logits if (reason := _refusal(wanted, k, x))]
+    if reason := _objective_refusal(wanted, divergence, mass):
+        reasons.append(reason)
     if name == "auto":
         name = "reference" if reasons else wanted
     elif reasons:
@@ -78,6 +85,7 @@ def choose_head(
     k: int,
     hidden: Tensor,  # (N, H)
     vocab: int,
+    divergence: Code | Terms = REVERSE_KL,
 ) -> ModuleType:
     """The module that serves K rows of the head a position, or for "auto" the dense product where that is cheaper.
 
@@ -85,11 +93,19 @@ def choose_head(
     the processor. They break even between K = V / 12, where the head is far larger than the caches, and V / 2, where it
     fits. Only where that was measured, on CPUs, and where float32 products have not been allowed fewer bits.
     """
-    module = choose(name, k, hidden)
+    module = choose(name, k, hidden, divergence=divergence)
     dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES
     if name == "auto" and dense_pays and torch.get_float32_matmul_precision() == "highest":
         return _load("dense_head")
     return module
+
+
+def choose_plain(name: str, mass: str) -> ModuleType:
+    """The loss from hidden states with a mass that needs every logit: plain PyTorch, wherever the tensors are."""
+    _check_name(name, "TOPK_RKL_BACKEND")
+    if name not in ("auto", "reference"):
+        raise RuntimeError(f"the {name!r} backend has no mass={mass!r} from hidden states; use 'auto' or 'reference'")
+    return _load("linear_mass")
 
 
 def unavailable(name: str) -> str | None:
@@ -112,6 +128,18 @@ def _refusal(name: str, k: int, logits: Tensor) -> str | None:
         return f"the logits are {logits.dtype}; use bfloat16, float16 or float32, or the 'reference' backend"
     refusals = {"native": _native_refusal, "triton": _triton_refusal, "cuda": _cuda_refusal}
     return refusals[name](k, logits)
+
+
+def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | None:
+    if name == "reference":
+        return None
+    if callable(divergence):
+        return "it has no kernel for a divergence that is a function; use 'auto' or 'reference'"
+    if name == "cuda" and (mass != "renormalized" or tuple(divergence) != REVERSE_KL):
+        return "it has kernels for the renormalised ReverseKL() alone; use 'auto' or 'reference'"
+    if mass.startswith("ema_pg"):
+        return f"it has no kernel for mass={mass!r}; use 'auto' or 'reference'"
+    return None
 
 
 def _native_refusal(_k: int, logits: Tensor) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from topk_rkl import _cuda
 from topk_rkl.backends.pointers import FLOATS, INTEGERS, KINDS, Pointers, in_range, same_shape
+from topk_rkl.divergence import REVERSE_KL, Code
 
 HOST = _cuda.HOST
 MAX_K = _cuda.MAX_K
@@ -36,7 +37,9 @@ def support_loss(
     values: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32: times the weight of the row
+    _reverse_kl_alone(divergence)
     (n, k), to = ids.shape, Pointers(student.device)
     in_range("k", k, MAX_K, "the most")
     same_shape("values", values, (n, k))
@@ -55,7 +58,9 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
+    _reverse_kl_alone(divergence)
     n, to = len(teacher), Pointers(teacher.device)
     same_shape("student", student, (n, student.shape[1]))
     loss, ids, g = _empty(teacher, n), teacher.new_empty((n, k), dtype=torch.int32), _empty(teacher, n, k)
@@ -96,7 +101,9 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H), all float32
+    _reverse_kl_alone(divergence)
     (n, k), (vocab, width), to = ids.shape, head.shape, Pointers(hidden.device)
     in_range("k", k, MAX_K, "the most")
     same_shape("hidden", hidden, (n, width))
@@ -133,6 +140,11 @@ def sparse_head_weight_grad(
         g.data_ptr(), to.matrix("ids", ids, INTEGERS), to.matrix("hidden", hidden), n, k, vocab,
         to.matrix("dhead", dhead), to.vector("dbias", dbias, vocab), scratch.data_ptr(), _where(hidden),
     )  # fmt: skip
+
+
+def _reverse_kl_alone(divergence: Code) -> None:
+    if tuple(divergence) != REVERSE_KL:
+        raise ValueError(f"divergence is {divergence}; the cuda backend has reverse KL alone, {REVERSE_KL}")
 
 
 def _select_scratch(

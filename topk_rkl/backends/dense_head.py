@@ -10,6 +10,7 @@ from torch import Tensor
 
 from topk_rkl.backends import choose
 from topk_rkl.backends.reference import raw_slots_loss
+from topk_rkl.divergence import REVERSE_KL, Code
 
 ROWS, TOKENS = 512, 4096  # of a block: 8 MiB
 
@@ -26,6 +27,7 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H), all float32
     (n, k), (vocab, width) = ids.shape, head.shape
     raw = hidden.new_zeros((n, k), dtype=torch.float32)
@@ -34,7 +36,8 @@ def sparse_head(
         if bias is not None:
             product += bias[tokens]
         raw[rows] += torch.where(inside, product.gather(1, place), 0)
-    loss, g = (x.float() for x in raw_slots_loss(raw, ids, values, weights, vocab, temperature, logit_scale, softcap))
+    double = raw_slots_loss(raw, ids, values, weights, vocab, temperature, logit_scale, softcap, divergence)
+    loss, g = (x.float() for x in double)
     dhidden = hidden.new_zeros((n if want_dhidden else 0, width), dtype=torch.float32)
     if want_dhidden:
         for rows, tokens, _, _ in _blocks(ids, vocab):

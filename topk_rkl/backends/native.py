@@ -8,6 +8,7 @@ from torch import Tensor
 
 from topk_rkl import _native
 from topk_rkl.backends.pointers import FLOATS, INTEGERS, Pointers, in_range, same_shape
+from topk_rkl.divergence import MASSES, REVERSE_KL, Code
 
 MAX_SLOTS = 2**32
 
@@ -35,6 +36,7 @@ def support_loss(
     values: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32: times the weight of the row
     n, k = ids.shape
     same_shape("values", values, (n, k))
@@ -42,7 +44,7 @@ def support_loss(
     loss, g = _empty(n), _empty(n, k)
     _native.support_loss(
         _matrix("student", student), n, k, _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS),
-        _vector("weights", weights, n), temperature, torch.get_num_threads(), loss.data_ptr(), g.data_ptr(),
+        _vector("weights", weights, n), temperature, divergence, torch.get_num_threads(), loss.data_ptr(), g.data_ptr(),
     )  # fmt: skip
     return loss, g
 
@@ -53,6 +55,7 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
     n, vocab = teacher.shape
     in_range("k", k, vocab, "V")
@@ -60,9 +63,68 @@ def select_loss(
     loss, ids, g = _empty(n), _empty(n, k, dtype=torch.int32), _empty(n, k)
     _native.select_loss(
         _matrix("student", student), _matrix("teacher", teacher), n, k, _vector("weights", weights, n),
-        temperature, torch.get_num_threads(), loss.data_ptr(), ids.data_ptr(), g.data_ptr(),
+        temperature, divergence, torch.get_num_threads(), loss.data_ptr(), ids.data_ptr(), g.data_ptr(),
     )  # fmt: skip
     return loss, ids, g
+
+
+def rest(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K) ascending, none twice in a row, the negative ones last
+    temperature: float,
+) -> Tensor:  # (N,) float64
+    n, k = ids.shape
+    same_shape("logits", logits, (n, logits.shape[1]))
+    out = _empty(n, dtype=torch.float64)
+    _native.rest(
+        _matrix("logits", logits), n, k, _matrix("ids", ids, INTEGERS), temperature, torch.get_num_threads(),
+        out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def mass_loss(
+    student: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K) as for `rest`
+    values: Tensor,  # (N, K)
+    tail: Tensor,  # (N,)
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+    divergence: Code,
+    mass: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, 2) float64
+    n, k = ids.shape
+    same_shape("values", values, (n, k))
+    same_shape("student", student, (n, student.shape[1]))
+    loss, g, others = _empty(n), _empty(n, k), _empty(n, 2, dtype=torch.float64)
+    _native.mass_loss(
+        _matrix("student", student), n, k, _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS),
+        _vector("tail", tail, n), _vector("weights", weights, n), temperature, divergence, MASSES.index(mass),
+        torch.get_num_threads(), loss.data_ptr(), g.data_ptr(), others.data_ptr(),
+    )  # fmt: skip
+    return loss, g, others
+
+
+def spread(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K), none twice in a row
+    others: Tensor,  # (N, 2) float64
+    grad_output: Tensor,  # (N,)
+    student: Tensor | None,  # (N, V), or None: out holds it
+    out: Tensor,  # (N, V), overwritten
+    temperature: float,
+) -> None:
+    (n, k), student = ids.shape, out if student is None else student
+    same_shape("g", g, (n, k))
+    same_shape("others", others, (n, 2))
+    same_shape("out", out, (n, out.shape[1]))
+    same_shape("student", student, tuple(out.shape))
+    g = g.float().contiguous()
+    _native.spread(
+        _matrix("g", g), _matrix("ids", ids, INTEGERS), _matrix("others", others, FLOATS),
+        _vector("grad_output", grad_output, n), _matrix("student", student), _matrix("out", out), n, k, temperature,
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def scatter(
@@ -94,6 +156,7 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H), all float32
     (n, k), (vocab, width) = ids.shape, head.shape
     same_shape("hidden", hidden, (n, width))
@@ -102,7 +165,7 @@ def sparse_head(
     _native.sparse_head(
         _matrix("hidden", hidden), _matrix("head", head), vocab, _vector("bias", bias, vocab), n, k,
         _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS), _vector("weights", weights, n),
-        temperature, logit_scale, softcap or 0.0, torch.get_num_threads(),
+        temperature, logit_scale, softcap or 0.0, divergence, torch.get_num_threads(),
         loss.data_ptr(), g.data_ptr(), dhidden.data_ptr() if want_dhidden else 0,
     )  # fmt: skip
     return loss, g, dhidden

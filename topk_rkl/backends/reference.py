@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from topk_rkl.divergence import capped, reverse_kl
+from topk_rkl.divergence import REVERSE_KL, Code, Terms, capped, slots_loss
 
 CHUNK_BYTES = 32 << 20
 
@@ -60,15 +60,16 @@ def support_loss(
     values: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code | Terms = REVERSE_KL,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32 (float64 from float64): times the weight of the row
     n, k = ids.shape
     loss = torch.empty(n, dtype=result_dtype(student), device=student.device)
     g = torch.empty((n, k), dtype=result_dtype(student), device=student.device)
     for rows in _chunks(n, bytes_per_row=100 * k):
-        live = _live(ids[rows], values[rows], student.shape[1])
+        live = live_slots(ids[rows], values[rows], student.shape[1])
         z = student[rows].gather(1, torch.where(live, ids[rows], 0).long())
         weight = None if weights is None else weights[rows]
-        loss[rows], g[rows] = _weigh(*reverse_kl(z, values[rows], live, temperature), weight)
+        loss[rows], g[rows] = _weigh(*slots_loss(z, values[rows], live, temperature, divergence), weight)
     return loss, g
 
 
@@ -78,9 +79,10 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code | Terms = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
     ids, values = select(teacher, k)
-    loss, g = support_loss(student, ids, values, weights, temperature)
+    loss, g = support_loss(student, ids, values, weights, temperature, divergence)
     if weights is not None:
         ids = torch.where(weights[:, None] == 0, -1, ids)
     return loss, ids, g
@@ -101,6 +103,117 @@ def scatter(
     empty = columns < 0
     # Added, not stored: an empty slot then adds 0 to column 0, and no column receives two other numbers.
     out.zero_().scatter_add_(1, columns.masked_fill(empty, 0), value.masked_fill(empty, 0).to(out.dtype))
+
+
+def rest(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K)
+    temperature: float,
+) -> Tensor:  # (N,) float64
+    """All columns but those at ids as one more logit: temperature * logsumexp(logits / temperature) over them."""
+    out = torch.empty(len(ids), dtype=torch.float64, device=logits.device)
+    for rows in _chunks(len(ids), bytes_per_row=24 * logits.shape[1]):
+        out[rows] = as_logit(*_outside(logits[rows], ids[rows], temperature), temperature)
+    return out
+
+
+def as_logit(
+    peak: Tensor,  # (N,) the largest of some logits
+    total: Tensor,  # (N,) the sum over them of exp((logit - peak) / temperature)
+    temperature: float,
+) -> Tensor:  # (N,)
+    return peak + temperature * total.log()
+
+
+def mass_loss(
+    student: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K), none twice in a row
+    values: Tensor,  # (N, K)
+    tail: Tensor,  # (N,) the teacher's `rest`
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+    divergence: Code | Terms,
+    mass: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), others (N, 2) float64
+    """support_loss with the rest of the vocabulary as one more class, which has a gradient too.
+
+    `others` holds of each row a peak and a factor: at a column outside S the gradient is factor * exp((logit - peak) /
+    temperature).
+    """
+    (n, k), vocab = ids.shape, student.shape[1]
+    loss = torch.empty(n, dtype=result_dtype(student), device=student.device)
+    g = torch.empty((n, k), dtype=result_dtype(student), device=student.device)
+    others = torch.empty((n, 2), dtype=torch.float64, device=student.device)
+    for rows in _chunks(n, bytes_per_row=24 * vocab + 100 * k):
+        live = live_slots(ids[rows], values[rows], vocab)
+        z = student[rows].gather(1, torch.where(live, ids[rows], 0).long())
+        peak, total = _outside(student[rows], torch.where(live, ids[rows], -1), temperature)
+        weight = None if weights is None else weights[rows]
+        loss[rows], row_g, others[rows, 1] = mass_slots_loss(
+            z, values[rows], live, peak, total, tail[rows], weight, temperature, divergence, mass
+        )
+        g[rows], others[rows, 0] = row_g.to(g.dtype), peak
+    return loss, g, others
+
+
+def mass_slots_loss(
+    z: Tensor,  # (N, K)
+    values: Tensor,  # (N, K)
+    live: Tensor,  # (N, K) bool
+    peak: Tensor,  # (N,) the largest of the student's logits outside S
+    total: Tensor,  # (N,) the sum over them of exp((logit - peak) / temperature)
+    tail: Tensor,  # (N,)
+    weights: Tensor | None,  # (N,)
+    temperature: float,
+    divergence: Code | Terms,
+    mass: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # loss (N,), g (N, K), factor (N,) float64
+    # On the rest as on any slot: where the teacher leaves nothing, there is nothing to compare. p is still that of all.
+    compared = (tail != -torch.inf) | (mass != "tail")
+    z, w, live = (
+        torch.cat((slots, last[:, None]), 1)
+        for slots, last in ((z.double(), as_logit(peak, total, temperature)), (values.double(), tail), (live, compared))
+    )
+    loss, g = _weigh(*slots_loss(z, w, live, temperature, divergence, mass), weights)
+    g, of_rest = g[:, :-1].contiguous(), g[:, -1]
+    return loss, g, torch.where(of_rest == 0, 0, of_rest / total)
+
+
+def _outside(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K)
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # (N,), (N,) float64
+    """Of the columns that no id names: the largest, or 0 for -inf, and the sum of exp((logit - it) / temperature)."""
+    n, vocab = logits.shape
+    outside = torch.ones((n, vocab + 1), dtype=torch.bool, device=logits.device)
+    outside.scatter_(1, torch.where((ids < 0) | (ids >= vocab), vocab, ids).long(), False)
+    x = logits.double().masked_fill(~outside[:, :-1], -torch.inf)
+    peak = x.amax(1, keepdim=True)
+    peak = torch.where(peak == -torch.inf, 0, peak)
+    return peak.squeeze(1), ((x - peak) / temperature).exp_().sum(1)
+
+
+def spread(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K), none twice in a row
+    others: Tensor,  # (N, 2)
+    grad_output: Tensor,  # (N,)
+    student: Tensor | None,  # (N, V), or None: out holds it
+    out: Tensor,  # (N, V), overwritten
+    temperature: float,
+) -> None:
+    """out[i] = grad_output[i] * the gradient that mass_loss found: g at the ids, and what `others` says elsewhere."""
+    student = out if student is None else student
+    n, vocab = out.shape
+    columns = torch.where((ids < 0) | (ids >= vocab), vocab, ids).long()
+    for rows in _chunks(n, bytes_per_row=32 * vocab):
+        scale = grad_output[rows, None].double()
+        peak, factor = others[rows].split(1, 1)
+        dense = torch.zeros((len(scale), vocab + 1), dtype=torch.float64, device=out.device)
+        dense[:, :-1] = torch.where(factor == 0, 0, scale * factor * ((student[rows] - peak) / temperature).exp())
+        dense.scatter_(1, columns[rows], g[rows].double() * scale)
+        out[rows] = dense[:, :-1].to(out.dtype)
 
 
 def _merge_duplicates(
@@ -131,6 +244,7 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code | Terms = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # loss (N,), g (N, K), dhidden (N, H), or (0, H) if it is not wanted
     """support_loss of the logits cap(logit_scale (hidden @ head.T + bias)), of which only K a row are computed.
 
@@ -142,14 +256,14 @@ def sparse_head(
     g = torch.empty((n, k), dtype=dtype, device=hidden.device)
     dhidden = torch.empty((n if want_dhidden else 0, width), dtype=dtype, device=hidden.device)
     for rows in _chunks(n, bytes_per_row=24 * k * width):
-        columns = torch.where(_live(ids[rows], values[rows], vocab), ids[rows], 0).long()
+        columns = torch.where(live_slots(ids[rows], values[rows], vocab), ids[rows], 0).long()
         kept = head[columns].double()  # (n, K, H)
         raw = torch.einsum("nkh,nh->nk", kept, hidden[rows].double())
         if bias is not None:
             raw = raw + bias[columns]
         weight = None if weights is None else weights[rows]
         loss[rows], draw = raw_slots_loss(
-            raw, ids[rows], values[rows], weight, vocab, temperature, logit_scale, softcap
+            raw, ids[rows], values[rows], weight, vocab, temperature, logit_scale, softcap, divergence
         )
         g[rows] = draw.to(dtype)
         if want_dhidden:
@@ -167,9 +281,10 @@ def raw_slots_loss(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    divergence: Code | Terms,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float64: the loss, and its gradient with respect to raw
     z, slope = capped(raw, logit_scale, softcap)
-    loss, dz = _weigh(*reverse_kl(z, values, _live(ids, values, vocab), temperature), weights)
+    loss, dz = _weigh(*slots_loss(z, values, live_slots(ids, values, vocab), temperature, divergence), weights)
     # An empty slot has gradient 0 even where the row of the head that stands in for it is not finite.
     return loss, torch.where(dz == 0, 0, dz * slope)
 
@@ -204,7 +319,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _live(ids: Tensor, values: Tensor, vocab: int) -> Tensor:  # (N, K) bool
+def live_slots(ids: Tensor, values: Tensor, vocab: int) -> Tensor:  # (N, K) bool
     return (ids >= 0) & (ids < vocab) & (values != -torch.inf)
 
 

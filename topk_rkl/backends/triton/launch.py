@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_rkl.divergence import REVERSE
+
 MAX_K = 1024
 MAX_VOCAB = 1 << 20
 SCRATCH_BYTES = 48 << 20
@@ -22,6 +24,11 @@ IDLE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 def pad_k(k: int) -> int:
     """K rounded up to a power of two, as a block of Triton must be."""
     return max(16, 1 << (k - 1).bit_length())
+
+
+def slot_warps(k: int, form: int) -> int:
+    """Warps that keep K slots in registers: other forms than the plain reverse KL have room for two a thread."""
+    return 4 if form == REVERSE else min(16, max(4, pad_k(k) // 64))
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,23 @@ def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
 
 
 @dataclass(frozen=True)
+class RestPlan:
+    """How one program adds up the exponentials of one row."""
+
+    block: int  # columns read at a time
+    group: int  # neighbouring columns that share one maximum
+    num_warps: int
+
+
+def plan_rest(vocab: int, k: int, form: int = REVERSE) -> RestPlan:
+    """32 bytes of 16-bit logits in flight a thread."""
+    num_warps = max(8, slot_warps(k + 1, form))
+    return RestPlan(
+        block=min(16 * 32 * num_warps, max(256, triton.next_power_of_2(vocab))), group=16, num_warps=num_warps
+    )
+
+
+@dataclass(frozen=True)
 class SparseHeadPlan:
     """How one program multiplies a hidden state with K rows of the head, and adds them up."""
 
@@ -77,10 +101,10 @@ class SparseHeadPlan:
     num_warps: int
 
 
-def plan_sparse_head(k: int, width: int) -> SparseHeadPlan:
+def plan_sparse_head(k: int, width: int, form: int = REVERSE) -> SparseHeadPlan:
     """A warp multiplies whole rows and a thread adds up its own columns: what threads share they add after the loop."""
     columns = max(16, triton.next_power_of_2(width))
-    num_warps = 8 if k > 512 else 4  # the loss of so many slots takes all registers of four
+    num_warps = max(8 if k > 512 else 4, slot_warps(k, form))  # the loss of so many slots takes all registers of four
     return SparseHeadPlan(slots=16, block=min(256, columns), terms=4, span=min(1024, columns), num_warps=num_warps)
 
 

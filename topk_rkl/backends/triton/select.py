@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_rkl.backends.triton.divergence import encoded
 from topk_rkl.backends.triton.launch import (
     IDLE_BITS,
     INTERPRETED,
@@ -21,6 +22,7 @@ from topk_rkl.backends.triton.launch import (
     plan_select,
 )
 from topk_rkl.backends.triton.support_loss import store_loss_row
+from topk_rkl.divergence import REVERSE_KL, Code
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -120,6 +122,7 @@ def select_kernel(
     weights,  # (N,) or None
     inv_t_high,
     inv_t_low,
+    numbers,
     loss,  # (N,)
     g,  # (N, K)
     K_PAD: tl.constexpr,
@@ -129,6 +132,7 @@ def select_kernel(
     BLOCK: tl.constexpr,
     IDLE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     row = first_row + tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -203,7 +207,10 @@ def select_kernel(
     if student is not None:
         student += row * student_stride
         inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
-        store_loss_row(student, student_step, student_vocab, column.to(tl.int64), w, weight, inv_t, loss, g, slot, k)
+        column = column.to(tl.int64)
+        store_loss_row(
+            student, student_step, student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FORM
+        )  # fmt: skip
 
 
 def select(
@@ -220,8 +227,9 @@ def select_loss(
     k: int,
     weights: Tensor | None,  # (N,)
     temperature: float,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K) float32
-    ids, _, loss, g = _launch(teacher, k, False, student, weights, temperature)
+    ids, _, loss, g = _launch(teacher, k, False, student, weights, temperature, divergence)
     assert loss is not None and g is not None  # the type of _launch cannot say that they come with a student
     return loss, ids, g
 
@@ -233,6 +241,7 @@ def _launch(
     student: Tensor | None = None,  # (N, V_student)
     weights: Tensor | None = None,  # (N,)
     temperature: float = 1.0,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # ids, values, loss, g
     n, vocab = logits.shape
     ids = torch.empty((n, k), dtype=torch.int32, device=logits.device)
@@ -252,13 +261,14 @@ def _launch(
     launches = triton.cdiv(n * groups * logits.element_size(), SCRATCH_BYTES)
     rows = triton.cdiv(n, launches)
     group_max = torch.empty((rows, groups), dtype=logits.dtype, device=logits.device)
+    form, numbers = encoded(divergence)
     with on_device_of(logits):
         for first_row in range(0, n, rows):
             select_kernel[(min(rows, n - first_row),)](
                 first_row, logits, *logits.stride(), vocab, k, group_max, groups, ids, values,
-                student, *student_layout, weights, *float32_halves(1.0 / temperature), loss, g,
+                student, *student_layout, weights, *float32_halves(1.0 / temperature), numbers, loss, g,
                 K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
-                BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, num_warps=plan.num_warps,
-                **compile_options(hip=torch.version.hip is not None),
+                BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FORM=form,
+                num_warps=plan.num_warps, **compile_options(hip=torch.version.hip is not None),
             )  # fmt: skip
     return ids, values, loss, g

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss
 from topk_rkl.backends.triton.launch import (
     SCRATCH_BYTES,
     compile_options,
@@ -24,7 +25,7 @@ from topk_rkl.backends.triton.launch import (
     plan_weight_grad,
     rounded,
 )
-from topk_rkl.backends.triton.support_loss import reverse_kl_slots
+from topk_rkl.divergence import REVERSE_KL, Code
 
 WINDOW = 256
 MAX_PAIRS = 2**31 - 1
@@ -81,6 +82,7 @@ def sparse_head_kernel(
     scale_low,
     softcap_high,  # or None
     softcap_low,
+    numbers,
     loss,  # (N,)
     g,  # (N, K)
     dhidden,  # (N, H) or None
@@ -90,6 +92,7 @@ def sparse_head_kernel(
     BLOCK: tl.constexpr,
     TERMS: tl.constexpr,
     SPAN: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K_PAD)  # [K]
@@ -143,7 +146,8 @@ def sparse_head_kernel(
         slope *= scale
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     z = tl.where(live, z, float("-inf"))
-    row_loss, dz = reverse_kl_slots(z, tl.where(live, w, float("-inf")), live, inv_t)
+    w = tl.where(live, w, float("-inf"))
+    row_loss, dz = slots_loss(z, w, live, inv_t, numbers, None, FORM, RENORMALIZED)
     dz *= weight
     tl.store(loss, (row_loss * weight).to(tl.float32))
     # A slot without gradient has +0, whatever its slope.
@@ -266,6 +270,7 @@ def sparse_head(
     logit_scale: float,
     softcap: float | None,
     want_dhidden: bool,
+    divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H) float32
     (n, k), (vocab, width) = ids.shape, head.shape
     loss = torch.empty(n, dtype=torch.float32, device=hidden.device)
@@ -273,14 +278,15 @@ def sparse_head(
     dhidden = torch.empty((n if want_dhidden else 0, width), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return loss, g, dhidden
-    plan = plan_sparse_head(k, width)
+    form, numbers = encoded(divergence)
+    plan = plan_sparse_head(k, width, form)
     with on_device_of(hidden):
         sparse_head_kernel[(n,)](
             hidden, *hidden.stride(), width, head, *head.stride(), vocab, bias, 0 if bias is None else bias.stride(0),
             ids, values, weights, *float32_halves(1.0 / temperature), *float32_halves(logit_scale),
-            *((None, None) if softcap is None else float32_halves(softcap)),
+            *((None, None) if softcap is None else float32_halves(softcap)), numbers,
             loss, g, dhidden if want_dhidden else None, k,
-            K_PAD=pad_k(k), SLOTS=plan.slots, BLOCK=plan.block, TERMS=plan.terms, SPAN=plan.span,
+            K_PAD=pad_k(k), SLOTS=plan.slots, BLOCK=plan.block, TERMS=plan.terms, SPAN=plan.span, FORM=form,
             num_warps=plan.num_warps, **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
     return loss, g, dhidden

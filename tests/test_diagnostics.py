@@ -1,0 +1,125 @@
+"""The diagnostics: each against its definition, over whole rows and in float64."""
+
+import pytest
+import torch
+from conftest import DEVICE, LiveBytes
+from torch import Tensor
+
+from topk_rkl import (
+    LinearTopKDivergenceLoss,
+    Support,
+    TopKDivergenceLoss,
+    diagnostics,
+    linear_topk_divergence,
+    teacher_topk,
+    topk_divergence,
+    topk_reverse_kl,
+)
+
+K, T = 5, 0.7
+
+
+def wanted(z: Tensor, w: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Row by row, as one would say it."""
+    results: dict[str, list] = {name: [] for name in diagnostics.NAMES}
+    for log_p, log_q, token in zip(*((x.double() / T).log_softmax(1) for x in (z, w)), y.tolist(), strict=True):
+        best_q, best_p = (sorted(range(len(x)), key=lambda v, x=x: -x[v])[:K] for x in (log_q, log_p))
+        p, q = log_p.exp(), log_q.exp()
+        both = [v for v in best_q if v in best_p]
+        inside = [log_p[best_q].log_softmax(0), log_q[best_q].log_softmax(0)]
+        row = {
+            "student_mass": p[best_q].sum(),
+            "teacher_mass": q[best_q].sum(),
+            "overlap_count": len(both),
+            "overlap_token_advantage": (-q[both] * (log_q - log_p)[both]).mean() if both else 0.0,
+            "top1_agreement": best_p[0] == best_q[0],
+            "student_entropy": -(p * log_p).sum(),
+            "teacher_entropy": -(q * log_q).sum(),
+            "sampled_log_prob": log_p[token],
+            "teacher_sampled_log_prob": log_q[token],
+            "sampled_in_support": token in best_q,
+            "max_log_ratio": (inside[0] - inside[1]).abs().max(),
+        }
+        for name, value in row.items():
+            results[name].append(torch.as_tensor(value))
+    return {name: torch.stack(column) for name, column in results.items()}
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    z, w = torch.randn(2, 12, 40) * 2
+    w[:6] += z[:6]
+    return z.to(DEVICE), w.to(DEVICE), torch.randint(40, (12,), device=DEVICE)
+
+
+def test_each_is_its_definition(rows, monkeypatch) -> None:
+    z, w, y = rows
+    want = wanted(z.cpu(), w.cpu(), y.cpu())
+    assert 0 < want["overlap_count"].float().mean() < K and want["top1_agreement"].float().mean() not in (0, 1)
+    options = {"temperature": T, "sampled_ids": y.view(3, 4), "diagnostics": diagnostics.NAMES}
+    for chunk_bytes in (1, 64 << 20):
+        monkeypatch.setattr(diagnostics, "CHUNK_BYTES", chunk_bytes)
+        loss, found = topk_divergence(z.view(3, 4, 40).requires_grad_(), w.view(3, 4, 40), k=K, **options)
+        assert torch.equal(loss, topk_reverse_kl(z, w, k=K, temperature=T)) and loss.requires_grad
+        assert list(found) == list(diagnostics.NAMES)
+        for name, value in found.items():
+            assert value.shape == (3, 4) and not value.requires_grad
+            torch.testing.assert_close(value.flatten().cpu().double(), want[name].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_support_of_log_probs_serves_what_needs_no_teacher_logits(rows) -> None:
+    z, w, y = rows
+    support = teacher_topk(w, K, normalize=True)
+    names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
+    want = topk_divergence(z, w, k=K, sampled_ids=y, diagnostics=names)[1]
+    found = topk_divergence(z, support, sampled_ids=y, diagnostics=names)[1]
+    assert found.keys() == want.keys()
+    for name in names:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-6)
+
+
+def test_empty_slots_count_for_nothing(rows) -> None:
+    z, w, y = rows
+    y = torch.where(torch.arange(12, device=DEVICE) < 6, -100, y)
+    ids, values = teacher_topk(w, K, normalize=True)
+    names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
+    want = topk_divergence(z, Support(ids, values), sampled_ids=y, diagnostics=names)[1]
+    ids, values = (torch.cat((x, x[:, :2]), 1) for x in (ids, values))
+    ids[:, -2], values[:, -1] = -1, -torch.inf
+    found = topk_divergence(z, Support(ids, values), sampled_ids=y, diagnostics=names)[1]
+    for name in set(names) - {"overlap_count", "overlap_token_advantage"}:  # which have a larger K now
+        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-6)
+    assert (found["sampled_log_prob"][:6] == -torch.inf).all() and not found["sampled_in_support"][:6].any()
+    nothing = topk_divergence(z, Support(ids.fill_(-1), values), sampled_ids=y, diagnostics=names)[1]
+    for name in ("student_mass", "overlap_count", "overlap_token_advantage", "top1_agreement", "max_log_ratio"):
+        assert (nothing[name] == 0).all(), name
+
+
+def test_from_hidden_states_they_are_those_of_the_logits(rows) -> None:
+    _, w, y = rows
+    hidden, head, bias = (torch.randn(shape, device=DEVICE) for shape in ((12, 6), (40, 6), (40,)))
+    z = 3 * ((hidden @ head.T + bias) * 1.2 / 3).tanh()
+    options = {"k": K, "temperature": T, "sampled_ids": y, "diagnostics": diagnostics.NAMES}
+    want = topk_divergence(z, w, **options)
+    loss, found = linear_topk_divergence(hidden, head, w, student_bias=bias, logit_scale=1.2, softcap=3.0, **options)
+    torch.testing.assert_close(loss, want[0], rtol=1e-5, atol=1e-6)
+    for name, value in found.items():
+        torch.testing.assert_close(value, want[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_modules_return_them(rows) -> None:
+    z, w, _ = rows
+    loss, found = TopKDivergenceLoss(K, diagnostics=("student_mass",))(z, w)
+    assert loss.dim() == 0 and list(found) == ["student_mass"]
+    loss, found = LinearTopKDivergenceLoss(K, diagnostics=["overlap_count"])(z, torch.randn(9, 40, device=DEVICE), w)
+    assert loss.dim() == 0 and list(found) == ["overlap_count"]
+
+
+def test_memory_holds_some_rows_alone(monkeypatch) -> None:
+    monkeypatch.setattr(diagnostics, "CHUNK_BYTES", 1 << 20)
+    z, w = torch.randn(2, 500, 5_000, device=DEVICE).bfloat16()
+    with LiveBytes() as memory:
+        diagnostics.measure(
+            ("student_entropy", "overlap_token_advantage"), z, None, 5_000, w, *teacher_topk(w, 8), None, 1.0
+        )
+    assert 0 < memory.peak < 500 * 5_000 * 4

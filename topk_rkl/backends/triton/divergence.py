@@ -1,0 +1,147 @@
+"""The divergence of K slots and its gradient, line by line as topk_rkl/divergence.py, in float64."""
+
+import triton
+import triton.language as tl
+
+from topk_rkl import divergence
+from topk_rkl.backends.triton.launch import float32_halves
+
+REVERSE = tl.constexpr(divergence.REVERSE)
+CLAMPED = tl.constexpr(divergence.CLAMPED)
+BLENDED = tl.constexpr(divergence.BLENDED)
+
+RENORMALIZED, TAIL, RAW = map(tl.constexpr, range(3))  # and RAW_STOP_GRAD
+
+
+def encoded(code: divergence.Code) -> tuple[int, tuple[float, ...]]:
+    """FORM, and the numbers as `number` reads them."""
+    return int(code[0]), tuple(half for number in code[1:] for half in float32_halves(number))
+
+
+@triton.jit
+def number(numbers, PLACE: tl.constexpr):
+    return tl.cast(numbers[2 * PLACE], tl.float64) + tl.cast(numbers[2 * PLACE + 1], tl.float64)
+
+
+@triton.jit
+def slots_loss(
+    z,  # [K] the student's logits, -inf where the slot is empty
+    w,  # [K] the teacher's, likewise
+    live,  # [K] bool: the slot is in S
+    inv_t,  # float64: 1 / temperature
+    numbers,
+    head,  # [K] bool: all slots but the rest of the vocabulary; None where that is none
+    FORM: tl.constexpr,
+    MASS: tl.constexpr,
+):
+    """-> loss (float64), gradient [K] (float64)."""
+    z = z.to(tl.float64)
+    w = w.to(tl.float64)
+    z_max = tl.max(z, 0)
+    w_max = tl.max(w, 0)
+    a = z - tl.where(z_max == float("-inf"), 0.0, z_max)  # [K]
+    b = w - tl.where(w_max == float("-inf"), 0.0, w_max)  # [K]
+    p = tl.exp(a * inv_t)  # [K]
+    p_sum = tl.sum(p, 0)
+    p_sum = tl.where(p_sum == 0.0, 1.0, p_sum)
+    q = tl.exp(b * inv_t)  # [K]
+    q_sum = tl.sum(q, 0)
+    q_sum = tl.where(q_sum == 0.0, 1.0, q_sum)
+    p = p / p_sum
+    if FORM == REVERSE and MASS == RENORMALIZED:
+        d = tl.where(p == 0.0, 0.0, a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum))  # [K]
+        loss = tl.sum(p * d, 0)
+        return loss, tl.where(live, p * (d - loss) * inv_t, 0.0)
+    else:
+        q = q / q_sum
+        d = tl.where(live, (a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum)), 0.0)  # [K]
+        term, h = _terms(p, q, d, tl.where(live, b * inv_t - tl.log(q_sum), 0.0), numbers, FORM)
+        if MASS == RAW:
+            kappa = 1.0
+            if FORM == BLENDED:
+                kappa = number(numbers, 0) * number(numbers, 1) - number(numbers, 2) * number(numbers, 3)
+            h += kappa * p
+        if MASS > TAIL:
+            term = tl.where(head, term, 0.0)
+            h = tl.where(head, h, 0.0)
+        loss = tl.sum(term, 0)
+        if MASS <= TAIL and FORM >= BLENDED:
+            loss = tl.where(loss < 0.0, 0.0, loss)  # which only rounding makes it
+        return loss, tl.where(live & (z != float("-inf")), (h - p * tl.sum(h, 0)) * inv_t, 0.0)
+
+
+@triton.jit
+def _terms(
+    p,  # [K]
+    q,  # [K]
+    d,  # [K] log p - log q
+    log_q,  # [K]
+    numbers,
+    FORM: tl.constexpr,
+):
+    """-> the terms of the sum and h, p times the derivative of the sum with respect to p: both 0 where p = q."""
+    if FORM == REVERSE:
+        x = _times(p, d)
+        return x, x
+    elif FORM == CLAMPED:
+        bounded = tl.where(d < number(numbers, 0), number(numbers, 0), d)
+        bounded = tl.where(bounded > number(numbers, 1), number(numbers, 1), bounded)
+        return _times(p, bounded), _times(p, tl.where(bounded == d, bounded, bounded - 1.0))
+    elif FORM == BLENDED:
+        log_p_blend, q_part = _blend(d, number(numbers, 1))
+        log_q_blend, p_part = _blend(-d, number(numbers, 3))
+        term = number(numbers, 0) * _times(p, log_p_blend) + number(numbers, 2) * _times(q, log_q_blend)
+        fall = (q - p) * p_part + p * (p_part - number(numbers, 3))
+        rise = _times(p, log_p_blend + (q_part - number(numbers, 1)))
+        return term, number(numbers, 0) * rise - number(numbers, 2) * fall
+    else:
+        return _alpha_beta(number(numbers, 0), number(numbers, 1), d, log_q)
+
+
+@triton.jit
+def _times(probability, x):
+    """0 where the probability is, even if x is infinite."""
+    return tl.where(probability == 0.0, 0.0, probability * x)
+
+
+@triton.jit
+def _blend(d, share):
+    """Of x and y with d = log x - log y, and B = (1 - share) x + share y: log x - log B, and share y / B."""
+    smaller = tl.exp(-tl.abs(d))
+    total = tl.where(d < 0.0, share + (1.0 - share) * smaller, (1.0 - share) + share * smaller)
+    log_ratio = tl.where(d < 0.0, d, 0.0) - tl.log(total)
+    part = tl.where(d < 0.0, share, share * smaller) / total
+    return tl.where(share == 1.0, d, log_ratio), tl.where(share == 1.0, 1.0, part)
+
+
+@triton.jit
+def _alpha_beta(alpha, beta, d, log_q):
+    r = alpha + beta
+    vanished = d == float("-inf")
+    d = tl.where(vanished, 0.0, d)
+    first = beta * d
+    second = r * d
+    top = tl.maximum(first, second)
+    low = tl.minimum(tl.minimum(first, second), 0.0)
+    high = tl.maximum(top, 0.0)
+    middle = first + second - low - high
+    term = d * d * tl.exp(r * log_q + high) * _second_chord(middle - high, low - high)
+    h = d * tl.exp(r * log_q + top) * _chord(-tl.abs(alpha * d))
+    limit = tl.exp(r * log_q)
+    end_term = tl.where((beta > 0.0) & (r > 0.0), limit / (beta * r), float("inf"))
+    end_h = tl.where((beta == 0.0) & (alpha > 0.0), -limit / alpha, 0.0)
+    return tl.where(vanished, end_term, term), tl.where(vanished, end_h, h)
+
+
+@triton.jit
+def _chord(x):
+    """(exp(x) - 1) / x of x <= 0, by a series near 0, where that cancels: the interpreter has no expm1."""
+    series = 1.0 + x * (1.0 / 2.0 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
+    return tl.where(x > -0.01, series, (tl.exp(x) - 1.0) / x)
+
+
+@triton.jit
+def _second_chord(x, y):
+    """The divided difference of exp at 0, x and y, for y <= x <= 0."""
+    series = 0.5 + (x + y) / 6.0 + (x * x + x * y + y * y) / 24.0 + (x + y) * (x * x + y * y) / 120.0
+    return tl.where(y > -0.01, series, (_chord(x) - tl.exp(x) * _chord(y - x)) / -y)

@@ -1,0 +1,148 @@
+"""What to watch while training, a number a position, detached. In plain PyTorch, some rows at a time."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from topk_rkl import ops
+from topk_rkl.backends import reference
+
+CHUNK_BYTES = 64 << 20  # of logits as they are computed with
+
+
+class Block:
+    """Some rows: each diagnostic is the method of its name. p and q are probabilities among all tokens, at the
+    temperature of the loss; S is what the loss compares."""
+
+    def __init__(
+        self,
+        student: Tensor,  # (n, V)
+        teacher: Tensor | None,  # (n, V_teacher), None where only a Support is known
+        ids: Tensor,  # (n, K)
+        values: Tensor,  # (n, K)
+        sampled_ids: Tensor | None,  # (n,)
+        temperature: float,
+    ) -> None:
+        dtype = reference.result_dtype(student)
+        self.student, self.temperature = student.to(dtype), temperature
+        self.teacher = None if teacher is None else teacher.to(dtype)
+        self.live = reference.live_slots(ids, values, student.shape[1])  # (n, K)
+        self.ids = torch.where(self.live, ids, 0).long()  # (n, K)
+        self.values = values.to(dtype)
+        self.y = None if sampled_ids is None else sampled_ids.long()
+
+    @cached_property
+    def log_p(self) -> Tensor:  # (n, V)
+        return (self.student / self.temperature).log_softmax(1)
+
+    @cached_property
+    def log_q(self) -> Tensor:  # (n, V_teacher)
+        assert self.teacher is not None
+        return (self.teacher / self.temperature).log_softmax(1)
+
+    @cached_property
+    def log_p_slots(self) -> Tensor:  # (n, K)
+        return self.log_p.gather(1, self.ids)
+
+    @cached_property
+    def log_q_slots(self) -> Tensor:  # (n, K)
+        return self.values if self.teacher is None else self.log_q.gather(1, self.ids)
+
+    def student_mass(self) -> Tensor:
+        """The sum of p over S. Reads the student's rows."""
+        return torch.where(self.live, self.log_p_slots.exp(), 0).sum(1)
+
+    def teacher_mass(self) -> Tensor:
+        """The sum of q over S. Reads the teacher's rows; a Support must hold true log-probs."""
+        return torch.where(self.live, self.log_q_slots.exp(), 0).sum(1)
+
+    @cached_property
+    def overlap(self) -> Tensor:  # (n, K) bool
+        best, _ = reference.select(self.student, min(self.ids.shape[1], self.student.shape[1]))
+        among = torch.zeros_like(self.student, dtype=torch.bool).scatter_(1, best.clamp(min=0).long(), True)
+        return self.live & among.gather(1, self.ids)
+
+    def overlap_count(self) -> Tensor:
+        """How many tokens of S are among the student's own K best (arXiv 2604.13016). Reads the student's rows."""
+        return self.overlap.sum(1)
+
+    def overlap_token_advantage(self) -> Tensor:
+        """The mean over those of -q (log q - log p), 0 where there are none. Reads both sides' rows."""
+        terms = -self.log_q_slots.exp() * (self.log_q_slots - self.log_p_slots)
+        return torch.where(self.overlap, terms, 0).sum(1) / self.overlap.sum(1).clamp(min=1)
+
+    def top1_agreement(self) -> Tensor:
+        """Whether the student's best token is the best of S by the teacher. Reads the student's rows."""
+        slot = self.values.masked_fill(~self.live, -torch.inf).argmax(1, keepdim=True)
+        best, _ = reference.select(self.student, 1)
+        return (self.ids.gather(1, slot) == best).squeeze(1) & self.live.any(1)
+
+    def student_entropy(self) -> Tensor:
+        """Of p. Reads the student's rows."""
+        return -torch.where(self.log_p == -torch.inf, 0, self.log_p.exp() * self.log_p).sum(1)
+
+    def teacher_entropy(self) -> Tensor:
+        """Of q. Reads the teacher's rows; needs teacher logits."""
+        return -torch.where(self.log_q == -torch.inf, 0, self.log_q.exp() * self.log_q).sum(1)
+
+    def sampled_log_prob(self) -> Tensor:
+        """log p of the sampled token. Reads the student's rows."""
+        return self._of_sampled(self.log_p)
+
+    def teacher_sampled_log_prob(self) -> Tensor:
+        """log q of the sampled token. Reads the teacher's rows; needs teacher logits."""
+        return self._of_sampled(self.log_q)
+
+    def _of_sampled(self, log_probs: Tensor) -> Tensor:
+        """-inf for an id outside the vocabulary, such as what fills up a batch."""
+        assert self.y is not None
+        known = (self.y >= 0) & (self.y < log_probs.shape[1])
+        found = log_probs.gather(1, torch.where(known, self.y, 0)[:, None]).squeeze(1)
+        return torch.where(known, found, -torch.inf)
+
+    def sampled_in_support(self) -> Tensor:
+        """Whether S has the sampled token. Reads K slots."""
+        assert self.y is not None
+        return ((self.ids == self.y[:, None]) & self.live).any(1)
+
+    def max_log_ratio(self) -> Tensor:
+        """The largest |log p - log q| on S with both renormalised there, 0 where S is empty. Reads K slots."""
+        both = (self.student.gather(1, self.ids), self.values)
+        log_p, log_q = ((x / self.temperature).masked_fill(~self.live, -torch.inf).log_softmax(1) for x in both)
+        return torch.where(self.live, (log_p - log_q).abs(), 0).amax(1)
+
+
+NAMES = tuple(name for name, value in vars(Block).items() if callable(value) and not name.startswith("_"))
+OF_SAMPLED = ("sampled_log_prob", "teacher_sampled_log_prob", "sampled_in_support")
+OF_TEACHER_LOGITS = ("teacher_entropy", "teacher_sampled_log_prob")
+
+
+@torch.no_grad()
+def measure(
+    names: Sequence[str],
+    student: Tensor,  # (..., V) logits, or (..., H) hidden states
+    logits_of: Callable[[Tensor], Tensor] | None,  # of hidden states
+    vocab: int,
+    teacher: Tensor | None,  # (..., V_teacher)
+    ids: Tensor,  # (..., K)
+    values: Tensor,  # (..., K)
+    sampled_ids: Tensor | None,  # (...)
+    temperature: float,
+) -> dict[str, Tensor]:  # (...) each
+    sampled_ids = None if sampled_ids is None else sampled_ids.contiguous()
+    step = max(1, CHUNK_BYTES // (8 * vocab))
+    parts: list[list[Tensor]] = []
+    for z, w, row_ids, row_values, y in ops.row_views(
+        student, teacher, ids.contiguous(), values.contiguous(), sampled_ids
+    ):
+        for start in range(0, max(1, len(z)), step):
+            some = slice(start, start + step)
+            block = Block(
+                z[some] if logits_of is None else logits_of(z[some]), None if w is None else w[some],
+                row_ids[some], row_values[some], None if y is None else y[some], temperature,
+            )  # fmt: skip
+            parts.append([getattr(block, name)() for name in names])
+    lead = student.shape[:-1]
+    return {name: torch.cat(column).view(lead) for name, column in zip(names, zip(*parts, strict=True), strict=True)}

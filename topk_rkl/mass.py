@@ -1,0 +1,59 @@
+"""What is compared where S is not renormalised: its tokens, ascending, and the rest of the vocabulary as one class."""
+
+import torch
+from torch import Tensor
+
+from topk_rkl import ops
+from topk_rkl.support import Support
+
+LAST = torch.iinfo(torch.int32).max
+
+
+@torch.no_grad()
+def classes(
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    k: int | None,
+    student_vocab: int,
+    temperature: float,
+    sampled_ids: Tensor | None,  # (...), which get a slot of their own behind the others, empty where S has them
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # ids (..., K), values (..., K), tail (...) float64
+    """Of an id that is given twice the first slot counts; empty slots come last.
+
+    The tail is temperature times the logsumexp of the teacher's logits / temperature outside S. A Support has no such
+    logits: there it is log(1 - sum of probabilities), and at least what its dtype can tell from 0.
+    """
+    if isinstance(teacher, Support):
+        ids, values = _distinct(teacher.ids, teacher.log_probs, student_vocab)
+        return ids, values, _log_rest(values)
+    assert k is not None
+    ids, values = ops.select(teacher, k, False, backend)
+    ids, values = _distinct(ids, values, student_vocab)
+    if sampled_ids is not None:
+        y = sampled_ids.to(ids.dtype)[..., None]
+        named = (ids == y).any(-1, keepdim=True) | (y >= min(student_vocab, teacher.shape[-1]))
+        ids = torch.cat((ids, torch.where(named, -1, y)), -1)
+        values = torch.cat((values, teacher.gather(-1, ids[..., -1:].clamp(min=0).long()).to(values.dtype)), -1)
+    return ids, values, ops.rest(teacher, ids, temperature, backend)
+
+
+def _distinct(
+    ids: Tensor,  # (..., K)
+    values: Tensor,  # (..., K)
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    live = (ids >= 0) & (ids < vocab) & (values != -torch.inf)
+    ids, slots = torch.where(live, ids, LAST).sort(dim=-1, stable=True)
+    empty = ids == LAST
+    empty[..., 1:] |= ids[..., 1:] == ids[..., :-1]
+    ids = ids.masked_fill(empty, LAST)
+    values = values.gather(-1, slots).masked_fill(empty, -torch.inf)
+    ids, slots = ids.sort(dim=-1, stable=True)  # the emptied ones to the end
+    return ids.masked_fill(ids == LAST, -1), values.gather(-1, slots)
+
+
+def _log_rest(
+    log_probs: Tensor,  # (..., K)
+) -> Tensor:  # (...) float64
+    total = log_probs.double().logsumexp(-1)
+    return (-total.clamp(max=-torch.finfo(log_probs.dtype).eps / 2).expm1()).log()

@@ -1,0 +1,305 @@
+"""The general entries: any divergence, over S alone or with the mass outside it, from logits or from hidden states."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from topk_rkl import checks, ops
+from topk_rkl.autograd import HeadOptions, LinearMassLoss, MassLoss, Options, SelectLoss, SparseHeadLoss, SupportLoss
+from topk_rkl.backends import requested
+from topk_rkl.backends.linear_mass import all_logits
+from topk_rkl.diagnostics import measure
+from topk_rkl.divergence import Code, Divergence, ReverseKL, Terms
+from topk_rkl.mass import classes
+from topk_rkl.support import Support
+from topk_rkl.weighting import as_factors, reduce
+
+Reduction = Literal["none", "sum", "mean"]
+WeightGrad = Literal["dense", "sparse"]
+Mass = Literal["renormalized", "tail", "raw", "raw_stop_grad", "ema_pg", "ema_pg_corrected"]
+
+REVERSE_KL = ReverseKL()
+
+
+def topk_divergence(
+    student_logits: Tensor,  # (..., V)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    *,
+    divergence: Divergence | Terms = REVERSE_KL,
+    mass: Mass = "renormalized",
+    k: int | None = None,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    denominator: float | Tensor | None = None,
+    overwrite_student_logits: bool = False,
+    sampled_ids: Tensor | None = None,  # (...)
+    diagnostics: Sequence[str] | None = None,
+) -> Any:  # Tensor (...) or (), and with diagnostics a dict of (...)
+    """`topk_reverse_kl` with any divergence, and with what both sides leave outside S.
+
+    With p and q the probabilities of student and teacher over the whole vocabulary, P and Q their sums over S:
+
+    | mass               | compared                                                                 | gradient |
+    |--------------------|--------------------------------------------------------------------------|----------|
+    | "renormalized"     | p / P and q / Q on S: the default; blind to P and Q                      | on S     |
+    | "tail"             | p and q on S and, as one more class, 1 - P and 1 - Q                     | dense    |
+    | "raw"              | p and q on S, and nothing else                                           | dense    |
+    | "raw_stop_grad"    | the same, with the gradient of sum_S [p log(p / q) - p + q]              | dense    |
+    | "ema_pg"           | "raw", and the sampled token where S lacks it (arXiv 2602.04417)         | dense    |
+    | "ema_pg_corrected" | that, with an unbiased gradient: on average the one of the full KL       | dense    |
+
+    "raw" is unstable: its reverse KL can be made small, below 0 even, by moving mass out of S, through the "+1" in its
+    derivative log(p / q) + 1. Training collapses in arXiv 2603.25562 (section 5) and 2605.11182, and verl warns of it.
+    "raw_stop_grad" leaves the 1 out: it is sum_S p log(p / q) with the logarithm held constant.
+    The gradient of "ema_pg" as published is, on average over sampled tokens, that of the full KL plus that of P (minus,
+    for forward KL). The corrected one has the head of "raw_stop_grad" (for forward KL, a tail without its "+ log r").
+
+    Args:
+        student_logits, teacher, k, weights, temperature, reduction, denominator, overwrite_student_logits: see
+            `topk_reverse_kl`. With a mass other than "renormalized" a Support must hold true log-probs, such as of
+            teacher_topk(..., normalize=True), at temperature 1, since K of them do not tell the normaliser at another;
+            1 - Q is then taken as at least half the epsilon of their dtype. Of an id given twice the first slot counts.
+        divergence: `ReverseKL`, `ForwardKL`, `JensenShannon`, `Mixture`, `SkewReverseKL`, `SkewForwardKL`, `AlphaBeta`,
+            each with every mass of "renormalized" and "tail"; the raw ones are for ReverseKL without clamp, ForwardKL
+            and Mixture, the last two for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
+            each, that gives a term a slot: plain PyTorch, differentiated by autograd over the slots, on the
+            "reference" backend. It is summed over the slots of S where p is not 0, and may see any finite number at
+            the others. Such a function breaks the graph of torch.compile.
+        mass: as above. Others than "renormalized" read the student's logits once more forwards and once backwards.
+        sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg", which also need
+            teacher logits, and for some diagnostics.
+        diagnostics: names of `topk_rkl.diagnostics`, each a number a position, detached and without the weights:
+            "student_mass", "teacher_mass", "overlap_count", "overlap_token_advantage", "top1_agreement",
+            "student_entropy", "teacher_entropy", "sampled_log_prob", "teacher_sampled_log_prob", "sampled_in_support",
+            "max_log_ratio". All but the last two read whole rows, in plain PyTorch.
+
+    Returns:
+        As `topk_reverse_kl`; with `diagnostics` that and a dict of name to (...). In divergences that hold forward KL a
+        student logit of -inf in S makes the loss +inf, or leaves it finite where the teacher is compared with a blend
+        of both; the gradient is 0 there and finite at the others. With a mass other than "renormalized" a NaN anywhere
+        in the student's row makes that position NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+        RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
+    """
+    checks.logits("student_logits", student_logits)
+    checks.weights(weights, student_logits)
+    checks.temperature(temperature)
+    checks.reduction(reduction, denominator)
+    checks.objective(divergence, mass)
+    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
+    if sampled_ids is not None:
+        checks.sampled_ids(sampled_ids, student_logits, "sampled_ids")
+    weights = as_factors(weights, student_logits)
+    overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
+    if overwrite_student_logits:
+        checks.overwritable(student_logits)
+    _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
+    options = Options(float(temperature), _code(divergence), mass, overwrite_student_logits, requested())
+    if mass != "renormalized":
+        compared = classes(teacher, k, student_logits.shape[-1], temperature, _for_mass(sampled_ids, mass), requested())
+        per_token = MassLoss.apply(student_logits, *compared, weights, options)
+    elif isinstance(teacher, Support):
+        per_token = SupportLoss.apply(student_logits, *teacher, weights, options)
+    else:
+        per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
+    loss = reduce(per_token, weights, reduction, denominator)
+    if not diagnostics:
+        return loss
+    logits, support = _logits_and_support(teacher, k)
+    return loss, measure(
+        diagnostics, student_logits, None, student_logits.shape[-1], logits, *support, sampled_ids, temperature
+    )
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    *,
+    divergence: Divergence | Terms = REVERSE_KL,
+    mass: Mass = "renormalized",
+    student_bias: Tensor | None = None,  # (V,)
+    k: int | None = None,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    denominator: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    weight_grad: WeightGrad = "dense",
+    sampled_ids: Tensor | None = None,  # (...)
+    diagnostics: Sequence[str] | None = None,
+) -> Any:  # Tensor (...) or (), and with diagnostics a dict of (...)
+    """`linear_topk_reverse_kl` with any divergence, and with what both sides leave outside S.
+
+    Args:
+        divergence, mass, sampled_ids, diagnostics: see `topk_divergence`. With a mass other than "renormalized" all
+            logits count: they are made a block of positions by a block of the vocabulary at a time, forwards and again
+            backwards, in float32 (float64) and plain PyTorch on any device; diagnostics make them some positions at a
+            time. Nothing of size N V exists; the head's gradient is dense.
+        others: see `linear_topk_reverse_kl`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+        RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
+    """
+    checks.head("student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias)
+    checks.weights(weights, student_hidden, "student_hidden")
+    checks.temperature(temperature)
+    checks.reduction(reduction, denominator)
+    checks.logit_options(logit_scale, softcap)
+    checks.weight_grad(weight_grad)
+    checks.objective(divergence, mass)
+    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
+    if sampled_ids is not None:
+        checks.sampled_ids(sampled_ids, student_hidden, "sampled_ids", "student_hidden")
+    if mass != "renormalized":
+        checks.dense_weight_grad(weight_grad, mass)
+    _check_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
+    weights = as_factors(weights, student_hidden)
+    softcap = None if softcap is None else float(softcap)
+    options = HeadOptions(
+        float(temperature), _code(divergence), mass, float(logit_scale), softcap, weight_grad, requested()
+    )
+    if mass != "renormalized":
+        compared = classes(teacher, k, len(student_weight), temperature, _for_mass(sampled_ids, mass), requested())
+        per_token = LinearMassLoss.apply(student_hidden, student_weight, student_bias, *compared, weights, options)
+    else:
+        _, support = _logits_and_support(teacher, k)
+        per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *support, weights, options)
+    loss = reduce(per_token, weights, reduction, denominator)
+    if not diagnostics:
+        return loss
+
+    def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
+        return all_logits(hidden, student_weight, student_bias, logit_scale, softcap)
+
+    logits, support = _logits_and_support(teacher, k)
+    return loss, measure(
+        diagnostics, student_hidden, logits_of, len(student_weight), logits, *support, sampled_ids, temperature
+    )
+
+
+def _logits_and_support(teacher: Tensor | Support, k: int | None) -> tuple[Tensor | None, Support]:
+    if isinstance(teacher, Support):
+        return None, teacher
+    assert k is not None
+    return teacher, Support(*ops.select(teacher, k, False, requested()))
+
+
+def _for_mass(sampled_ids: Tensor | None, mass: str) -> Tensor | None:
+    return sampled_ids if mass.startswith("ema_pg") else None
+
+
+def _check_teacher(
+    teacher: Tensor | Support,
+    k: int | None,
+    mass: str,
+    temperature: float,
+    student: Tensor,  # (..., V) or (..., H)
+    student_name: str,
+) -> None:
+    if isinstance(teacher, Support):
+        checks.support(teacher, k, mass == "renormalized")
+        checks.same_positions("teacher.ids", teacher.ids, student, student_name=student_name)
+        if mass != "renormalized":
+            checks.full_vocabulary_support(mass, temperature)
+    else:
+        checks.teacher_kind(teacher)
+        checks.teacher_logits("teacher", teacher, k, mass == "renormalized")
+        checks.same_positions("teacher", teacher, student, student_name=student_name)
+
+
+def _code(divergence: Divergence | Terms) -> Code | Terms:
+    """As an op takes it: numbers; or the function as it is."""
+    return divergence.code if isinstance(divergence, Divergence) else divergence
+
+
+class TopKDivergenceLoss(nn.Module):
+    """`topk_divergence` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        divergence: Divergence | Terms = REVERSE_KL,
+        mass: Mass = "renormalized",
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        overwrite_student_logits: bool = False,
+        diagnostics: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        checks.temperature(temperature)
+        checks.reduction(reduction, None)
+        self.options: dict[str, Any] = {
+            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
+            "overwrite_student_logits": overwrite_student_logits, "diagnostics": diagnostics,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (..., V)
+        teacher: Tensor | Support,
+        weights: Tensor | None = None,  # (...)
+        denominator: float | Tensor | None = None,
+        sampled_ids: Tensor | None = None,  # (...)
+    ) -> Any:
+        """See `topk_divergence`."""
+        return topk_divergence(
+            student_logits, teacher, weights=weights, denominator=denominator, sampled_ids=sampled_ids, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearTopKDivergenceLoss(nn.Module):
+    """`linear_topk_divergence` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        divergence: Divergence | Terms = REVERSE_KL,
+        mass: Mass = "renormalized",
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        weight_grad: WeightGrad = "dense",
+        diagnostics: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        checks.temperature(temperature)
+        checks.reduction(reduction, None)
+        checks.logit_options(logit_scale, softcap)
+        checks.weight_grad(weight_grad)
+        self.options: dict[str, Any] = {
+            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
+            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad, "diagnostics": diagnostics,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # (..., H)
+        student_weight: Tensor,  # (V, H)
+        teacher: Tensor | Support,
+        weights: Tensor | None = None,  # (...)
+        denominator: float | Tensor | None = None,
+        student_bias: Tensor | None = None,  # (V,)
+        sampled_ids: Tensor | None = None,  # (...)
+    ) -> Any:
+        """See `linear_topk_divergence`."""
+        return linear_topk_divergence(
+            student_hidden, student_weight, teacher, weights=weights, denominator=denominator,
+            student_bias=student_bias, sampled_ids=sampled_ids, **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
