@@ -100,6 +100,36 @@ void check(const Case& c, int threads) {
   }
 }
 
+// The same with the rest of the vocabulary: a row is at distance 0 from itself, and the gradient has no NaN besides.
+void check_mass(const Case& c, int threads) {
+  std::vector<int32_t> ids(c.n * c.k);
+  std::vector<float> values(c.n * c.k), loss(c.n), g(c.n * c.k), ones(c.n, 1);
+  std::vector<double> tail(c.n), others(2 * c.n);
+  select(c.matrix(), c.n, c.k, false, threads, ids.data(), values.data());
+  for (int64_t row = 0; row < c.n; ++row) {
+    std::vector<std::pair<uint32_t, float>> slots;  // -1 is the largest
+    for (int64_t j = row * c.k; j < (row + 1) * c.k; ++j) slots.emplace_back(uint32_t(ids[j]), values[j]);
+    std::sort(slots.begin(), slots.end(), [](auto a, auto b) { return a.first < b.first; });
+    for (int64_t j = 0; j < c.k; ++j) ids[row * c.k + j] = int32_t(slots[j].first), values[row * c.k + j] = slots[j].second;
+  }
+  const Matrix of_ids{ids.data(), Kind::int32, c.k, c.k, 1}, of_values{values.data(), Kind::float32, c.k, c.k, 1};
+  rest(c.matrix(), c.n, c.k, of_ids, 1, threads, tail.data());
+  Objective objective = objective_of(c);
+  objective.mass = Mass::tail;
+  mass_loss(c.matrix(), c.n, c.k, of_ids, of_values, {tail.data(), Kind::float64, 1}, {nullptr, Kind::float32, 0}, 1,
+            objective, threads, loss.data(), g.data(), others.data());
+  for (float one : loss) require(one == 0 || std::isnan(one), "loss of a row and itself, with the rest", c);
+  std::vector<char> out(c.n * c.vocab * size_of(c.kind));
+  const Matrix dense{out.data(), c.kind, c.vocab, c.vocab, 1};
+  spread({g.data(), Kind::float32, c.k, c.k, 1}, of_ids, {others.data(), Kind::float64, 2, 2, 1},
+         {ones.data(), Kind::float32, 1}, c.matrix(), dense, c.n, c.k, 1, threads);
+  for (int64_t row = 0; row < c.n; ++row) {
+    for (int64_t i = 0; i < c.vocab; ++i) {
+      require(std::isnan(loss[row]) || load(dense.at(row, i), c.kind) == 0, "gradient with the rest", c);
+    }
+  }
+}
+
 // The matrix as a head of n rows, its first rows as hidden states, K slots each.
 void check_head(const Case& c, int threads) {
   const Matrix head = c.matrix();
@@ -139,6 +169,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   for (const auto& name : isas()) {
     set_isa(name);
     check(c, 1 + size % 3);
+    check_mass(c, 1 + size % 3);
     check_head(c, 1 + size % 3);
   }
   return 0;

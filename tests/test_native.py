@@ -49,6 +49,26 @@ def test_normalize_with_each_instruction_set(native, isa: str, dtype: torch.dtyp
     torch.testing.assert_close(values.double(), want, rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [40, 1_024, 5_001])
+def test_the_mass_outside_with_each_instruction_set(native, isa: str, vocab: int, dtype: torch.dtype) -> None:
+    student, teacher = (torch.randn(2, 7, vocab) * 6).to(dtype)
+    student[0, 3], student[1, 5], student[2] = torch.nan, torch.inf, -torch.inf
+    ids = torch.rand(7, vocab).argsort(1)[:, :30].sort(1).values
+    values = teacher.float().gather(1, ids)
+    kinds = (native, student, teacher), (reference, student.double(), teacher.double())
+    results = []
+    for module, z, w in kinds:
+        tail = module.rest(w, ids, 0.7)
+        loss, g, others = module.mass_loss(z, ids, values, tail, None, 0.7, (2, 0.4, 0.3, 0.6, 0.7), "tail")
+        out = torch.empty_like(z)
+        module.spread(g, ids, others, torch.linspace(-1, 2, 7), z, out, 0.7)
+        results.append((tail, loss.double(), g.double(), out.double()))
+    for got, want in zip(*results, strict=True):
+        rounding = 2e-6 if got.dim() < 2 or dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(got, want, rtol=rounding, atol=2e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("k", [1, 7, 8, 33, 300])
 def test_the_loss_with_each_instruction_set(native, isa: str, k: int, temperature: float) -> None:

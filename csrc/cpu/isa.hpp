@@ -53,9 +53,9 @@ struct RowBlocks {
   void (*read[3])(const void* from, int64_t n, float* to);  // by Kind
   // The largest, or NaN if one is NaN or +inf.
   float (*peak)(const float* x, int64_t n);
-  // The sum of exp((x - peak) inv_t).
+  // The sum of exp((x - peak) inv_t). Here and below no x may be NaN.
   double (*sum)(const float* x, int64_t n, float peak, float inv_t);
-  // x = factor exp((x - peak) inv_t), or factor where that is more.
+  // x = factor exp((x - peak) inv_t), or factor where x is above the peak.
   void (*scale)(float* x, int64_t n, float peak, float inv_t, float factor);
 };
 

@@ -54,11 +54,11 @@ Rest rest_row(const Isa& isa, Reader& reader, const Matrix& ids, int64_t row, in
       x[id - start] = -float(INF);
     }
     const double top = isa.blocks.peak(x, n);
-    if (top == -INF) return;
+    if (top == -INF || peak != peak) return;
     if (!(top <= peak)) total *= peak == -INF ? 0 : std::exp((peak - top) * inv_t), peak = top;
-    total += isa.blocks.sum(x, n, float(peak), float(inv_t));
+    total = peak == peak ? total + isa.blocks.sum(x, n, float(peak), float(inv_t)) : peak;
   });
-  return {peak == -INF ? 0 : peak, peak == peak ? total : NAN};
+  return {peak == -INF ? 0 : peak, total};
 }
 
 // As a logit.
@@ -126,7 +126,7 @@ void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vect
     const auto factor = float(load(others.at(row, 1), Kind::float64) * scale);
     const auto inv_t = float(1 / temperature);
     readers[thread].visit(isa, row, [&](int64_t start, int64_t size, float* x) {
-      if (factor == 0) std::fill_n(x, size, 0.0f);
+      if (factor == 0 || factor != factor) std::fill_n(x, size, factor);
       else isa.blocks.scale(x, size, float(peak), inv_t, factor);
       write(isa, out, row, start, size, x);
     });

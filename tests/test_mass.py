@@ -1,0 +1,207 @@
+"""The mass outside S: every mass on every backend that has it, from logits and from hidden states."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_divergence import FORMULAS, RAW, UNCLAMPED, both, gradient, kl, log_probs, plain
+from test_loss import NoHostSync
+from torch import Tensor, nn
+
+from tests import cases
+from topk_rkl import (
+    AlphaBeta,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    Support,
+    linear_topk_divergence,
+    teacher_topk,
+    topk_divergence,
+    use_backend,
+)
+from topk_rkl.backends import linear_mass
+
+MASSES = ["tail", "raw", "raw_stop_grad"]
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_mass_is_that_of_the_whole_vocabulary(backend, mass: str, temperature: float) -> None:
+    z, w = torch.randn(2, 3, 300, device=DEVICE) * 4
+    ids = w.topk(9).indices
+    log_p, log_q = log_probs(z, w, ids, mass, temperature)
+    bound = 2e-6 * (1 + (log_p - log_q).abs().amax(1))
+    for divergence in UNCLAMPED if mass == "tail" else RAW:
+        if isinstance(divergence, AlphaBeta) and (min(divergence.alpha, divergence.beta) < 0 or temperature != 1):
+            continue  # whose value grows like a power of the ratio
+        want = lambda x, d=divergence: plain(x, w, ids, FORMULAS[d], mass, temperature)  # noqa: E731
+        loss, grad, want_loss, want_grad = both(z, w, divergence, want, k=9, mass=mass, temperature=temperature)
+        assert ((loss - want_loss).abs() <= bound).all(), divergence
+        assert ((grad - want_grad).abs().amax(1) <= bound).all(), divergence
+
+
+def mass_gradient(z: Tensor, teacher: Tensor | Support, **options) -> tuple[Tensor, Tensor]:
+    leaf = z.detach().requires_grad_()
+    return gradient(topk_divergence(leaf, teacher, **{"mass": "tail", "reduction": "none", **options}), leaf)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 33), (300, 15), (300, 16), (9_001, 40), (300, 200)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tail_over_rows_of_any_length(backend, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Blocks that are whole and that are not, S in all of them, a block of slots that is full; and none outside S."""
+    vocab, k = size
+    z, w = (torch.randn(2, 3, vocab, device=DEVICE) * 2).to(dtype)
+    ids = torch.rand(3, vocab, device=DEVICE).argsort(1)[:, :k]
+    with use_backend("reference"):
+        log_probs = w.double().log_softmax(1).gather(1, ids)
+        want = mass_gradient(z.double(), Support(ids, log_probs.float()))
+    loss, grad = mass_gradient(z, Support(ids, log_probs.float()))
+    torch.testing.assert_close(loss.double(), want[0], rtol=2e-6, atol=2e-6)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2e-6}[dtype]
+    torch.testing.assert_close(grad.double(), want[1], rtol=rounding, atol=2e-6)
+
+
+def test_tail_of_itself_is_zero(backend) -> None:
+    """By the same sums on both sides; a Support has rounded log-probs, and is as close as those."""
+    z = torch.randn(4, 700, device=DEVICE) * 3
+    loss, grad = mass_gradient(z, z, k=20, temperature=0.7)
+    assert (loss == 0).all() and (grad == 0).all()
+    loss, grad = mass_gradient(z, teacher_topk(z, 20, normalize=True))
+    assert loss.abs().max() <= 1e-11 and grad.abs().max() <= 1e-6
+
+
+def test_tail_that_nearly_vanishes_keeps_its_accuracy(backend) -> None:
+    """1 - P of 1e-9 and of 1e-40: the sum outside S is taken on its own, not as a difference."""
+    z, w = torch.randn(2, 4, 500, device=DEVICE)
+    w[:, :8] += 5
+    z[:2, :8] += 28
+    z[2:, :8] += 98
+    ids = w.topk(8).indices
+    for divergence in (ForwardKL(), ReverseKL(), JensenShannon()):
+        want = lambda x, d=divergence: plain(x, w, ids, FORMULAS[d], "tail")  # noqa: E731
+        loss, grad, want_loss, want_grad = both(z, w, divergence, want, k=8, mass="tail")
+        torch.testing.assert_close(loss, want_loss, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(grad, want_grad, rtol=2e-6, atol=2e-6)
+
+
+def test_tail_of_any_support(backend) -> None:
+    """Empty slots, ids in any order and twice, ids that the student lacks, rows of weight 0, NaN outside S."""
+    z = torch.randn(6, 90, device=DEVICE)
+    ids, values = teacher_topk(torch.randn(6, 100, device=DEVICE), 12, normalize=True)
+    ids[0, 2], values[0, 4], ids[0, 6], ids[1] = -1, -torch.inf, 95, -1
+    want = mass_gradient(z, Support(ids, values))
+    mixed = torch.tensor([7, 3, 11, 0, 1, 5, 2, 9, 4, 8, 10, 6, 3, 0, 5], device=DEVICE)
+    others = torch.cat((values[:, mixed[:12]], values[:, mixed[12:]] - 3), 1)
+    for row_ids in (ids[:, mixed], ids[:, mixed].long()):
+        got = mass_gradient(z, Support(row_ids, others))
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
+    assert want[0][1] == 0 and (want[1][1].sum() == 0)  # all of it is the rest, on both sides
+    z[2, 89 - ids[2].max() % 2] = torch.nan
+    z[3, :] = torch.nan
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0, -2.0, 1.0], device=DEVICE)
+    loss, grad = mass_gradient(z, Support(ids, values), weights=weights)
+    assert loss[2].isnan() and grad[2].isnan().all() and loss[3] == 0 and (grad[3] == 0).all()
+    torch.testing.assert_close((loss[4], grad[4]), (want[0][4] * -2, want[1][4] * -2), rtol=1e-6, atol=1e-8)
+    kept = [0, 1, 5]
+    assert torch.equal(loss[kept], want[0][kept]) and torch.equal(grad[kept], want[1][kept])
+
+
+def test_tail_where_either_side_leaves_nothing(backend) -> None:
+    """Teacher logits of -inf outside S are outside the comparison; a student's there make forward KL infinite."""
+    z, w = torch.randn(2, 2, 40, device=DEVICE)
+    w[:, 6:] = -torch.inf
+    got, want = mass_gradient(z, w, k=6), mass_gradient(z, w, k=6, mass="renormalized")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    w = torch.randn(2, 40, device=DEVICE)
+    z[:, w.topk(6).indices.amax() + 1 :] = -torch.inf
+    z.scatter_(1, w.topk(40).indices[:, 6:], -torch.inf)
+    loss, grad = mass_gradient(z, w, k=6)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    loss, grad = mass_gradient(z, w, k=6, divergence=ForwardKL())
+    assert (loss == torch.inf).all() and grad.isfinite().all() and (grad.gather(1, w.topk(6).indices) != 0).all()
+
+
+def test_mass_with_strides_grad_output_and_overwriting(backend) -> None:
+    z, w = torch.randn(2, 6, 70, device=DEVICE)
+    want = mass_gradient(z, w, k=8)
+    for name, layout in cases.LAYOUTS.items():
+        got = mass_gradient(layout(z), layout(w), k=8)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, msg=name)
+    batch = z.view(2, 3, 70)
+    given = torch.randn(6, 2, device=DEVICE)[:, 0].view(2, 3)
+    leaf = batch.clone().requires_grad_()
+    loss = topk_divergence(leaf, w.view(2, 3, 70), k=8, mass="tail", reduction="none")
+    found, again = (torch.autograd.grad(loss, leaf, given, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(found, want[1].view(2, 3, 70) * given[..., None], rtol=1e-6, atol=1e-7)
+    assert torch.equal(found, again)
+    (twice,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        twice.sum().backward()
+    source = z.clone().requires_grad_()
+    logits = source * 1
+    topk_divergence(logits, w, k=8, mass="tail", reduction="sum", overwrite_student_logits=True).backward()
+    assert torch.equal(source.grad, want[1]) and torch.equal(logits, want[1])
+
+
+def test_mass_with_one_slot_does_not_warn(recwarn) -> None:
+    z, w = torch.randn(2, 3, 20, device=DEVICE)
+    assert topk_divergence(z, w, k=1, mass="tail") > 0
+    assert not [warning for warning in recwarn if "K = 1" in str(warning.message)]
+
+
+def test_mass_does_not_read_the_device_on_the_host(module) -> None:
+    if DEVICE == "cpu" and module.__name__.endswith("triton"):
+        pytest.skip("the interpreter itself reads values")
+    z, w = torch.randn(2, 4, 90, device=DEVICE)
+    ids, values = teacher_topk(w, 6)
+    ids = ids.sort(1).values
+    with NoHostSync():
+        tail = module.rest(w, ids, 1.0)
+        _, g, others = module.mass_loss(z, ids, values, tail, None, 1.0, JensenShannon().code, "tail")
+        module.spread(g, ids, others, torch.ones(4, device=DEVICE), None, z, 1.0)
+        topk_divergence(z.requires_grad_(), w, k=6, mass="tail").backward()
+
+
+def test_expected_gradient_of_the_sampled_masses() -> None:
+    """Over the student's own samples "ema_pg_corrected" is the full KL; as published, "ema_pg" has grad P besides."""
+    z, w = torch.randn(2, 1, 12, dtype=torch.float64)
+    ids = w.topk(4).indices
+    for divergence, formula, sign in ((ReverseKL(), kl, 1), (ForwardKL(), lambda p, q: kl(q, p), -1)):
+        leaf = z.clone().requires_grad_()
+        full = formula(leaf.log_softmax(1), w.log_softmax(1)).sum()
+        (of_full,) = torch.autograd.grad(full, leaf, retain_graph=True)
+        (of_mass,) = torch.autograd.grad(leaf.softmax(1).gather(1, ids).sum(), leaf)
+        p = z.softmax(1)[0].detach()
+        for mass, want in (("ema_pg", of_full + sign * of_mass), ("ema_pg_corrected", of_full)):
+            loss = topk_divergence(
+                leaf.expand(12, 12), w.expand(12, 12), k=4, divergence=divergence, mass=mass,
+                sampled_ids=torch.arange(12), weights=p, reduction="sum",
+            )  # fmt: skip
+            torch.testing.assert_close(loss, full, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mass", [*MASSES, "ema_pg", "ema_pg_corrected"])
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_mass_from_hidden_states_is_that_of_the_logits(monkeypatch, mass: str, softcap: float | None) -> None:
+    monkeypatch.setattr(linear_mass, "ROWS", 2)
+    monkeypatch.setattr(linear_mass, "TOKENS", 13)
+    leaves = [torch.randn(shape, dtype=torch.float64).to(DEVICE).requires_grad_() for shape in ((5, 6), (40, 6), (40,))]
+    w, y = torch.randn(5, 40, device=DEVICE).double(), torch.tensor([0, 5, 9, 20, 39], device=DEVICE)
+    weights = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], device=DEVICE)
+    leaves[0].data[1] = torch.nan
+    options = {"mass": mass, "k": 6, "temperature": 0.7, "weights": weights, "reduction": "sum"}
+    if mass.startswith("ema"):
+        options["sampled_ids"] = y
+    z = nn.functional.linear(leaves[0].nan_to_num(0), *leaves[1:]) * 1.2
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    for divergence in (ReverseKL(), ForwardKL()):
+        got = linear_topk_divergence(
+            leaves[0], leaves[1], w, student_bias=leaves[2], divergence=divergence, logit_scale=1.2, softcap=softcap,
+            **options,
+        )  # fmt: skip
+        want = topk_divergence(z, w, divergence=divergence, **options)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad(got, leaves)
+        for a, b in zip(found, torch.autograd.grad(want, leaves, retain_graph=True), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
