@@ -1,9 +1,10 @@
 """What the Triton kernels cost once compiled, for any target and without a GPU.
 
-    python -m benchmarks.compiled_cost [--targets sm_90 gfx942] [--cases few|small|full] [--json FILE]
+    python -m benchmarks.compiled_cost [--targets sm_90 gfx942] [--cases few|small|table|full] [--json FILE]
 
 The launchers are called on CPU tensors under a driver that compiles and never launches, so every block size, option
-and argument specialisation is the one a real call gets.
+and argument specialisation is the one a real call gets. `--cases table --json benchmarks/results/compiled_cost.json` is
+what is committed; the tests compile `small` and `few`, which are parts of it, and allow a tenth more.
 """
 
 import argparse
@@ -62,6 +63,12 @@ CASES = {
         (HEADS, (BF16,), (151936,), (64,), (4096,)),
         (HEADS, (FP32,), (151936,), (1024,), (4096,)),
     ],
+    "table": [
+        (SELECTS, (BF16, FP16, FP32), (151936,), (16, 64, 256, 1024)),
+        (SELECTS, (BF16, FP16, FP32), (50257,), (64,)),
+        (SLOTS, (BF16, FP16, FP32), (151936,), (64, 1024)),
+        (HEADS, (BF16, FP16, FP32), (151936,), (64, 1024), (4096,)),
+    ],
     "full": [
         (SELECTS, (BF16, FP16, FP32), (4099, 32000, 49152, 151936, 262144), (1, 16, 64, 256, 1024)),
         (("normalize", "select_loss"), (BF16, FP32), (50257, 262208), (16, 64, 256, 1024)),
@@ -82,6 +89,17 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A loop of SASS instructions. Its elements are those that one turn of all threads loads, or if none, stores."""
+
+    instructions: int
+    load_bits: int  # the widest load from global memory; 0 if there is none
+    store_bits: int
+    loaded_bytes: int  # a thread and turn
+    per_element: float | None
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one compiled kernel uses.
 
@@ -96,32 +114,72 @@ class Cost:
     vocab: int
     k: int
     width: int
+    warps: int
     registers: int
     spills: int
     spilled_scalars: int
     shared_bytes: int
+    programs: int  # on a core at a time, at most
+    instructions: int | None
+    loops: list[Loop]
     scan_per_element: float | None
 
 
 @dataclass(frozen=True)
-class Sass:
-    """A disassembled kernel: the name of each instruction, and each loop as a range of instructions."""
+class Core:
+    """What a streaming multiprocessor or compute unit holds."""
 
-    names: list[str]
-    loops: list[range]
+    registers: int  # of 32 bits, a lane of which one thread has
+    warps: int
+    shared_bytes: int
+    programs: int
+    register_step: int  # in which a thread's registers are given out
+    reserved_bytes: int  # of shared memory, a program
+
+    def holds(self, warps: int, warp_size: int, registers: int, shared_bytes: int) -> int:
+        """Programs at a time."""
+        a_thread = -(-registers // self.register_step) * self.register_step
+        return min(
+            self.registers // (a_thread * warp_size * warps),
+            self.warps // warps,
+            self.shared_bytes // (shared_bytes + self.reserved_bytes),
+            self.programs,
+        )
+
+
+# CUDA C++ Programming Guide, table of technical specifications by compute capability; AMD's CDNA3 ISA guide.
+CORES = {
+    "sm_80": Core(65_536, 64, 164 << 10, 32, 8, 1024),
+    "sm_90": Core(65_536, 64, 228 << 10, 32, 8, 1024),
+    "sm_100": Core(65_536, 64, 228 << 10, 32, 8, 1024),
+    "sm_120": Core(65_536, 48, 100 << 10, 24, 8, 1024),
+    "gfx942": Core(4 * 512 * 64, 32, 64 << 10, 32, 8, 1),
+}
+
+
+@dataclass(frozen=True)
+class Sass:
+    """A disassembled kernel: its instructions with their suffixes, and each loop as a range of them."""
+
+    codes: list[str]
+    ranges: list[range]
 
     @classmethod
     def parse(cls, text: str) -> "Sass":
-        names, loops, labels = [], [], {}
+        codes, ranges, labels = [], [], {}
         for line in text.splitlines():
             if label := re.match(r"\s*(\.L_\w+):", line):
-                labels[label[1]] = len(names)
-            elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(\w+)(.*);", line):
-                names.append(instruction[1])
+                labels[label[1]] = len(codes)
+            elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([\w.]+)(.*);", line):
+                codes.append(instruction[1])
                 branch = re.search(r"`\((\.L_\w+)\)", instruction[2])
-                if instruction[1] == "BRA" and branch and branch[1] in labels:
-                    loops.append(range(labels[branch[1]], len(names)))
-        return cls(names, loops)
+                if instruction[1].split(".")[0] == "BRA" and branch and branch[1] in labels:
+                    ranges.append(range(labels[branch[1]], len(codes)))
+        return cls(codes, ranges)
+
+    @property
+    def names(self) -> list[str]:
+        return [code.split(".")[0] for code in self.codes]
 
     @property
     def spills(self) -> int:
@@ -130,7 +188,26 @@ class Sass:
     @property
     def scan_length(self) -> int | None:
         """Instructions in the first loop that reads global memory."""
-        return next((len(loop) for loop in self.loops if "LDG" in self.names[loop.start : loop.stop]), None)
+        return next((len(loop) for loop in self.ranges if "LDG" in self.names[loop.start : loop.stop]), None)
+
+    def loops(self, itemsize: int) -> list[Loop]:
+        """A single instruction that jumps to itself is what follows the end of a program."""
+        return [self._loop(self.codes[part.start : part.stop], itemsize) for part in self.ranges if len(part) > 1]
+
+    @staticmethod
+    def _loop(codes: list[str], itemsize: int) -> Loop:
+        loads, stores = (
+            [_bits(code) for code in codes if code.split(".")[0] in names] for names in (("LDG", "LDGSTS"), ("STG",))
+        )
+        elements = sum(loads or stores) / 8 / itemsize
+        per_element = round(len(codes) / elements, 3) if elements else None
+        return Loop(len(codes), max(loads, default=0), max(stores, default=0), sum(loads) // 8, per_element)
+
+
+def _bits(code: str) -> int:
+    """That a thread moves with LDG.E.128, LDG.E.U16 and the like; without a width it is a register."""
+    widths = [int(suffix.lstrip("US")) for suffix in code.split(".") if re.fullmatch(r"[US]?(8|16|32|64|128)", suffix)]
+    return widths[-1] if widths else 32
 
 
 class CompileOnlyDriver:
@@ -225,44 +302,49 @@ def measure(case: Case, target_name: str) -> Iterator[Cost]:
 def measure_kernel(
     case: Case, name: str, kernel: Any, launch: dict[str, Any], target: GPUTarget, target_name: str
 ) -> Cost:
-    scalars, per_element = 0, None
+    scalars, per_element, instructions = 0, None, None
+    loops: list[Loop] = []
     if target.backend == "cuda":
         registers, sass = nvidia_cost(kernel.asm["cubin"])
-        spills = sass.spills
+        spills, instructions, loops = sass.spills, len(sass.codes), sass.loops(case.dtype.itemsize)
         if case.kernel in (*SELECTS, *HEADS):
             tile = launch["BLOCK"] * launch.get("SLOTS", launch.get("PAIRS", 1))
             per_element = sass.scan_length * launch["num_warps"] * target.warp_size / tile
     else:
         counts = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
         registers, spills, scalars = (counts[name] for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))
-    dtype = str(case.dtype).removeprefix("torch.")
     return Cost(
         triton=triton.__version__,
         target=target_name,
         kernel=name,
-        dtype=dtype,
+        dtype=str(case.dtype).removeprefix("torch."),
         vocab=case.vocab,
         k=case.k,
         width=case.width,
+        warps=launch["num_warps"],
         registers=registers,
         spills=spills,
         spilled_scalars=scalars,
         shared_bytes=kernel.metadata.shared,
+        programs=CORES[target_name].holds(launch["num_warps"], target.warp_size, registers, kernel.metadata.shared),
+        instructions=instructions,
+        loops=loops,
         scan_per_element=per_element,
     )
 
 
 def measure_all(cases: str, targets: list[str]) -> Iterator[Cost]:
-    for target, grid in product(targets, CASES[cases]):
-        for case in product(*grid):
-            yield from measure(Case(*case), target)
+    grids = [*CASES[cases], *CASES["small"], *CASES["few"]] if cases == "table" else CASES[cases]
+    for target, case in product(targets, dict.fromkeys(case for grid in grids for case in product(*grid))):
+        yield from measure(Case(*case), target)
 
 
 def print_row(cost: Cost) -> None:
     per_element = "-" if cost.scan_per_element is None else f"{cost.scan_per_element:.1f}"
     print(
         f"{cost.target:<7} {cost.kernel:<16} {cost.dtype:<9} {cost.vocab:>7} {cost.k:>5} {cost.width:>5} "
-        f"{cost.registers:>10} {cost.spills:>7} {cost.spilled_scalars:>8} {cost.shared_bytes:>7} {per_element:>13}",
+        f"{cost.registers:>10} {cost.spills:>7} {cost.spilled_scalars:>8} {cost.shared_bytes:>7} {cost.programs:>8} "
+        f"{per_element:>13}",
         flush=True,
     )
 
@@ -276,13 +358,15 @@ def main() -> None:
     if INTERPRETED.value:
         sys.exit("TRITON_INTERPRET is set, so the kernels were built for the interpreter: unset it to compile them.")
     print(f"Triton {triton.__version__}; instr/element: SASS instructions an element of the scan loop")
-    print("target  kernel           dtype       vocab     K     H  registers  spills (scalar)  shared instr/element")
+    head = "target  kernel           dtype       vocab     K     H  registers  spills (scalar)  shared programs"
+    print(f"{head} instr/element")
     costs = []
     for cost in measure_all(args.cases, args.targets):
         print_row(cost)
         costs.append(cost)
     if args.json:
-        args.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1) + "\n")
+        lines = ",\n".join(json.dumps(asdict(cost)) for cost in costs)
+        args.json.write_text(f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":

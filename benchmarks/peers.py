@@ -1,13 +1,15 @@
 """Other projects' losses, each from its own unmodified files, called as its users call it.
 
-    make bench-setup  # ms-swift, axolotl, liger-kernel and trl, at the versions that the Makefile names
+    make bench-setup  # those on the package index, at the versions that the Makefile names
     git clone https://github.com/NVIDIA-NeMo/RL build/peers/nemo-rl  # measured at 7ea279abf
+    git clone https://github.com/ServiceNow/Fast-LLM build/peers/fast-llm  # for a GPU
 
 The folder is never on the path: a file is loaded by its name, with stand-ins for what it imports of its project and
 does not need here. Besides torch, axolotl's needs numpy, TRL's packaging and transformers. Axolotl's needs Liger's.
+FlashInfer is taken as it is installed.
 
-Those that begin with hidden states have a mean loss over the positions. Only axolotl's is that of this package; TRL's
-and Liger's compare the whole vocabulary, and so are given a teacher with a head of its own.
+Every loss is a mean over the positions. TRL's, Liger's and Fast-LLM's compare the whole vocabulary, and so are given a
+teacher's logits, or hidden states and a head; verl's and VeOmni's is forward KL.
 """
 
 import contextlib
@@ -15,12 +17,13 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent.parent / "build" / "peers"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "build" / "peers"
 
 Loss = Callable[[], Tensor]
 
@@ -32,7 +35,10 @@ def module(dotted: str, folder: str = "", **stubs: dict[str, object]) -> ModuleT
         for parent in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
             sys.modules.setdefault(parent, ModuleType(parent)).__path__ = []
         vars(sys.modules[stub]).update(names)
-    spec = importlib.util.spec_from_file_location(dotted, FOLDER / folder / f"{dotted.replace('.', '/')}.py")
+    path = FOLDER / folder / f"{dotted.replace('.', '/')}.py"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.relative_to(ROOT)} is not there; benchmarks/peers.py says how to get it")
+    spec = importlib.util.spec_from_file_location(dotted, path)
     assert spec and spec.loader
     sys.modules[dotted] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[dotted])
@@ -45,7 +51,7 @@ def ms_swift(
     log_probs: Tensor,  # (N, K)
 ) -> Loss:
     swift = module("swift.rlhf_trainers.gkd_loss")
-    labels = torch.zeros(1, len(student), dtype=torch.long)
+    labels = torch.zeros(1, len(student), dtype=torch.long, device=student.device)
 
     def loss() -> Tensor:
         teacher = swift.TeacherOutput(topk_logprobs=log_probs[None], topk_indices=ids[None])
@@ -74,6 +80,68 @@ def nemo_rl(
     return loss
 
 
+def verl(
+    student: Tensor,  # (N, V)
+    ids: Tensor,  # (N, K) int64
+    log_probs: Tensor,  # (N, K)
+) -> Loss:
+    """Forward KL, not renormalised; with the diagnostics that its trainer always makes."""
+    alone = {"get_ulysses_sequence_parallel_world_size": lambda: 1, "slice_input_tensor": None}
+    configs = {"DistillationConfig": object, "DistillationLossConfig": object}
+    losses = module(
+        "verl.trainer.distillation.fsdp.losses", **{"verl.utils.ulysses": alone, "verl.workers.config": configs}
+    )
+    config = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=None, use_chunked_topk=False))
+    offsets = torch.tensor([0, len(student)], device=student.device)
+    values, columns = (torch.nested.nested_tensor_from_jagged(x, offsets=offsets) for x in (log_probs, ids))
+
+    def loss() -> Tensor:
+        found = losses.compute_forward_kl_topk(student[None], values, columns, config, "thd")
+        return found["distillation_losses"].mean()
+
+    return loss
+
+
+def fast_llm(
+    student: Tensor,  # (N, V)
+    teacher: Tensor,  # (N, V)
+) -> tuple[Loss, Callable[[], list[Tensor]]]:
+    """Reverse KL over the vocabulary, with its gradient, by a Triton kernel -> the loss, the gradient it left."""
+    import triton
+    import triton.language as tl
+
+    language = {
+        "TritonConfig": triton.Config, "tl": tl, "tl_arange": tl.arange, "tl_constexpr": tl.constexpr,
+        "triton": triton, "triton_autotune": triton.autotune, "triton_jit": triton.jit,
+    }  # fmt: skip
+    reduction = {"reduce_losses": lambda losses, divisor: losses.sum() / divisor}
+    config = module("fast_llm.functional.config", "fast-llm")
+    kernel = module(
+        "fast_llm.functional.triton.entropy_loss",
+        "fast-llm",
+        **{"fast_llm.functional.triton": language, "fast_llm.functional.utils": reduction},
+    ).triton_entropy_loss_forward_backward
+    found: list[Tensor] = []
+
+    def loss() -> Tensor:
+        found.clear()
+        reverse, logits = config.EntropyLossType.reverse_kl, config.TargetFormat.logits
+        total, _, gradient = kernel(
+            student.detach(), teacher, None, grad_output=1.0, target_format=logits, entropy_loss_type=reverse
+        )
+        found.append(gradient)
+        return total
+
+    return loss, lambda: found
+
+
+def flashinfer_top_k() -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """Any of equal logits, in any order; as fast as it goes."""
+    from flashinfer import top_k
+
+    return top_k
+
+
 def axolotl(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
@@ -88,8 +156,27 @@ def axolotl(
         weight_hard_loss=0.0, weight_soft_loss=1 / len(hidden), beta=1.0, compute_ce_loss=False, compiled=compiled
     )
     teacher = ids[None], log_probs.log_softmax(-1)[None], torch.ones_like(ids, dtype=torch.bool)[None]
-    labels = torch.zeros(1, len(hidden), dtype=torch.long)
+    labels = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     return lambda: kernel(head, hidden[None], *teacher, labels)
+
+
+def veomni(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    ids: Tensor,  # (N, K) int64
+    log_probs: Tensor,  # (N, K)
+) -> Loss:
+    """Forward KL, not renormalised; with the entropy that its trainer always makes."""
+    alone = {"get_parallel_state": lambda: SimpleNamespace(sp_enabled=False)}
+    folder = "veomni.ops.kernels.cross_entropy"
+    module(f"{folder}.chunk_logprobs", **{"veomni.distributed.parallel_state": alone})
+    kernel = module(f"{folder}.chunk_topk_distill").chunk_topk_distill_function
+    labels = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+
+    def loss() -> Tensor:
+        return kernel(hidden[None], head, labels, ids[None], log_probs[None], shift_labels=labels)[2].mean()
+
+    return loss
 
 
 def trl(
@@ -117,5 +204,18 @@ def liger(
     kernel = module("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled
     )
-    labels = torch.zeros(len(hidden), dtype=torch.long)
+    labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     return lambda: kernel(hidden, head, teacher_hidden, teacher_head, labels)
+
+
+def liger_triton(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    teacher_hidden: Tensor,  # (N, H)
+    teacher_head: Tensor,  # (V, H)
+) -> Loss:
+    """Reverse KL over the vocabulary, by Triton kernels: on a GPU, and with the package installed."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=1.0)
+    return lambda: loss(hidden, head, teacher_hidden, teacher_head)

@@ -1,96 +1,189 @@
-"""`python -m benchmarks.report [README.md]`: the tables of the committed results, printed or put into a file.
+"""Tables and plots from the committed results.
 
-A mark is a pair of comments, <!-- results/NAME --> and <!-- end -->, around the table of results/NAME.jsonl. Lines of
-several runs of a contest are one entry: the median of their medians, and of their ratios.
+In Markdown, a mark is a pair of comments around what is written anew, <!-- KIND ARGUMENTS --> and <!-- end -->:
+
+    cases SUITE: NAME, NAME     this package beside the others, a row for a case
+    exponents SUITE             how time grows with each size
+    compiled                    what the kernels of K = 64 cost once compiled, and what a model makes of it
+    demo                        the table of examples/distill.py
+
+Lines of several runs of a case are one entry: the median of their medians and of their ratios.
 """
 
-import argparse
 import json
 import re
 import statistics
-from collections import defaultdict
-from pathlib import Path
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable
 
-RESULTS = Path(__file__).parent / "results"
-WORKS = {
-    "select": "`teacher_topk`",
-    "worst cases": "`teacher_topk` of other rows than random ones",
-    "loss and gradient": "`topk_reverse_kl`, forward and backward",
-    "loss and gradient, ids given": "`topk_reverse_kl` with a `Support`, forward and backward",
-    "loss and gradients": "`linear_topk_reverse_kl`, forward and backward",
-}
-GRADIENTS = {
-    "hidden alone": "frozen head",
-    "sparse head": "row-sparse gradient of the head",
-    "dense head": "dense gradient of the head",
-}
-NAMES = {
-    "plain": "plain PyTorch",
-    "read_rate": "a plain read of as many bytes",
-    "floor": "fresh memory filled with zeros",
-    "gathered": "`head[ids]` and `bmm` in PyTorch",
-    "gathered in chunks": "the same 32 positions at a time",
-    "topk_rkl, overwriting": "ours with `overwrite_student_logits`",
-    "two_valued": "of two values",
-    "all_equal": "all equal",
-}
-SIZES = ("n", "v", "h", "k", "dtype")
-MARK = re.compile(r"(<!-- results/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from benchmarks import predict
+from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, label, middle
+from benchmarks.fit import exponents
+from benchmarks.results import FOLDER, Line, load
+
+MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def digits(x: float) -> str:
-    """Three of them."""
-    return f"{float(f'{x:.3g}'):,g}"
+def entry(name: str, lines: list[Line]) -> str:
+    """A rival: its time, how many times ours that is, and its memory. A mark where the objective is another."""
+    label = NAMES.get(name, name)
+    for why in ("missing", "refused"):
+        if why in lines[-1]:
+            return f"{label} {why}"
+    ratio = middle(lines, "over_topk_rkl")
+    text = f"{label}{STARS.get(lines[0].get('objective', ''), '')} {digits(middle(lines, 'median_ms'))} ms"
+    return f"{text} ({ratio:.{1 if ratio >= 1 else 2}f}){mebibytes(lines)}"
 
 
-def entry(lines: list[dict[str, Any]]) -> str:
-    """A contestant: its time, how many times ours that is, and its memory; a star where the objective is another."""
-    name = lines[0]["contestant"]
-    time, ratio = (statistics.median(line[field] for line in lines) for field in ("median_ms", "over_topk_rkl"))
-    text = f"{digits(time)} ms"
-    if name != "topk_rkl":
-        star = "*" if lines[0].get("objective") == "full vocabulary" else ""
-        text = f"{NAMES.get(name, name)}{star} {text} ({ratio:.{1 if ratio >= 1 else 2}f})"
-    if "peak_bytes" in lines[0]:
-        text += f", {digits(lines[0]['peak_bytes'] / 2**20)} MiB"
-    return text
+def mebibytes(lines: list[Line]) -> str:
+    measured = [line for line in lines if "peak_bytes" in line]
+    return f", {digits(middle(measured, 'peak_bytes') / 2**20)} MiB" if measured else ""
 
 
-def table(name: str) -> str:
-    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    contests: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines:
-        if line["work"] in WORKS:
-            sizes = tuple(line.get(size) for size in SIZES)
-            contests[(line["work"], line.get("gradients"), *sizes)][line["contestant"]].append(line)
-    used = [i for i in range(len(SIZES)) if any(contest[2 + i] for contest in contests)]
-    rows = [
-        ["work", *(SIZES[i] if SIZES[i] == "dtype" else SIZES[i].upper() for i in used), "this package", "beside it"]
-    ]
-    rows.append(["---", *("---:" for _ in used), "---:", "---"])
-    for (work, gradients, *sizes), found in contests.items():
-        label = WORKS[work] + (f", {GRADIENTS[gradients]}" if gradients else "")
-        shown = (f"{sizes[i]:,}" if isinstance(sizes[i], int) else sizes[i] for i in used)
-        others = [entry(contestant) for name, contestant in found.items() if name != "topk_rkl"]
-        rows.append([label, *shown, entry(found["topk_rkl"]), "; ".join(others)])
+def cases(arguments: str) -> str:
+    suite, names = re.fullmatch(r"(\w+): (.*)", arguments).groups()
+    found = contests(suite, names.split(", "))
+    used = [size for size in SIZES if any(case[size] for case, _ in found)]
+    rows = [["work", *(s if s == "dtype" else s.upper() for s in used), "this package", "of the floor", "beside it"]]
+    rows.append(["---", *("---:" for _ in used), "---:", "---:", "---"])
+    for case, contest in found:
+        ours = contest["topk_rkl"]
+        rivals = [entry(name, lines) for name, lines in contest.items() if name not in ("topk_rkl", "floor")]
+        shown = (f"{case[size]:,}" if isinstance(case[size], int) else case[size] or "" for size in used)
+        time = f"{digits(middle(ours, 'median_ms'))} ms{mebibytes(ours)}"
+        share = f"{1 / middle(ours, 'over_floor'):.2f}"
+        rows.append([label(case), *shown, time, share, "; ".join(rivals)])
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def growth(suite: str) -> str:
+    """A row for each work and contestant, a column for each size that was varied."""
+    axes = ["n", "v", "k", "h"]
+    fitted = exponents(contests(suite, ["scaling"]))
+    rows = [["time grows as", *(axis.upper() for axis in axes)], ["---", *("---:" for _ in axes)]]
+    for work, name in dict.fromkeys((work, name) for work, name, _ in fitted):
+        powers = [fitted.get((work, name, axis)) for axis in axes]
+        cells = [
+            "" if power is None else f"{axis.upper()}^{power:.2f}" for axis, power in zip(axes, powers, strict=True)
+        ]
+        rows.append([f"{WORKS[work]}, {NAMES.get(name, name)}", *cells])
+    return table(rows)
+
+
+def compiled(_: str) -> str:
+    """Of sm_90, and sm_100 for B200. A share is of the bandwidth that a plain read reaches on the card."""
+    costs = json.loads((FOLDER / "compiled_cost.json").read_text())
+    shown = [
+        c for c in costs if c["target"] == "sm_90" and c["k"] == 64 and c["dtype"] != "float16" and c["vocab"] % 16 == 0
+    ]
+    others = {(c["kernel"], c["dtype"], c["vocab"], c["k"], c["width"]): c for c in costs if c["target"] == "sm_100"}
+    rows = [
+        [
+            "kernel",
+            "dtype",
+            "registers",
+            "spills",
+            "shared",
+            "programs a core",
+            "instructions an element",
+            "widest load",
+        ]
+        + [f"{card}, predicted" for card in predict.CARDS]
+        + ["measured"]
+    ]
+    rows.append(["---", "---", *("---:" for _ in rows[0][2:])])
+    for cost in shown:
+        twin = others[(cost["kernel"], cost["dtype"], cost["vocab"], cost["k"], cost["width"])]
+        shares = [predict.share(cost, card) or predict.share(twin, card) for card in predict.CARDS.values()]
+        widest = max((loop["load_bits"] for loop in cost["loops"]), default=0)
+        rows.append(
+            [f"`{cost['kernel']}`", cost["dtype"], str(cost["registers"]), str(cost["spills"])]
+            + [f"{cost['shared_bytes']:,}", str(cost["programs"])]
+            + ["" if cost["scan_per_element"] is None else f"{cost['scan_per_element']:.1f}"]
+            + [f"{widest} bit" if widest else ""]
+            + ["" if share is None else f"{share:.2f}" for share in shares]
+            + [measured_share(cost)]
+        )
+    return table(rows)
+
+
+def measured_share(cost: Line) -> str:
+    work = {"select": "select", "select_loss": "loss", "sparse_head": "linear"}.get(cost["kernel"])
+    for case, contest in contests("gpu", ["select", "loss", "linear"]):
+        if (case["work"], case["v"], case["k"], case["dtype"]) == (work, cost["vocab"], cost["k"], cost["dtype"]):
+            shares = [
+                contest["floor"][i]["forward_ms"] / line["forward_ms"] for i, line in enumerate(contest["topk_rkl"])
+            ]
+            return f"{statistics.median(shares):.2f}, {contest['topk_rkl'][0]['device']}"
+    return "not measured" if work else ""
+
+
+def demo(_: str) -> str:
+    found = json.loads((FOLDER / "demo.json").read_text())
+    rows = [["student, held-back prompts", *found["metrics"].values()], ["---", *("---:" for _ in found["metrics"])]]
+    for name, scores in found["held_back"].items():
+        rows.append([found["rows"][name], *(f"{scores[metric]:.3f}" for metric in found["metrics"])])
+    size, seconds = found["peak_bytes"] / 1e9, found["seconds"]
+    took = f"{found['options']['steps']} steps of {found['options']['batch']} answers each, twice: {seconds:.0f} s and"
+    return table(rows) + f"\n{took} {size:.1f} GB on {found['cores']} shared CPU cores, torch {found['torch']}.\n"
+
+
+KINDS: dict[str, Callable[[str], str]] = {"cases": cases, "exponents": growth, "compiled": compiled, "demo": demo}
+
+
 def filled(text: str) -> str:
-    """The text with every marked table as the results have it."""
-    return MARK.sub(lambda mark: mark[1] + table(mark[2]) + mark[3], text)
+    """The text with every mark's content as the results have it."""
+    return MARK.sub(lambda mark: mark[1] + KINDS[mark[2]](mark[3]) + mark[4], text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", help="the file whose tables are written anew")
-    options = parser.parse_args()
-    if options.file:
-        options.file.write_text(filled(options.file.read_text()))
-    else:
-        print("\n".join(table(path.stem) for path in sorted(RESULTS.glob("*.jsonl"))))
+def whole(suite: str) -> str:
+    """Every case with every contestant: passes, spread, floor, memory, error; and why one is missing or refused."""
+    head = ["contestant", "objective", "forward ms", "backward ms", "both ms", "quartiles", "over ours", "over floor"]
+    head += ["peak MiB", "kept MiB", "error"]
+    text = ""
+    names = dict.fromkeys(line["name"] for line in load(FOLDER / f"{suite}.jsonl"))
+    for case, contest in contests(suite, names):
+        if case["axis"]:
+            continue
+        sizes = ", ".join(f"{size.upper()} = {case[size]:,}" for size in SIZES[:-1] if case[size])
+        text += f"\n### {label(case)}: {sizes}, {case['dtype']}\n\n"
+        rows = [head, ["---", "---", *("---:" for _ in head[2:])]]
+        for name, lines in contest.items():
+            gap = lines[-1].get("missing") or lines[-1].get("refused")
+            rows.append([NAMES.get(name, name), *([gap] + [""] * (len(head) - 2) if gap else figures(lines))])
+        text += table(rows)
+    return text
 
 
-if __name__ == "__main__":
-    main()
+def figures(lines: list[Line]) -> list[str]:
+    quartiles = [digits(statistics.median(line["quartiles_ms"][i] for line in lines)) for i in (0, 1)]
+    sizes = [
+        digits(middle(lines, field) / 2**20) if field in lines[0] else "" for field in ("peak_bytes", "retained_bytes")
+    ]
+    return [
+        lines[0].get("objective", ""),
+        *(digits(middle(lines, field)) for field in ("forward_ms", "backward_ms", "median_ms")),
+        " to ".join(quartiles),
+        *(digits(middle(lines, field)) for field in ("over_topk_rkl", "over_floor")),
+        *sizes,
+        f"{lines[0]['error']:.0e}" if "error" in lines[0] else "",
+    ]
+
+
+def report(options: Namespace) -> None:
+    """Writes results/README.md and the plots anew, and the marked parts of the files named."""
+    from benchmarks import plots  # which needs matplotlib; the tests write tables without it
+
+    text = "# Every contestant of every case\n\nWritten by `python -m benchmarks report`.\n"
+    for suite in ("cpu", "gpu"):
+        if (FOLDER / f"{suite}.jsonl").exists():
+            lines = load(FOLDER / f"{suite}.jsonl")
+            text += f"\n## {suite.upper()}: {lines[-1]['device']}, torch {lines[-1]['torch']}\n{whole(suite)}"
+            plots.draw(suite)
+    (FOLDER / "README.md").write_text(text)
+    for file in options.files:
+        file.write_text(filled(file.read_text()))

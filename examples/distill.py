@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -255,6 +256,11 @@ def plot(scores: dict[str, dict[str, float]], histories: dict[str, list[dict[str
     figure.savefig(path, dpi=150)
 
 
+def peak_bytes() -> int:
+    """Resident memory of this process at its largest."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
 def main() -> None:
     started, args = time.perf_counter(), options()
     torch.set_num_threads(args.threads)
@@ -274,7 +280,10 @@ def main() -> None:
         answers[objective] = answer(demo, student, prompt)
     text = table(scores, answers, prompt)
     (args.out / "table.md").write_text(text, encoding="utf-8")
-    record = {"options": vars(args), "held_back": scores, "training": histories, "answers": answers}
+    taken = vars(args) | {"prompts": args.prompts.name}
+    record = {"options": taken, "held_back": scores, "training": histories, "answers": answers}
+    record |= {"metrics": METRICS, "rows": ROWS, "torch": torch.__version__, "cores": args.threads}
+    record |= {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
     (args.out / "results.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     plot(scores, histories, args.out / "distill.png")
     print(f"\n{text}\n{args.out / 'distill.png'}, {time.perf_counter() - started:.0f} s")

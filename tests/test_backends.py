@@ -44,9 +44,10 @@ def test_cuda_has_the_renormalised_reverse_kl_alone() -> None:
         assert "renormalised ReverseKL() alone" in backends._objective_refusal("cuda", divergence, mass)
 
 
+@pytest.mark.skipif("cuda" in BACKENDS, reason="the CUDA kernels can run here")
 def test_a_backend_that_cannot_run_here_says_why() -> None:
     with (
-        pytest.raises(RuntimeError, match=r"'cuda' backend cannot run here: .*extension.*use .*'reference'"),
+        pytest.raises(RuntimeError, match=r"'cuda' backend cannot run here: .*use .*'reference'"),
         use_backend("cuda"),
     ):
         pass

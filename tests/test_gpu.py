@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import BACKENDS
 from torch import Tensor
 
 from tests.test_loss import plain, run
@@ -17,6 +18,9 @@ from topk_rkl import (
     topk_reverse_kl,
     use_backend,
 )
+from topk_rkl.builders import intersection, remap, student_topk, teacher_top_p, union, with_sampled
+from topk_rkl.composition import mixture, residual, taid
+from topk_rkl.rewards import log_ratio, return_to_go
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +29,12 @@ pytestmark = pytest.mark.gpu
 def _without_poison():
     """Filling fresh memory costs time and memory that these tests count."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backends that keep to the promised memory by kernels of their own."""
+    return request.param
 
 
 def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
@@ -44,7 +54,7 @@ def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGra
     return graph, results
 
 
-@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
     student = torch.randn(8, 33_000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.randn(8, 33_000, device="cuda", dtype=torch.bfloat16)
@@ -90,7 +100,7 @@ def test_mass_no_host_sync_and_capture_in_a_cuda_graph(name: str, mass: str) -> 
     assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
 
 
-@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_from_hidden_states_no_host_sync_and_capture_in_a_cuda_graph(name: str) -> None:
     hidden = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     head = torch.randn(33_000, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -112,7 +122,28 @@ def test_from_hidden_states_no_host_sync_and_capture_in_a_cuda_graph(name: str) 
     assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
 
 
-def test_from_hidden_states_of_a_real_size() -> None:
+def test_building_a_support_has_no_host_sync_and_is_captured_in_a_cuda_graph() -> None:
+    student, teacher, other = torch.randn(3, 8, 33_000, device="cuda", dtype=torch.bfloat16)
+    sampled = torch.randint(0, 33_000, (8,), device="cuda")
+
+    def step():
+        found = union(
+            student_topk(student, teacher, 16, normalize=True), teacher_top_p(teacher, 0.9, 16, normalize=True)
+        )
+        found = remap(with_sampled(found, sampled, teacher, normalize=True), {3: 5}, student_vocab=32_000)
+        found = residual(found, other)
+        reward = return_to_go(log_ratio(found.log_probs[:, 0], found.log_probs[:, 1]), sampled > 9, gamma=0.9)
+        targets = intersection(taid(student, other, t=0.5, k=64), mixture([teacher, other], [0.3, 0.7], k=64))
+        return *found, *targets, reward
+
+    graph, results = captured(step)
+    for logits in (student, teacher, other):
+        logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip([x.clone() for x in results], step(), strict=True))
+
+
+def test_from_hidden_states_of_a_real_size(kernels: str) -> None:
     """Against float64 on the K rows; what is held besides the gradients stays below a fiftieth of the logits."""
     n, vocab, width, k = 4_096, 151_936, 2_048, 32
     hidden = torch.randn(n, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -123,8 +154,9 @@ def test_from_hidden_states_of_a_real_size() -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = linear_topk_reverse_kl(hidden, head, Support(ids, values), logit_scale=0.02, reduction="none")
-    loss.sum().backward()
+    with use_backend(kernels):
+        loss = linear_topk_reverse_kl(hidden, head, Support(ids, values), logit_scale=0.02, reduction="none")
+        loss.sum().backward()
     torch.cuda.synchronize()
     gradients = n * width * (4 + 4 + 2)  # kept in float32, times grad_output, rounded
     assert torch.cuda.max_memory_allocated() - before < gradients + n * vocab * 2 // 50
@@ -138,7 +170,7 @@ def test_from_hidden_states_of_a_real_size() -> None:
     torch.testing.assert_close(hidden.grad[some].double(), grad, rtol=2**-8, atol=1e-5)
 
 
-def test_the_current_stream_is_used() -> None:
+def test_the_current_stream_is_used(backend) -> None:
     teacher, student = torch.randn(2, 64, 50_000, device="cuda")
     want = run(student, teacher, k=32)
     side = torch.cuda.Stream()
@@ -152,7 +184,7 @@ def test_the_current_stream_is_used() -> None:
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-def test_streams_do_not_share_scratch() -> None:
+def test_streams_do_not_share_scratch(backend) -> None:
     tensors = torch.randn(4, 2, 512, 50_000, device="cuda", dtype=torch.bfloat16)
     want = [run(z, w, k=64, reduction="none") for z, w in tensors]
     torch.cuda.synchronize()
@@ -166,7 +198,7 @@ def test_streams_do_not_share_scratch() -> None:
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_big_more_than_2_to_the_31_elements() -> None:
+def test_big_more_than_2_to_the_31_elements(backend) -> None:
     n, vocab, k = 16_400, 131_072 + 8, 16
     teacher = torch.empty(n, vocab, dtype=torch.bfloat16, device="cuda")
     for part in teacher.split(1024):
@@ -185,19 +217,19 @@ def test_big_more_than_2_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("stride", [(2**31 + 11, 1), (1, 2**26 + 3)], ids=["far rows", "far columns"])
-def test_big_strided_views(stride: tuple[int, int]) -> None:
+def test_big_strided_views(backend, stride: tuple[int, int]) -> None:
     logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided((2, 33), stride)
     logits.copy_(torch.randn(2, 33))
     support = teacher_topk(logits, 5)
     assert torch.equal(support.ids, stable_sort(logits.contiguous(), 5)[0])
 
 
-def test_memory() -> None:
+def test_memory(kernels: str) -> None:
     n, vocab, k = 2_048, 151_936, 64
     student = torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16)
     small = n * k * 16 + (64 << 20)
-    with use_backend("triton"):
+    with use_backend(kernels):
         topk_reverse_kl(student, teacher, k=k).backward()
         student.grad = None
         torch.cuda.synchronize()
@@ -214,7 +246,7 @@ def test_memory() -> None:
         assert torch.cuda.max_memory_allocated() - before <= small
 
 
-def test_the_device_of_the_tensors_is_used() -> None:
+def test_the_device_of_the_tensors_is_used(backend) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, and this machine has one")
     student, teacher = torch.randn(2, 4, 500, device="cuda:1")

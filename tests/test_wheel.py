@@ -35,6 +35,7 @@ def installed(folder: Path, **env: str) -> tuple[Path, str]:
     left_out = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, sources, ignore=left_out)
     pinned = {name: str(ROOT / "constraints.txt") for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
+    env = {"TOPK_RKL_BUILD_CUDA": "off", **env}  # which another test builds, for one generation
 
     def run(*words: str) -> str:
         return checked(folder, [sys.executable, "-m", *words], **pinned, **env)

@@ -3,8 +3,9 @@
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,17 +41,33 @@ def logits(
         raise ValueError(f"{name} has shape {_shape(x)}; it must be (..., V) with V of at least 1")
 
 
+def constant_logits(
+    name: str,
+    x: Tensor,  # (..., V)
+) -> None:
+    logits(name, x)
+    constant(name, x)
+
+
 def teacher_logits(
     name: str,
     x: Tensor,  # (..., V)
     k: int | None,
     renormalized: bool = True,
 ) -> None:
-    logits(name, x)
-    constant(name, x)
+    constant_logits(name, x)
     k = _top(k, x.shape[-1], name)
     if renormalized:
         single_slot(k)
+
+
+def ranking(
+    name: str,
+    x: Tensor,  # (..., V)
+    k: int | None,
+) -> None:
+    logits(name, x)
+    _top(k, x.shape[-1], name)
 
 
 def support(
@@ -58,20 +75,27 @@ def support(
     k: int | None,
     renormalized: bool = True,
 ) -> None:
-    ids, log_probs = teacher
-    _tensor("teacher.ids", ids, INTEGERS)
-    _tensor("teacher.log_probs", log_probs, FLOATS)
-    constant("teacher.log_probs", log_probs)
     if k is not None:
         raise ValueError(f"k is {k}, but teacher is a Support, whose last dimension is K; leave k out")
+    slots("teacher", teacher)
+    if renormalized:
+        single_slot(teacher.ids.shape[-1])
+
+
+def slots(name: str, x: Support) -> None:
+    """The two tensors of a support."""
+    if not isinstance(x, tuple) or not hasattr(x, "ids"):
+        raise TypeError(f"{name} is {_kind(x)}; it must be a Support(ids, log_probs)")
+    ids, log_probs = x
+    _tensor(f"{name}.ids", ids, INTEGERS)
+    _tensor(f"{name}.log_probs", log_probs, FLOATS)
+    constant(f"{name}.log_probs", log_probs)
     if ids.shape != log_probs.shape or ids.dim() == 0 or ids.shape[-1] == 0:
         raise ValueError(
-            f"teacher.ids has shape {_shape(ids)} and teacher.log_probs {_shape(log_probs)}; "
+            f"{name}.ids has shape {_shape(ids)} and {name}.log_probs {_shape(log_probs)}; "
             "both must be (..., K) with K of at least 1"
         )
-    _same_device("teacher.log_probs", log_probs, "teacher.ids", ids)
-    if renormalized:
-        single_slot(ids.shape[-1])
+    _same_device(f"{name}.log_probs", log_probs, f"{name}.ids", ids)
 
 
 def head(
@@ -129,9 +153,9 @@ def linear_teacher(
 
 
 def logit_options(logit_scale: float, softcap: float | None) -> None:
-    _number("logit_scale", logit_scale)
+    number("logit_scale", logit_scale)
     if softcap is not None:
-        _number("softcap", softcap)
+        number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
 
@@ -203,16 +227,18 @@ def constant(name: str, x: Tensor) -> None:
 
 
 def temperature(value: float) -> None:
-    _number("temperature", value)
+    number("temperature", value)
     low, high = TEMPERATURES
     if not low <= value <= high:
         raise ValueError(f"temperature is {value}; it must be positive, between {low} and {high}")
 
 
-def top_p(value: float) -> None:
-    _number("top_p", value)
+def top_p(value: float, name: str = "top_p") -> None:
+    number(name, value)
     if not 0 < value <= 1:
-        raise ValueError(f"top_p is {value}; it must be above 0 and at most 1; 1 keeps every token, 1e-9 only the best")
+        raise ValueError(
+            f"{name} is {value}; it must be above 0 and at most 1; 1 keeps every token, 1e-9 only the best"
+        )
 
 
 def sampled_ids(
@@ -285,21 +311,21 @@ def _numbers_of(value: Divergence) -> None:
         if not low <= high:
             raise ValueError(f"divergence.clamp is {value.clamp}; it must be (low, high) with low <= high")
     elif isinstance(value, AlphaBeta):
-        _number("divergence.alpha", value.alpha)
-        _number("divergence.beta", value.beta)
+        number("divergence.alpha", value.alpha)
+        number("divergence.beta", value.beta)
     elif isinstance(value, JensenShannon):
-        _number("divergence.beta", value.beta)
+        number("divergence.beta", value.beta)
         if not 0 < value.beta < 1:
             raise ValueError(
                 f"divergence.beta is {value.beta}; it must be between 0 and 1; at the ends that divergence is 0, and "
                 "generalized_jsd gives forward and reverse KL there"
             )
     elif isinstance(value, Mixture):
-        _number("divergence.lam", value.lam)
+        number("divergence.lam", value.lam)
         if not 0 <= value.lam <= 1:
             raise ValueError(f"divergence.lam is {value.lam}; it must be from 0, reverse KL, to 1, forward KL")
     elif isinstance(value, (SkewReverseKL, SkewForwardKL)):
-        _number("divergence.lam", value.lam)
+        number("divergence.lam", value.lam)
         if not 0 <= value.lam < 1:
             raise ValueError(f"divergence.lam is {value.lam}; it must be at least 0 and below 1, where it would be 0")
 
@@ -357,7 +383,7 @@ def aggregation(
     if norm is not None:
         if mode != "seq-mean-token-sum-norm":
             raise ValueError(f"norm is given with mode={mode!r}; it only belongs to 'seq-mean-token-sum-norm'")
-        _number("norm", norm)
+        number("norm", norm)
         if norm <= 0:
             raise ValueError(f"norm is {norm}; it must be positive, such as the longest response")
 
@@ -374,6 +400,179 @@ def special_tokens(
         raise TypeError(f"token_ids is {_kind(token_ids)}; it must be a sequence of token ids")
     if occurrences not in ("first", "all"):
         raise ValueError(f"occurrences is {occurrences!r}; use 'first' or 'all'")
+
+
+def id_set(
+    ids: Sequence[int] | Tensor,  # (K,) or (..., K)
+    teacher: Tensor,  # (..., V)
+) -> None:
+    if isinstance(ids, Tensor):
+        _tensor("ids", ids, INTEGERS)
+        if ids.dim() == 0 or ids.shape[-1] == 0 or (ids.dim() > 1 and ids.shape[:-1] != teacher.shape[:-1]):
+            raise ValueError(
+                f"ids has shape {_shape(ids)} and teacher_logits {_shape(teacher)}; ids must be (K,), or (..., K) with "
+                "the positions of teacher_logits, K at least 1"
+            )
+        return _same_device("ids", ids, "teacher_logits", teacher)
+    if not isinstance(ids, Sequence) or not all(_is_int(x) for x in ids):
+        raise TypeError(f"ids is {ids!r}; it must be a sequence of ints or an integer tensor")
+    outside = [x for x in ids if not 0 <= x < teacher.shape[-1]]
+    if outside or len(set(ids)) < len(ids) or not ids:
+        raise ValueError(
+            f"ids is {ids!r}; it must hold different ids, at least one, from 0 to V - 1 = {teacher.shape[-1] - 1}"
+        )
+    return None
+
+
+def sampled(
+    ids: Tensor,  # (...)
+    teacher: Tensor,  # (..., V) or (...)
+    support: Support,
+    normalize: bool,
+) -> None:
+    slots("support", support)
+    _tensor("sampled_ids", ids, INTEGERS)
+    same_positions("sampled_ids", ids, support.ids, value_per_position=True, student_name="support.ids")
+    _tensor("teacher", teacher, FLOATS)
+    constant("teacher", teacher)
+    values = teacher.dim() == ids.dim()
+    same_positions("teacher", teacher, support.ids, value_per_position=values, student_name="support.ids")
+    if values and normalize:
+        raise ValueError("normalize is True, but teacher holds one value a position; it belongs to (..., V) logits")
+
+
+def two_supports(first: Support, second: Support) -> None:
+    slots("first", first)
+    slots("second", second)
+    same_positions("second.ids", second.ids, first.ids, student_name="first.ids")
+
+
+def mapping(
+    x: Mapping[int, int] | Tensor,  # (V_teacher,)
+    support: Support,
+    student_vocab: int | None,
+) -> None:
+    if isinstance(x, Tensor):
+        _tensor("mapping", x, INTEGERS)
+        if x.dim() != 1 or len(x) == 0:
+            raise ValueError(
+                f"mapping has shape {_shape(x)}; a table must be (V_teacher,), the student's id of each token"
+            )
+        _same_device("mapping", x, "support.ids", support.ids)
+    elif not isinstance(x, Mapping) or not all(_is_int(y) for pair in x.items() for y in pair):
+        raise TypeError(f"mapping is {_kind(x)}; it must be a dict from ids to ids or a (V_teacher,) integer tensor")
+    if student_vocab is not None and (not _is_int(student_vocab) or student_vocab < 1):
+        raise ValueError(f"student_vocab is {student_vocab!r}; it must be a positive int, or None")
+
+
+def teachers(name: str, x: Sequence[object]) -> None:
+    if not isinstance(x, (tuple, list)) or isinstance(x, Support):
+        raise TypeError(f"{name} is {_kind(x)}; it must be a list of teachers")
+    if not x:
+        raise ValueError(f"{name} is empty; it must hold at least one teacher")
+
+
+def composed(
+    sources: Mapping[str, Tensor | Support],
+    k: int | None,
+    trained: str | None = None,
+) -> None:
+    """The sources of one teacher; that named `trained` is logits, and may require grad."""
+    supports = {name: x for name, x in sources.items() if isinstance(x, Support) and name != trained}
+    leaves: dict[str, Any] = {name: supports[name].ids if name in supports else x for name, x in sources.items()}
+    first_name, first = next(iter(leaves.items()))
+    for name, x in leaves.items():
+        if name in supports:
+            slots(name, supports[name])
+        else:
+            logits(name, x)
+            if name != trained:
+                constant(name, x)
+        same_positions(name, x, first, student_name=first_name)
+    widths = {name: x.shape[-1] for name, x in leaves.items() if name in supports or not supports}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"the last dimensions differ: {', '.join(f'{name} {width}' for name, width in widths.items())}; "
+            "cut logits to the common vocabulary, give supports on the same tokens"
+        )
+    if not supports:
+        _top(k, widths[first_name], first_name)
+    elif k is not None:
+        raise ValueError(f"k is {k}, but {next(iter(supports))} is a Support, whose last dimension is K; leave k out")
+
+
+def shares(weights: Sequence[float | Tensor], teachers: Sequence[Tensor | Support]) -> None:
+    if not isinstance(weights, (tuple, list)) or len(weights) != len(teachers):
+        raise ValueError(f"weights is {weights!r}; it must be a list of {len(teachers)}, one a teacher")
+    if not any(isinstance(x, Tensor) or x for x in weights):
+        raise ValueError(f"weights is {weights!r}; at least one must be above 0")
+    first = teachers[0].ids if isinstance(teachers[0], Support) else teachers[0]
+    for i, x in enumerate(weights):
+        if not isinstance(x, Tensor):
+            not_negative(f"weights[{i}]", x)
+            continue
+        _tensor(f"weights[{i}]", x, FLOATS)
+        constant(f"weights[{i}]", x)
+        if x.dim() > 0:
+            same_positions(f"weights[{i}]", x, first, value_per_position=True, student_name="teachers[0]")
+
+
+def per_token(log_probs: Mapping[str, Tensor]) -> None:
+    first_name, first = next(iter(log_probs.items()))
+    for name, x in log_probs.items():
+        _tensor(name, x, FLOATS)
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {_shape(x)} and {first_name} {_shape(first)}; both must hold one value a token"
+            )
+        _same_device(name, x, first_name, first)
+
+
+def returns(
+    rewards: Tensor,  # (..., T)
+    mask: Tensor | None,  # (..., T)
+    gamma: float,
+) -> None:
+    _tensor("rewards", rewards, FLOATS)
+    if rewards.dim() == 0:
+        raise ValueError("rewards has no dimension; it must be (..., T)")
+    if mask is not None:
+        _tensor("mask", mask, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+        if mask.shape != rewards.shape:
+            raise ValueError(f"mask has shape {_shape(mask)} and rewards {_shape(rewards)}; both must be (..., T)")
+        _same_device("mask", mask, "rewards", rewards)
+    fraction("gamma", gamma)
+
+
+def interval(name: str, value: tuple[float, float]) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} is {value!r}; it must be a pair (low, high)")
+    for x in value:
+        number(name, x)
+    if value[0] > value[1]:
+        raise ValueError(f"{name} is {value!r}; low must not be above high")
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} is {value}; it must be positive")
+
+
+def not_negative(name: str, value: float) -> None:
+    number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} is {value}; it must not be negative")
+
+
+def fraction(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def _top(k: int | None, vocab: int, name: str) -> int:
@@ -395,7 +594,7 @@ def _tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name} has layout {x.layout}; pass a dense tensor, such as {name}.to_dense()")
 
 
-def _number(name: str, value: object) -> None:
+def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {_kind(value)}; it must be a number")
     if not math.isfinite(value):
@@ -408,7 +607,7 @@ def _denominator(value: float | Tensor | None) -> None:
             raise ValueError(f"denominator has shape {_shape(value)}; it must be a number or a 0-d tensor")
         constant("denominator", value)
     elif value is not None:
-        _number("denominator", value)
+        number("denominator", value)
 
 
 def _same_device(name: str, x: Tensor, other: str, y: Tensor) -> None:

@@ -15,16 +15,6 @@ std::string isa();
 void set_isa(const std::string& name);
 const Isa& current_isa();
 
-// A vector, or nothing where data is null.
-struct Vector {
-  void* data;
-  Kind kind;
-  int64_t stride;
-
-  char* at(int64_t i) const { return static_cast<char*>(data) + i * stride * size_of(kind); }
-  double operator[](int64_t i) const { return load(at(i), kind); }
-};
-
 void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, int threads,
             int32_t* ids,    // (n, k)
             float* values);  // (n, k)

@@ -32,6 +32,16 @@ int64_t load_integer(const void* element, Kind kind);
 // To nearest, ties to even; not of float64.
 void store(char* to, Kind kind, float value);
 
+// A vector, or nothing where data is null.
+struct Vector {
+  void* data;
+  Kind kind;
+  int64_t stride;
+
+  char* at(int64_t i) const { return static_cast<char*>(data) + i * stride * size_of(kind); }
+  double operator[](int64_t i) const { return load(at(i), kind); }
+};
+
 // (key << 32 | payload), ascending by `bytes` bytes of the key; equal keys keep their order.
 void sort_by_key(uint64_t* items, uint64_t* spare, int64_t n, int bytes);
 

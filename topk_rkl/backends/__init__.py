@@ -14,10 +14,11 @@ from topk_rkl.divergence import REVERSE_KL, Code, Terms
 
 NAMES = ("auto", "reference", "native", "triton", "cuda")
 
-_NO_CUDA = "the compiled extension has no CUDA part in this version; use 'triton' on a GPU, or use 'reference'"
 _WAY_OUT = {
     "native": "the compiled extension was not built; install a C++20 compiler (GCC or Clang) and reinstall topk_rkl",
     "triton": "install it (pip install triton)",
+    "cuda": "the CUDA part of the compiled extension was not built; reinstall topk_rkl with TOPK_RKL_BUILD_CUDA=on "
+    "where nvcc is installed, use 'triton'",
 }
 _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -35,8 +36,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain PyTorch, any device), "triton" (GPU; CPU tensors only under TRITON_INTERPRET=1, set
-            before the package is imported), "native" (the compiled extension, CPU), "cuda", or "auto", the default: the
-            fastest that can take the tensors. The environment variable TOPK_RKL_BACKEND sets it for a process.
+            before the package is imported), "native" (the compiled extension, CPU), "cuda" (its CUDA part, GPU), or
+            "auto", the default: the fastest that can take the tensors; of the GPU's "triton", as long as no measurement
+            shows "cuda" to be faster. The environment variable TOPK_RKL_BACKEND sets it for a process.
 
     Raises:
         ValueError: there is no such backend.
@@ -108,12 +110,12 @@ def choose_plain(name: str, mass: str) -> ModuleType:
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot run in this process whatever the tensors, or None."""
-    if name == "cuda":
-        return _NO_CUDA
     try:
-        _load(name)
+        module = _load(name)
     except ImportError as error:
         return f"{error}; {_WAY_OUT[name]}, or use 'reference'"
+    if name == "cuda" and not module.HOST and not torch.cuda.is_available():
+        return "there is no GPU that torch can use; use 'native' or 'reference'"
     return None
 
 
@@ -124,7 +126,8 @@ def _refusal(name: str, k: int, logits: Tensor) -> str | None:
         return None
     if logits.dtype not in _LOW_DTYPES:
         return f"the logits are {logits.dtype}; use bfloat16, float16 or float32, or the 'reference' backend"
-    return _native_refusal(logits) if name == "native" else _triton_refusal(k, logits)
+    refusals = {"native": _native_refusal, "triton": _triton_refusal, "cuda": _cuda_refusal}
+    return refusals[name](k, logits)
 
 
 def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | None:
@@ -139,7 +142,7 @@ def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | 
     return None
 
 
-def _native_refusal(logits: Tensor) -> str | None:
+def _native_refusal(_k: int, logits: Tensor) -> str | None:
     if not logits.is_cpu:
         return f"the logits are on {logits.device}; move them to the CPU, or use 'triton' or 'reference'"
     return None
@@ -157,6 +160,15 @@ def _triton_refusal(k: int, logits: Tensor) -> str | None:
             f"K = {k} and V = {logits.shape[-1]}; it takes K up to {launch.MAX_K} and V up to {launch.MAX_VOCAB}, "
             "the 'reference' backend any"
         )
+    return None
+
+
+def _cuda_refusal(k: int, logits: Tensor) -> str | None:
+    cuda = _load("cuda")
+    if logits.device.type != ("cpu" if cuda.HOST else "cuda"):
+        return f"the logits are on {logits.device}; move them to a GPU, or use 'native' or 'reference'"
+    if k > cuda.MAX_K:
+        return f"K = {k}; it takes K up to {cuda.MAX_K}, the 'reference' backend any"
     return None
 
 

@@ -1,0 +1,61 @@
+"""Results read back: the lines of several runs of a case are one entry, with a name for people."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.results import FOLDER, Line, load
+
+WORKS = {
+    "select": "`teacher_topk`",
+    "loss": "`topk_reverse_kl`",
+    "loss on ids": "`topk_reverse_kl` with a `Support`",
+    "linear": "`linear_topk_reverse_kl`",
+}
+GRADIENTS = {
+    "hidden alone": "frozen head",
+    "sparse head": "row-sparse gradient of the head",
+    "dense head": "dense gradient of the head",
+}
+NAMES = {
+    "topk_rkl": "this package",
+    "topk_rkl, overwriting": "ours with `overwrite_student_logits`",
+    "plain": "plain PyTorch",
+    "gathered": "`head[ids]` and `bmm` in PyTorch",
+    "gathered in chunks": "the same 32 positions at a time",
+    "floor": "only moving the bytes",
+}
+STARS = {"reverse KL of the whole vocabulary": "*", "top-K forward KL, not renormalised": "†"}
+SIZES = ("n", "v", "h", "k", "dtype")
+
+Contest = dict[str, list[Line]]  # the lines of each contestant
+
+
+def contests(suite: str, names: Iterable[str]) -> list[tuple[Line, Contest]]:
+    """Each case of those names, as the fields that its lines share, and its contestants."""
+    fields = ("name", "work", *SIZES, "gradients", "rows", "axis")
+    found: dict[tuple[Any, ...], Contest] = defaultdict(lambda: defaultdict(list))
+    file = FOLDER / f"{suite}.jsonl"
+    for line in load(file) if file.exists() else []:
+        if line["name"] in names:
+            found[tuple(line.get(field) for field in fields)][line["contestant"]].append(line)
+    return [(dict(zip(fields, key, strict=True)), contest) for key, contest in found.items()]
+
+
+def digits(x: float) -> str:
+    """Three of them."""
+    return f"{float(f'{x:.3g}'):,g}"
+
+
+def middle(lines: list[Line], field: str) -> float:
+    return statistics.median(line[field] for line in lines)
+
+
+def label(case: Line) -> str:
+    rows = case["rows"].replace("_", " ")
+    return ", ".join(
+        [WORKS[case["work"]]]
+        + ([GRADIENTS[case["gradients"]]] if case["gradients"] else [])
+        + ([f"{rows} rows"] if rows != "random" else [])
+    )

@@ -1,0 +1,222 @@
+"""Time and memory of contestants that take turns in one process.
+
+Before every timed call the contestant runs once untimed, so that it finds the memory that it freed itself, and then the
+caches are filled with other data: what a call reads comes from memory. `start_anew` keeps glibc from giving memory back
+to the system, which would charge page faults to whoever comes next.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Moved
+from benchmarks.contestants import Entry, taking_part
+from benchmarks.problems import Problem
+
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+class Passes(NamedTuple):
+    """Seconds."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def start_anew() -> None:
+    """Runs the same command with an allocator that keeps what it has, which glibc reads when a process starts."""
+    if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **MALLOC})
+
+
+class Floor(Entry):
+    """Moves as many bytes as must be moved: what is read and written is copied, the rest only read or only written."""
+
+    def __init__(self, forward: Moved, backward: Moved, device: str) -> None:
+        # Numbers, since a page that was never written may be one page of zeros however often it is read.
+        self.source, self.target = (torch.randn(max(forward[i], backward[i]) // 4 + 1, device=device) for i in range(2))
+        self.of_backward = backward
+        super().__init__(lambda: self.move(forward))
+
+    def move(self, moved: Moved) -> None:
+        read, written = (count // 4 for count in moved)
+        both = min(read, written)
+        if both:
+            self.target[:both].copy_(self.source[:both])
+        if read > both:
+            self.source[both:read].sum()
+        if written > both:
+            self.target[both:written].zero_()
+
+    def backward(self, _: Any, /) -> None:
+        self.move(self.of_backward)
+
+
+def largest_cache(device: str) -> int:
+    """Bytes."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.strip().removesuffix("K")) << 10 for size in sizes), default=0)
+
+
+class Stage:
+    """Where contestants are timed."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.other_data = torch.randn(max(256 << 20, 4 * largest_cache(device)) // 4, device=device)
+
+    def passes(self, entry: Entry) -> Passes:
+        entry.fresh()
+        entry.backward(entry.forward())
+        entry.fresh()
+        self.other_data.sum()
+        passes = self._on_gpu(entry) if self.device == "cuda" else self._on_cpu(entry)
+        entry.fresh()
+        return passes
+
+    def _on_cpu(self, entry: Entry) -> Passes:
+        start = time.perf_counter()
+        out = entry.forward()
+        between = time.perf_counter()
+        entry.backward(out)
+        return Passes(between - start, time.perf_counter() - between)
+
+    def _on_gpu(self, entry: Entry) -> Passes:
+        """The GPU's own time: it is kept busy until the calls are queued."""
+        torch.cuda._sleep(2_000_000)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        out = entry.forward()
+        marks[1].record()
+        entry.backward(out)
+        marks[2].record()
+        marks[2].synchronize()
+        return Passes(*(a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)))
+
+
+def contest(turns: dict[str, Callable[[], Passes]], rounds: int, seconds: float) -> dict[str, list[Passes]]:
+    """In turns. Who has spent its seconds sits out the later rounds, after three at least."""
+    times: dict[str, list[Passes]] = {name: [] for name in turns}
+    spent = dict.fromkeys(turns, 0.0)
+    for done in range(rounds):
+        for name, turn in turns.items():
+            if done < 3 or spent[name] < seconds:
+                start = time.perf_counter()
+                times[name].append(turn())
+                spent[name] += time.perf_counter() - start
+    return times
+
+
+def summary(times: list[Passes]) -> dict[str, object]:
+    """Medians in ms, and the quartiles of both passes together."""
+    both = [t.both for t in times]
+    quartiles = statistics.quantiles(both, n=4)[::2]
+    return {
+        "forward_ms": ms(statistics.median(t.forward for t in times)),
+        "backward_ms": ms(statistics.median(t.backward for t in times)),
+        "median_ms": ms(statistics.median(both)),
+        "quartiles_ms": [ms(t) for t in quartiles],
+        "rounds": len(times),
+    }
+
+
+def ms(seconds: float) -> float:
+    return round(seconds * 1e3, 4)
+
+
+def retained_bytes(entry: Entry, problem: Problem) -> int:
+    """What autograd keeps between the passes, what was given left out.
+
+    Found by walking the graph: hooks for saved tensors and torch.func exclude each other.
+    """
+    entry.fresh()
+    out = entry.forward()
+    kept: dict[int, int] = {}
+    nodes, seen = [out.grad_fn], {None}
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            for x in saved(node):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    given = tensors([entry.leaves, *vars(problem).values()])
+    return sum(kept[address] for address in kept.keys() - {x.untyped_storage().data_ptr() for x in given})
+
+
+def saved(node: Any) -> list[Tensor]:
+    """By a Function in Python as saved_tensors, by one in C++ as _saved_ and the name of an argument."""
+    names = [name for name in dir(node) if name == "saved_tensors" or name.startswith("_saved_")]
+    return tensors([getattr(node, name) for name in names])
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def peak_on_gpu(entry: Entry) -> int:
+    """Beyond what was held before; the gradients that are left are part of it."""
+    entry.fresh()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    entry.backward(entry.forward())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peaks_on_cpu(case: Case, names: list[str]) -> dict[str, int]:
+    """Of each contestant, in a process that runs nothing else, with the allocator that users have."""
+    for name in MALLOC:
+        os.environ.pop(name, None)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(_peaks, case, names, torch.get_num_threads()).result()
+    finally:
+        os.environ.update(MALLOC)
+
+
+def _peaks(case: Case, names: list[str], threads: int) -> dict[str, int]:
+    """The largest resident memory during one call (VmHWM of Linux, reset just before it) less that before it."""
+    torch.set_num_threads(threads)
+    problem = Problem(case, "cpu")
+    peaks = {}
+    for contestant in taking_part(case, "cpu"):
+        if contestant.name not in names:
+            continue
+        entry = contestant.build(problem)
+        for _ in range(2):  # the first also loads what is loaded once
+            entry.fresh()
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status("VmRSS")
+            entry.backward(entry.forward())
+            peaks[contestant.name] = _status("VmHWM") - before
+        entry.fresh()
+    return peaks
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) << 10

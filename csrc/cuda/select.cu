@@ -1,0 +1,331 @@
+// Exact row-wise top-K in one read of the row, and the loss on those K slots in the same launch.
+//
+// A block reads a row 16 bytes a thread at a time and compares two 16-bit elements an instruction with the least value
+// that can still be of the K best; what passes is a candidate (candidates.cuh). Parts of the row are taken in an order
+// that has nothing to do with that of the ids, so that a row of rising values does not make all of them candidates.
+// Few rows are split over several blocks, and the K best of each are merged by a second launch.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "candidates.cuh"
+#include "launch.hpp"
+#include "slots.cuh"
+
+namespace topk_rkl::cuda {
+namespace {
+
+constexpr int THREADS = Candidates::THREADS;
+constexpr int PACKS = 4;  // that a thread has in flight
+constexpr int MAX_PARTS = 32;
+
+// The rows to select from, and what to do with what is selected.
+struct Selection {
+  Matrix logits;  // (N, V)
+  int k;
+  Item* best;      // (N, parts, K) scratch, or null where the row is not split
+  int32_t* ids;    // (N, K)
+  float* values;   // (N, K), or null with a loss
+  Matrix student;  // (N, V_student), or null data: select only
+  Vector weights;  // (N)
+  double inv_t;
+  float* loss;  // (N)
+  float* g;     // (N, K)
+};
+
+// A row as packs of 16 bytes that begin on an address of their own size; the first and the last may be cut off.
+template <class T>
+struct Row {
+  static constexpr int SIZE = Pack<T>::SIZE;
+  const T* data;
+  int64_t columns, step;
+  int lead, first_whole, whole;  // elements of the first pack before the row; the packs that are not cut off
+
+  __device__ Row(const Matrix& logits, int64_t row)
+      : data(static_cast<const T*>(logits.data) + row * logits.stride), columns(logits.columns), step(logits.step),
+        lead(step == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
+        whole(int((columns + lead) / SIZE) - first_whole) {}
+
+  __device__ float at(int64_t column) const { return to_float(data[column * step]); }
+  __device__ int64_t packs() const { return (columns + lead + SIZE - 1) / SIZE; }
+  __device__ int64_t first_column(int pack) const { return int64_t(pack) * SIZE - lead; }
+  __device__ bool is_whole(int pack) const { return pack >= first_whole && pack < first_whole + whole; }
+
+  // -inf where there is nothing, and with PACKED where it is cut off.
+  template <bool PACKED>
+  __device__ Pack<T> pack(int i) const {
+    if (!PACKED) return gathered(i);
+    if (!is_whole(i)) return filled();
+    const uint4 words = __ldcs(reinterpret_cast<const uint4*>(data - lead) + i);
+    return reinterpret_cast<const Pack<T>&>(words);
+  }
+
+  // -inf where there is nothing or it is whole.
+  __device__ Pack<T> end(int i) const {
+    return is_whole(i) ? filled() : gathered(i);
+  }
+
+  __device__ Pack<T> gathered(int i) const {
+    Pack<T> result = filled();
+    for (int e = 0; e < SIZE; ++e) {
+      const int64_t column = first_column(i) + e;
+      if (i >= 0 && column >= 0 && column < columns) result.at[e] = data[column * step];
+    }
+    return result;
+  }
+
+  __device__ static Pack<T> filled() {
+    Pack<T> result;
+    for (T& element : result.at) element = from_float<T>(-INFINITY);
+    return result;
+  }
+};
+
+template <class T>
+constexpr float LOWEST = -3.402823466e38f;
+template <>
+constexpr float LOWEST<BFloat16> = -3.389531390e38f;
+template <>
+constexpr float LOWEST<Float16> = -65504.0f;
+
+// The least finite value that an element needs. Rounding it to T leaves out no T that is as large.
+template <class T>
+__device__ T floor_of(Item floor) {
+  const float x = float_of(uint32_t(floor >> 32));
+  return from_float<T>(x != x ? INFINITY : x < LOWEST<T> ? LOWEST<T> : x);
+}
+
+// A bit for each element that is at or above the floor, or NaN. 16-bit elements are compared two at a time, and the two
+// answers of word i stand in bits i and 16 + i.
+template <class Two, class T>
+__device__ uint32_t passing_twos(const Pack<T> (&x)[PACKS], T floor) {
+  const Two floors{floor, floor};
+  uint32_t mask = 0;
+#pragma unroll
+  for (int i = 0; i < 4 * PACKS; ++i) {
+    const Two two{x[i / 4].at[i % 4 * 2], x[i / 4].at[i % 4 * 2 + 1]};
+    mask |= __hgeu2_mask(two, floors) & (0x10001u << i);
+  }
+  return mask;
+}
+__device__ inline uint32_t passing(const Pack<BFloat16> (&x)[PACKS], BFloat16 floor) {
+  return passing_twos<__nv_bfloat162>(x, floor);
+}
+__device__ inline uint32_t passing(const Pack<Float16> (&x)[PACKS], Float16 floor) {
+  return passing_twos<__half2>(x, floor);
+}
+__device__ inline uint32_t passing(const Pack<float> (&x)[PACKS], float floor) {
+  uint32_t mask = 0;
+#pragma unroll
+  for (int i = 0; i < 4 * PACKS; ++i) mask |= uint32_t(!(x[i / 4].at[i % 4] < floor)) << i;
+  return mask;
+}
+
+template <class T>
+__device__ int element_of(int bit) {
+  return sizeof(T) == 2 ? bit % 16 * 2 + bit / 16 : bit;
+}
+
+// The running sum of exponentials of what a thread has seen, less the largest.
+struct Mass {
+  float peak = -INFINITY, sum = 0;
+
+  template <class T>
+  __device__ void add(const Pack<T> (&x)[PACKS]) {
+    constexpr int SIZE = Pack<T>::SIZE;
+    float top = peak;
+#pragma unroll
+    for (int e = 0; e < PACKS * SIZE; ++e) top = fmaxf(top, to_float(x[e / SIZE].at[e % SIZE]));
+    const float base = top == -INFINITY ? 0 : top;
+    sum *= expf(peak - base);
+#pragma unroll
+    for (int e = 0; e < PACKS * SIZE; ++e) sum += expf(to_float(x[e / SIZE].at[e % SIZE]) - base);
+    peak = top;
+  }
+
+  __device__ double log_total(double* of_warp) const {
+    const double top = over_block(peak, of_warp, [](double a, double b) { return fmax(a, b); });
+    return top + log(sum_over_block(sum * exp(peak - top), of_warp));
+  }
+};
+
+// Which segments of THREADS packs are read one after the other: each `stride` after the last.
+struct Order {
+  int segments, stride;
+};
+
+template <class T, bool PACKED>
+struct Tile {
+  Pack<T> packs[PACKS];
+  int index[PACKS];
+
+  __device__ void load(const Row<T>& row, int (&segment), const Order& order, int left) {
+#pragma unroll
+    for (int v = 0; v < PACKS; ++v) {
+      index[v] = segment * THREADS + int(threadIdx.x);
+      packs[v] = row.template pack<PACKED>(v < left ? index[v] : -1);
+      segment += order.stride;
+      if (segment >= order.segments) segment -= order.segments;
+    }
+  }
+
+  // The packs that are cut off by an end of the row.
+  __device__ void load_ends(const Row<T>& row) {
+    index[0] = threadIdx.x == 0 ? 0 : threadIdx.x == 1 ? int(row.packs() - 1) : -1;
+    if (threadIdx.x == 1 && index[0] == 0) index[0] = -1;
+    for (int v = 0; v < PACKS; ++v) packs[v] = row.end(v == 0 ? index[0] : -1);
+  }
+};
+
+struct SelectPieces {
+  Candidates best;
+  Slots slots;
+
+  __host__ __device__ SelectPieces(Shared& shared, int k) : best(shared, k), slots(shared, k) {}
+};
+
+// Writes the K best in order, and the loss on them.
+template <class T>
+__device__ void store_row(const Selection& s, int64_t row_index, const Row<T>& row, const SelectPieces& pieces,
+                          double weight, double shift) {
+  const auto slot_of = [&](int j, int64_t& id, double& w) {
+    const Item item = pieces.best.items[j];
+    id = item ? id_of(item) : -1;
+    w = item ? row.at(id) - shift : -INFINITY;
+  };
+  for (int j = threadIdx.x; j < s.k; j += THREADS) {
+    int64_t id;
+    double w;
+    slot_of(j, id, w);
+    s.ids[row_index * s.k + j] = int32_t(id);
+    if (s.values) s.values[row_index * s.k + j] = float(w);
+  }
+  if (s.loss) store_loss_row(s.student, row_index, pieces.slots, s.k, weight, s.inv_t, s.loss, s.g, slot_of);
+}
+
+// A row of weight 0 is not read.
+__device__ inline bool is_left_out(const Selection& s, int64_t row, double weight, bool last) {
+  if (!s.loss || weight != 0) return false;
+  if (!last) return true;
+  for (int j = threadIdx.x; j < s.k; j += THREADS) s.ids[row * s.k + j] = -1;
+  store_zero_row(row, s.k, s.loss, s.g);
+  return true;
+}
+
+template <class T, bool PACKED, bool NORMALIZE>
+__global__ void __launch_bounds__(THREADS, 2) select_kernel(Selection s, int parts, Order order) {
+  const int64_t row_index = blockIdx.x / parts;
+  const int part = int(blockIdx.x % parts);
+  Shared shared = shared_memory();
+  SelectPieces pieces(shared, s.k);
+  Candidates& best = pieces.best;
+  const double weight = weight_of(s.weights, row_index);
+  if (is_left_out(s, row_index, weight, parts == 1)) return;
+
+  const Row<T> row(s.logits, row_index);
+  best.clear();
+  Mass mass;
+  const auto visit = [&](const Tile<T, PACKED>& tile) {
+    if (NORMALIZE) mass.add(tile.packs);
+    best.offer(passing(tile.packs, floor_of<T>(best.floor())), [&](int bit) {
+      const int element = element_of<T>(bit), v = element / Row<T>::SIZE;
+      int index = tile.index[0];
+#pragma unroll
+      for (int i = 1; i < PACKS; ++i) index = v == i ? tile.index[i] : index;
+      const int64_t column = row.first_column(index) + element % Row<T>::SIZE;
+      return item_of(row.at(column), column);
+    });
+  };
+  const int first = int(int64_t(order.segments) * part / parts), last = int(int64_t(order.segments) * (part + 1) / parts);
+  int segment = int(int64_t(first) * order.stride % order.segments);
+  Tile<T, PACKED> tile, next;
+  next.load(row, segment, order, last - first);
+  for (int done = first; done < last; done += PACKS) {
+    tile = next;
+    next.load(row, segment, order, last - done - PACKS);  // in flight while the others are compared
+    visit(tile);
+  }
+  if (PACKED && part == 0) {
+    tile.load_ends(row);
+    visit(tile);
+  }
+
+  best.finish();
+  if (parts > 1) {
+    Item* to = s.best + int64_t(blockIdx.x) * s.k;
+    for (int j = threadIdx.x; j < s.k; j += THREADS) to[j] = best.items[j];
+    return;
+  }
+  store_row(s, row_index, row, pieces, weight, NORMALIZE ? mass.log_total(pieces.slots.of_warp) : 0.0);
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) merge_kernel(Selection s, int parts) {
+  const int64_t row_index = blockIdx.x;
+  Shared shared = shared_memory();
+  SelectPieces pieces(shared, s.k);
+  const double weight = weight_of(s.weights, row_index);
+  if (is_left_out(s, row_index, weight, true)) return;
+
+  pieces.best.clear();
+  const Item* from = s.best + row_index * parts * s.k;
+  for (int start = 0; start < parts * s.k; start += THREADS) {
+    const int i = start + int(threadIdx.x);
+    const Item item = i < parts * s.k ? from[i] : 0;
+    pieces.best.offer(item != 0, [&](int) { return item; });
+  }
+  pieces.best.finish();
+  store_row(s, row_index, Row<T>(s.logits, row_index), pieces, weight, 0.0);
+}
+
+// As many as read a row of any address; a stride near the golden ratio spreads what comes early over the row.
+Order order_of(int64_t vocab, Kind kind) {
+  const int64_t size = 16 / size_of(kind), packs = (vocab + size - 1) / size + 1;
+  const int segments = int((packs + THREADS - 1) / THREADS);
+  int stride = std::max(1, int(0.618 * segments));
+  while (std::gcd(stride, segments) != 1) ++stride;
+  return {segments, stride % segments};
+}
+
+// Blocks a row: one, unless that leaves processors idle. Sums of exponentials would depend on it.
+int parts_of(int64_t n, const Order& order, bool normalize, int device) {
+  if (normalize || n == 0) return 1;
+  return int(std::clamp<int64_t>(std::min<int64_t>(2 * processors(device) / n, order.segments / PACKS), 1, MAX_PARTS));
+}
+
+void run(const Selection& s, int64_t n, bool normalize, const Where& where) {
+  const Kind kind = s.logits.kind;
+  const Order order = order_of(s.logits.columns, kind);
+  const int parts = parts_of(n, order, normalize, where.device);
+  const int64_t bytes = shared_bytes<SelectPieces>(s.k);
+  const std::string shape = " of N = " + std::to_string(n) + ", V = " + std::to_string(s.logits.columns) +
+                            ", K = " + std::to_string(s.k);
+  with_kind(kind, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel = s.logits.step == 1 ? normalize ? select_kernel<T, true, true> : select_kernel<T, true, false>
+                        : normalize        ? select_kernel<T, false, true>
+                                           : select_kernel<T, false, false>;
+    launch("select_kernel" + shape, kernel, {n * parts, 1, THREADS, bytes}, where, s, parts, order);
+    if (parts > 1) launch("merge_kernel" + shape, merge_kernel<T>, {n, 1, THREADS, bytes}, where, s, parts);
+  });
+}
+
+}  // namespace
+
+int64_t select_scratch(int64_t n, int64_t vocab, Kind kind, int64_t k, bool normalize, int device) {
+  const int parts = parts_of(n, order_of(vocab, kind), normalize, device);
+  return parts == 1 ? 0 : n * parts * k * int64_t(sizeof(Item));
+}
+
+void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, void* scratch, int32_t* ids, float* values,
+            const Where& where) {
+  run({logits, int(k), static_cast<Item*>(scratch), ids, values, {}, {}, 1, nullptr, nullptr}, n, normalize, where);
+}
+
+void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_t k, const Vector& weights,
+                 double temperature, void* scratch, float* loss, int32_t* ids, float* g, const Where& where) {
+  run({teacher, int(k), static_cast<Item*>(scratch), ids, nullptr, student, weights, 1 / temperature, loss, g}, n,
+      false, where);
+}
+
+}  // namespace topk_rkl::cuda

@@ -1,0 +1,251 @@
+"""Who is timed has been found right, what is counted can be counted by hand, and what is reported was measured."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import contestants, entries, fit, measure, predict, problems, report, run
+from benchmarks.cases import CPU, Case, Moved
+from benchmarks.contestants import Contestant, Entry, taking_part
+from benchmarks.measure import Floor, Passes, Stage, contest, summary
+from benchmarks.problems import FORWARD, TOLERANCE, TOP_K, WHOLE, Problem
+
+ROOT = Path(__file__).parent.parent
+TINY = [case for case in CPU if case.name == "tiny"]
+OTHERS = ("ms-swift", "NeMo-RL", "verl", "axolotl", "VeOmni", "TRL", "Liger")
+
+
+def of(work: str, **changes) -> Case:
+    return replace(next(case for case in TINY if case.work == work), **changes)
+
+
+@pytest.fixture
+def stage(monkeypatch) -> Stage:
+    monkeypatch.setattr(measure, "largest_cache", lambda _: 0)
+    return Stage("cpu")
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.work}-{case.gradients}".strip("-"))
+def test_contestants_agree_with_float64_or_are_named(case: Case, stage: Stage) -> None:
+    lines = {line["contestant"]: line for line in run.measured(case, stage, 3, 0.1, None)}
+    assert lines.keys() == {"floor", *(contestant.name for contestant in taking_part(case, "cpu"))}
+    for name, line in lines.items():
+        assert name in OTHERS or "median_ms" in line, line
+        if "median_ms" in line:
+            assert 0 <= line["forward_ms"] <= line["quartiles_ms"][1] + line["backward_ms"]
+            assert case.work == "select" or name == "floor" or line["error"] <= TOLERANCE[case.dtype]
+        else:
+            assert "missing" in line  # not refused
+
+
+def loss_off_by(factor: float, p: Problem) -> Entry:
+    right = contestants.ids_plain(p)
+    return replace(right, forward=lambda: right.forward() + factor * right.forward().detach())
+
+
+def gradient_off_by(factor: float, p: Problem) -> Entry:
+    right = contestants.linear_plain(p) if p.case.work == "linear" else contestants.ids_plain(p)
+    last = p.leaves[-1]
+
+    def gradients() -> list[Tensor]:
+        last.grad.view(-1)[0] += factor * last.grad.abs().max()
+        return [leaf.grad for leaf in p.leaves]
+
+    return replace(right, gradients=gradients)
+
+
+@pytest.mark.parametrize("wrong", [loss_off_by, gradient_off_by])
+def test_a_wrong_contestant_has_no_time(wrong, stage: Stage, monkeypatch) -> None:
+    works = ["loss on ids"] if wrong is loss_off_by else ["loss on ids", "linear"]
+    for work in works:
+        rivals = [Contestant("off", work, lambda p: wrong(1e-4, p)), Contestant("right", work, lambda p: wrong(0, p))]
+        ours = [contestant for contestant in contestants.CONTESTANTS if contestant.name == "topk_rkl"]
+        monkeypatch.setattr(contestants, "CONTESTANTS", ours + rivals)
+        gradients = "dense head" if work == "linear" else ""
+        lines = {line["contestant"]: line for line in run.measured(of(work, gradients=gradients), stage, 3, 0.1, None)}
+        assert "median_ms" in lines["right"]
+        assert "median_ms" not in lines["off"] and "off by 1.0e-04" in lines["off"]["refused"]
+
+
+def test_a_wrong_selection_has_no_time(stage: Stage, monkeypatch) -> None:
+    def smallest(p: Problem) -> Entry:
+        return Entry(lambda: p.teacher.topk(p.case.k, largest=False))
+
+    def twice_the_first(p: Problem) -> Entry:
+        def forward() -> tuple[Tensor, Tensor]:
+            values, ids = p.teacher.topk(p.case.k)
+            return values, ids[:, :1].expand_as(ids)
+
+        return Entry(forward)
+
+    ours = contestants.CONTESTANTS[0]
+    wrong = [Contestant(f.__name__, "select", f) for f in (smallest, twice_the_first)]
+    monkeypatch.setattr(contestants, "CONTESTANTS", [ours, *wrong])
+    lines = list(run.measured(of("select"), stage, 3, 0.1, None))
+    assert [("refused" in line, "median_ms" in line) for line in lines] == [
+        (False, True), (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+
+
+def test_a_rival_that_fails_is_named_and_ours_raises(stage: Stage, monkeypatch) -> None:
+    def fail(p: Problem) -> Entry:
+        raise ImportError("no module of that name")
+
+    ours = contestants.CONTESTANTS[0]
+    monkeypatch.setattr(contestants, "CONTESTANTS", [ours, Contestant("rival", "select", fail)])
+    lines = {line["contestant"]: line for line in run.measured(of("select"), stage, 3, 0.1, None)}
+    assert lines["rival"]["missing"] == "ImportError: no module of that name"
+    monkeypatch.setattr(contestants, "CONTESTANTS", [Contestant("topk_rkl", "select", fail)])
+    with pytest.raises(ImportError):
+        list(run.measured(of("select"), stage, 3, 0.1, None))
+
+
+@pytest.mark.parametrize("objective", [TOP_K, FORWARD, WHOLE])
+def test_the_truth_from_hidden_states_is_that_of_autograd(objective: str, monkeypatch) -> None:
+    monkeypatch.setattr(problems, "CHUNK_NUMBERS", 4_000)  # several chunks
+    p = Problem(of("linear", gradients="dense head"), "cpu")
+    hidden, head = (leaf.detach().double().requires_grad_() for leaf in p.leaves)
+    teacher, teacher_head = (x.double() for x in p.other_teacher)
+    want = problems.per_position(
+        objective, hidden @ head.T, p.ids, p.support.log_probs.double(), teacher @ teacher_head.T
+    ).mean()
+    gradients = list(torch.autograd.grad(want, (hidden, head)))
+    assert problems.error(p, objective, want.detach(), gradients) < 1e-12
+    for i in range(2):
+        off = [g.clone() for g in gradients]
+        off[i][-1, -1] += 0.01 * off[i].abs().max()
+        assert problems.error(p, objective, want.detach(), off) == pytest.approx(0.01)
+    assert problems.error(p, objective, want.detach() * torch.nan, gradients) == torch.inf
+
+
+def test_no_two_logits_tie_for_the_last_place() -> None:
+    teacher = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0], [5.0, 5.0, 1.0, 0.0, 5.0]])
+    problems.untie(teacher, 3)
+    assert teacher.tolist() == [[1, 3, 2, 2, 0], [5, 5, 1, 0, 5]]
+
+
+def test_moved_bytes_by_hand() -> None:
+    n, v, k, h = 4, 100, 8, 16
+    case = Case("", "select", n, v, k, h)
+    slots = n * k * 8
+    assert case.moved(0) == (Moved(n * v * 2, slots), Moved(0, 0))
+    assert replace(case, work="loss").moved(0) == (Moved(n * v * 2 + n * k * 64, slots), Moved(slots, n * v * 2))
+    on_ids = replace(case, work="loss on ids", dtype="float32")
+    assert on_ids.moved(0) == (Moved(slots + n * k * 64, slots), Moved(slots, n * v * 4))
+    linear = replace(case, work="linear", gradients="dense head")
+    forward, backward = linear.moved(30)
+    assert forward == (30 * h * 2 + n * h * 2 + slots, slots)
+    assert backward == (n * h * 2 + slots, n * h * 2 + v * h * 2)
+    assert replace(linear, gradients="hidden alone").moved(30)[1] == (slots, n * h * 2)
+
+
+def test_the_floor_moves_what_it_says_and_no_zeros() -> None:
+    floor = Floor(Moved(4_000, 400), Moved(0, 2_000), "cpu")
+    assert floor.source.count_nonzero() == len(floor.source) == 1_001
+    copied = []
+    floor.target.fill_(7)
+    floor.forward()
+    copied = (floor.target != 7).sum().item()
+    assert copied == 100 and torch.equal(floor.target[:100], floor.source[:100])
+    floor.backward(None)
+    assert (floor.target == 0).sum() == 500
+
+
+def test_caches_are_filled_with_other_data() -> None:
+    stage = Stage("cpu")
+    assert stage.other_data.nbytes >= 4 * measure.largest_cache("cpu")
+    assert stage.other_data.count_nonzero() > 0.99 * len(stage.other_data)
+
+
+def test_contestants_take_turns() -> None:
+    order = []
+
+    def turn(name: str):
+        return lambda: order.append(name) or Passes(1.0, 2.0)
+
+    times = contest({"a": turn("a"), "b": turn("b")}, rounds=4, seconds=10)
+    assert order == ["a", "b"] * 4 and times["a"] == [Passes(1, 2)] * 4
+    order.clear()
+    assert len(contest({"a": turn("a")}, rounds=9, seconds=-1)["a"]) == 3
+
+
+def test_a_summary_is_of_medians_and_quartiles() -> None:
+    found = summary([Passes(t, 10 * t) for t in (0.001, 0.002, 0.009)])
+    assert (found["forward_ms"], found["backward_ms"], found["median_ms"]) == (2, 20, 22)
+    assert found["quartiles_ms"] == [11, 99] and found["rounds"] == 3
+
+
+def test_retained_bytes_are_those_that_autograd_saved() -> None:
+    p = Problem(of("loss on ids"), "cpu")
+    ours, plain = contestants.ids_ours(p), contestants.ids_plain(p)
+    slots = p.case.n * p.case.k
+    of_mean = 8  # its two numbers
+    assert measure.retained_bytes(ours, p) == 4 * slots + of_mean  # the gradient on the slots; the ids were given
+    x = torch.randn(8, requires_grad=True)
+    assert measure.retained_bytes(Entry(lambda: x.exp().sum(), [x]), p) == 32
+    assert measure.retained_bytes(Entry(lambda: (x * x).sum(), [x]), p) == 0
+    assert measure.retained_bytes(plain, p) > 4 * slots
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peaks_are_of_the_call() -> None:
+    case = of("loss on ids", n=512, v=32_000)
+    peaks = measure.peaks_on_cpu(case, ["topk_rkl", "plain"])
+    gradient = case.n * case.v * 4
+    assert peaks.keys() == {"topk_rkl", "plain"}
+    assert all(gradient <= peak < 1.2 * gradient for peak in peaks.values()), peaks
+
+
+def test_an_exponent_is_fitted() -> None:
+    slope, factor = fit.line({size: 3 * size**1.5 for size in (1, 2, 4, 8)})
+    assert slope == pytest.approx(1.5) and factor == pytest.approx(3)
+
+
+def test_a_table_follows_its_results(tmp_path: Path, monkeypatch) -> None:
+    line = {"name": "select", "work": "select", "n": 256, "v": 1000, "k": 8, "dtype": "bfloat16", "rows": "random"}
+    ours, theirs, gone = ({**line, "contestant": name} for name in ("topk_rkl", "torch.topk", "verl"))
+    lines = [{**ours, "median_ms": t, "over_floor": 2.0, "peak_bytes": 3 << 20} for t in (1.0, 9.0, 2.0)]
+    lines += [{**theirs, "median_ms": 12.34, "over_topk_rkl": ratio} for ratio in (12.0, 1.4, 6.0)]
+    lines += [{**gone, "missing": "ImportError"}]
+    (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(entries, "FOLDER", tmp_path)
+    row = "| `teacher_topk` | 256 | 1,000 | 8 | bfloat16 | 2 ms, 3 MiB | 0.50 | "
+    row += "torch.topk 12.3 ms (6.0); verl missing |\n"
+    text = report.filled("<!-- cases cpu: select -->\nold\n<!-- end -->")
+    assert text.startswith("<!-- cases cpu: select -->\n| work |") and text.endswith(row + "<!-- end -->")
+
+
+COST = {
+    "target": "sm_90", "kernel": "select", "dtype": "bfloat16", "vocab": 151_936, "k": 64, "width": 0, "warps": 8,
+    "instructions": 100, "programs": 4, "scan_per_element": 1.0,
+    "loops": [{"instructions": 64, "load_bits": 128, "store_bits": 0, "loaded_bytes": 128}],
+}  # fmt: skip
+
+
+def test_a_prediction_by_hand() -> None:
+    card = predict.CARDS["H100"]
+    useful = 1 / (1 + 2 / 64 + 64 * 64 / 151_936)
+    assert predict.share(COST, card) == pytest.approx(useful)  # the memory is what it waits for
+    dear = {**COST, "loops": [{**COST["loops"][0], "instructions": 6_400}]}
+    issue = 128 * 1.755e9 / 100  # elements a second and core, a hundred instructions each
+    memory = 3.35e12 * 0.87 / 132 / 2
+    assert predict.share(dear, card) == pytest.approx(issue / memory, rel=1e-2)
+    few = {**COST, "programs": 1, "warps": 1}
+    assert predict.share(few, card) == pytest.approx(useful * 32 * 128 / 0.8e-6 / (memory * 2), rel=1e-6)
+    assert predict.share({**COST, "kernel": "scatter"}, card) is None
+    assert predict.share(COST, predict.CARDS["B200"]) is None  # of another target
+
+
+def test_the_command_writes_lines_with_their_setting(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    command = [sys.executable, "-m", "benchmarks", "run", "--case", "tiny", "--rounds", "3", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["work"] for line in lines} == {case.work for case in TINY}
+    assert all(line["device"] and line["torch"] == torch.__version__ and line["commit"] for line in lines)

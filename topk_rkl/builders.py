@@ -1,0 +1,285 @@
+"""Which tokens are compared: the ways to build a `Support` besides the teacher's top K.
+
+from topk_rkl.builders import student_topk, union
+
+teacher = union(teacher_topk(teacher_logits, 32), student_topk(student_logits, teacher_logits, 32))
+loss = topk_reverse_kl(student_logits, teacher)
+
+The teacher's values are logits, or with `normalize=True` true log-probs. Combine supports of one kind only: logits with
+logits, log-probs with log-probs. Nothing of the size of the logits is copied, and no device value is read on the host.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from topk_rkl import checks, ops
+from topk_rkl.backends import requested
+from topk_rkl.backends.reference import result_dtype
+from topk_rkl.support import Support
+
+
+def student_topk(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V_teacher)
+    k: int,
+    *,
+    normalize: bool = False,
+) -> Support:
+    """The K tokens that the student ranks highest, with the teacher's values there.
+
+    It is the support of SDPO, OPCD and of "only_stu" in thunlp/OPD. The ids are a constant: no gradient flows through
+    the choice. Without student logits it is `fixed_ids(teacher_logits, linear_teacher_topk(student_hidden.detach(),
+    student_weight.detach(), k).ids)`.
+
+    Args:
+        student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; detached here.
+        teacher_logits: (..., V_teacher), where the same ids mean the same tokens; must not require grad.
+        k: 1 <= k <= V.
+        normalize: gives the teacher's true log-probs instead of its logits, which takes a pass over V_teacher; without
+            it K numbers a position are read.
+
+    Returns:
+        Support with ids (..., K) int32 in the student's order, (value descending, id ascending), and log_probs (..., K)
+        float32 (float64 from float64). A slot is empty where the student has no K-th logit above -inf, the teacher
+        gives -inf, or the id is not in the teacher's vocabulary.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.ranking("student_logits", student_logits, k)
+    checks.constant_logits("teacher_logits", teacher_logits)
+    checks.same_positions("teacher_logits", teacher_logits, student_logits)
+    ids, _ = ops.select(student_logits.detach(), k, False, requested())
+    return Support(ids, values_at(teacher_logits, ids, normalize))
+
+
+def teacher_top_p(
+    teacher_logits: Tensor,  # (..., V)
+    p: float,
+    k: int,
+    *,
+    normalize: bool = False,
+) -> Support:
+    """The teacher's nucleus, at most K tokens of it: the fewest of its most probable tokens that hold mass `p`.
+
+    A token is in S if and only if the tokens ranked above it hold less than `p`, so the best one always is. Rank is by
+    (value descending, id ascending). The masses are those of the whole vocabulary, from log-probs of float32 (float64
+    from float64), added in float64.
+
+    Args:
+        teacher_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; must not require grad.
+        p: in (0, 1]; 1 keeps all K.
+        k: the cap, 1 <= k <= V; where the nucleus is larger, its first K tokens.
+        normalize: gives true log-probs instead of logits.
+
+    Returns:
+        Support with ids (..., K) int32 and log_probs (..., K), the slots outside the nucleus empty, at the end.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
+    checks.top_p(p, "p")
+    ids, log_probs = ops.select(teacher_logits, k, True, requested())
+    mass_above = pad(log_probs.double().exp()[..., :-1].cumsum(-1), (1, 0))  # (..., K)
+    outside = mass_above >= (p if p < 1 else torch.inf)  # a rounded sum could reach 1 early and cut the tail
+    values = log_probs if normalize else values_at(teacher_logits, ids, normalize=False)
+    return Support(ids.masked_fill(outside, -1), values.masked_fill(outside, -torch.inf))
+
+
+def fixed_ids(
+    teacher_logits: Tensor,  # (..., V)
+    ids: Sequence[int] | Tensor,  # (K,) or (..., K)
+    *,
+    normalize: bool = False,
+) -> Support:
+    """The teacher's values on tokens that are known beforehand, such as the digits of a score.
+
+    Args:
+        teacher_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; must not require grad.
+        ids: the same for all positions: a sequence of different ids of the vocabulary, or a (K,) tensor; or a (..., K)
+            tensor, which names the tokens of each position. Ids of a tensor that are negative or not below V make empty
+            slots, and so does a repeated id.
+        normalize: gives true log-probs instead of logits, which takes a pass over V.
+
+    Returns:
+        Support with ids (..., K), in the given order, and log_probs (..., K) float32 (float64 from float64).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.constant_logits("teacher_logits", teacher_logits)
+    checks.id_set(ids, teacher_logits)
+    ids = torch.as_tensor(ids, device=teacher_logits.device)
+    ids = ids.expand(*teacher_logits.shape[:-1], ids.shape[-1])
+    return Support(ids, values_at(teacher_logits, ids, normalize)).unique()
+
+
+def with_sampled(
+    support: Support,
+    sampled_ids: Tensor,  # (...)
+    teacher: Tensor,  # (..., V) logits, or (...) values
+    *,
+    normalize: bool = False,
+) -> Support:
+    """The support with the sampled token in one slot more, which is empty where the token is already there.
+
+    Args:
+        support: (..., K).
+        sampled_ids: (...) int32 or int64; a negative one, as at padding, adds nothing.
+        teacher: the teacher's (..., V) logits; or its (...) values at sampled_ids, of the kind the support holds.
+        normalize: adds true log-probs; as `support` was built. It belongs to logits.
+
+    Returns:
+        Support of (..., K + 1).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.sampled(sampled_ids, teacher, support, normalize)
+    ids = sampled_ids.unsqueeze(-1)  # (..., 1)
+    is_logits = teacher.dim() > sampled_ids.dim()
+    values = values_at(teacher, ids, normalize) if is_logits else teacher.unsqueeze(-1)
+    return union(support, Support(ids, values))
+
+
+def union(first: Support, second: Support) -> Support:
+    """The tokens of either: the slots of `first`, then those of `second`.
+
+    A token that both hold keeps the slot, and the value, of `first`; its slot in `second` is emptied. So are the later
+    slots of a token that one of them repeats.
+
+    Args:
+        first, second: (..., K1) and (..., K2), on the same positions, of the same kind of values.
+
+    Returns:
+        Support of (..., K1 + K2), in which no id occurs twice.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.two_supports(first, second)
+    ids = torch.cat([_live_ids(first), _live_ids(second)], -1)
+    return Support(ids, torch.cat([first.log_probs, second.log_probs], -1).masked_fill(ids < 0, -torch.inf)).unique()
+
+
+def intersection(first: Support, second: Support) -> Support:
+    """The tokens of both: the slots of `first`, in their places, with those that `second` lacks emptied.
+
+    Args:
+        first, second: (..., K1) and (..., K2), on the same positions.
+
+    Returns:
+        Support of (..., K1), with the values of `first`, in which no id occurs twice.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.two_supports(first, second)
+    return _kept(first, _occurs(first, second))
+
+
+def difference(first: Support, second: Support) -> Support:
+    """The tokens of `first` that `second` lacks, in their places; the other slots are emptied.
+
+    `union(difference(a, b), difference(b, a))` is the union without the intersection.
+
+    Args, Returns, Raises: see `intersection`.
+    """
+    checks.two_supports(first, second)
+    return _kept(first, ~_occurs(first, second))
+
+
+def remap(
+    support: Support,
+    mapping: Mapping[int, int] | Tensor,  # (V_teacher,)
+    *,
+    student_vocab: int | None = None,
+) -> Support:
+    """The support in the student's ids, for vocabularies that differ in a few special tokens or in padding.
+
+    Teacher's tokens that become the same token of the student share one slot, that of the first, with their
+    probabilities added.
+
+    Args:
+        support: (..., K), with ids of the teacher's vocabulary.
+        mapping: {teacher's id: student's id}, in which ids that are not named stay as they are; or a table, a
+            (V_teacher,) int32 or int64 tensor whose entry v is the student's id of token v. A negative student's id, or
+            an id that the table does not reach, makes the slot empty.
+        student_vocab: the size of the student's vocabulary; ids from there on make empty slots. The losses do the same
+            with ids beyond the student's logits.
+
+    Returns:
+        Support of (..., K), in which no id occurs twice.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.slots("support", support)
+    checks.mapping(mapping, support, student_vocab)
+    live = _live_ids(support)
+    if isinstance(mapping, Tensor):
+        reached = (live >= 0) & (live < len(mapping))
+        ids = torch.where(reached, mapping[torch.where(reached, live, 0).long()], -1)
+    else:
+        ids = live
+        for old, new in mapping.items():  # no table, which would have to be copied to the device
+            ids = ids.masked_fill(live == old, new)
+    if student_vocab is not None:
+        ids = ids.masked_fill(ids >= student_vocab, -1)
+    return _merge_duplicates(Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)))
+
+
+def values_at(
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K)
+    normalize: bool,
+) -> Tensor:  # (..., K) float32 (float64 from float64)
+    """The logits, or the log-probs, at ids; -inf at ids outside the vocabulary. Constant: no gradient."""
+    logits = logits.detach()
+    known = (ids >= 0) & (ids < logits.shape[-1])
+    values = logits.gather(-1, torch.where(known, ids, 0).long()).to(result_dtype(logits))  # (..., K)
+    return torch.where(known, normalized(values, logits) if normalize else values, -torch.inf)
+
+
+def normalized(
+    values: Tensor,  # (..., X) some of the logits
+    logits: Tensor,  # (..., V)
+) -> Tensor:  # (..., X)
+    """Their log-probs: that of the best token, which the fused pass over V gives, and a difference of two logits."""
+    best, log_prob = ops.select(logits, 1, True, requested())  # (..., 1), (..., 1)
+    top = logits.gather(-1, best.clamp(min=0).long()).to(values.dtype)  # (..., 1)
+    return (values - top.masked_fill(best < 0, 0)).add_(log_prob.masked_fill(best < 0, 0))
+
+
+def _live_ids(support: Support) -> Tensor:  # (..., K), -1 where the slot is empty
+    ids, log_probs = support
+    return ids.masked_fill((ids < 0) | (log_probs == -torch.inf), -1)
+
+
+def _occurs(first: Support, second: Support) -> Tensor:  # (..., K1) bool
+    wanted = _live_ids(first).long().contiguous()
+    there = _live_ids(second).long().sort(dim=-1).values
+    place = torch.searchsorted(there, wanted).clamp(max=there.shape[-1] - 1)
+    return there.gather(-1, place) == wanted
+
+
+def _kept(support: Support, keep: Tensor) -> Support:
+    ids = _live_ids(support).masked_fill(~keep, -1)
+    return Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)).unique()
+
+
+def _merge_duplicates(support: Support) -> Support:
+    """The first slot of each id has the probability of all, the others are emptied."""
+    ids, slots = support.ids.sort(dim=-1, stable=True)
+    total = support.log_probs.gather(-1, slots)
+    distance = 1
+    while distance < ids.shape[-1]:
+        same = ids[..., distance:] == ids[..., :-distance]
+        head, rest = total[..., :-distance], total[..., distance:]
+        total = torch.cat([torch.where(same, head.logaddexp(rest), head), total[..., -distance:]], -1)
+        distance *= 2
+    return Support(support.ids, torch.empty_like(total).scatter(-1, slots, total)).unique()

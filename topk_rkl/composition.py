@@ -1,0 +1,262 @@
+"""Teachers made of several distributions: each function gives the `Support` that a loss compares the student with.
+
+from topk_rkl.composition import mixture
+
+teacher = mixture([math_logits, code_logits], [0.7, 0.3], k=32)
+loss = topk_reverse_kl(student_logits, teacher)
+
+A source is a model's (..., V) logits or a `Support`.
+
+- All logits: the K best tokens of the composed distribution, exactly, with its true log-probs; some rows at a time, so
+  that nothing of the size of the logits is held in float32.
+- One or more supports: the formula is evaluated on their slots, where the logits are read too. They must name the same
+  tokens; a slot in which two name different ones makes its position NaN. One teacher on the tokens of another is
+  `fixed_ids(teacher_logits, other.ids, normalize=True)`. The mixture and the clamp of the residual depend on the
+  normalisers, and take supports with true log-probs.
+
+Sources are constants: the student's own logits, in `taid` and `veto`, are detached. The loss's temperature divides the
+composed log-probs.
+
+The sum of losses, instead of the loss of a sum, needs nothing from here: add one loss a teacher, each with its
+`weights`, which may be 0 where a position is another teacher's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from topk_rkl import checks, ops
+from topk_rkl.backends import requested
+from topk_rkl.backends.reference import result_dtype
+from topk_rkl.builders import normalized, values_at
+from topk_rkl.support import Support
+
+CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB a source, however many rows there are
+
+
+def mixture(
+    teachers: Sequence[Tensor | Support],
+    weights: Sequence[float | Tensor],
+    *,
+    k: int | None = None,
+) -> Support:
+    """The mixture of probabilities, sum_i weight_i q_i.
+
+    Args:
+        teachers: (..., V) logits or supports with true log-probs.
+        weights: one a teacher, a number or a (...) tensor, not negative; divided by their sum.
+        k: how many tokens, where all teachers are logits.
+
+    Returns:
+        Support of (..., K) with true log-probs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.teachers("teachers", teachers)
+    checks.composed({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
+    checks.shares(weights, teachers)
+    first = teachers[0] if isinstance(teachers[0], Tensor) else teachers[0].log_probs
+    blank = torch.zeros(first.shape[:-1], dtype=result_dtype(first), device=first.device)
+    log_shares = torch.stack([blank + x for x in weights], -1).log().log_softmax(-1)  # (..., teachers)
+
+    def mixed(log_shares: Tensor, *log_q: Tensor) -> Tensor:
+        shares = log_shares.split(1, dim=-1)  # (..., 1) each
+        total: Tensor = log_q[0] + shares[0]
+        for x, share in zip(log_q[1:], shares[1:], strict=True):  # not a stack of all, of this size
+            total = total.logaddexp(x + share)
+        return total
+
+    return _compose(mixed, teachers, k, normalize=True, extras=[log_shares])
+
+
+def residual(
+    partial: Tensor | Support,
+    full: Tensor | Support,
+    *,
+    lam: float = 1.0,
+    clip: float = 5.0,
+    k: int | None = None,
+) -> Support:
+    """log q_partial + lam clamp(log q_full - log q_partial, -clip, clip), normalised: the target of AR-OPD.
+
+    What the full context adds to the partial one, bounded (arXiv 2606.10385). lam = 1 is the full teacher wherever the
+    clamp does not bite, less is conservative, more extrapolates. A token of probability 0 in `partial` keeps that.
+
+    Args:
+        partial, full: (..., V) logits or supports with true log-probs.
+        lam: any number.
+        clip: positive.
+        k: how many tokens, where both are logits.
+
+    Returns:
+        Support of (..., K); from logits with true log-probs, from supports up to a constant a position.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.number("lam", lam)
+    checks.positive("clip", clip)
+    checks.composed({"partial": partial, "full": full}, k)
+
+    def corrected(log_partial: Tensor, log_full: Tensor) -> Tensor:
+        return _where_live(log_partial, log_partial + lam * (log_full - log_partial).clamp(-clip, clip))
+
+    return _compose(corrected, (partial, full), k, normalize=True)
+
+
+def extrapolation(
+    teacher: Tensor | Support,
+    base: Tensor | Support,
+    *,
+    lam: float = 1.25,
+    k: int | None = None,
+) -> Support:
+    """The distribution q^lam b^(1 - lam), normalised: beyond the teacher q, away from the base model b, for lam > 1.
+
+    It is where the rewards of G-OPD / ExOPD (arXiv 2602.12125) and ListOPD (arXiv 2605.08737) lead, as a distribution.
+    A token of probability 0 in the teacher keeps that; one that only the base excludes makes its position NaN, for
+    lam > 1.
+
+    Args:
+        teacher, base: (..., V) logits or supports.
+        lam: any number; 1 is the teacher.
+        k: how many tokens, where both are logits.
+
+    Returns:
+        Support of (..., K); from logits with true log-probs, from supports up to a constant a position.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.number("lam", lam)
+    checks.composed({"teacher": teacher, "base": base}, k)
+
+    def extrapolated(w: Tensor, b: Tensor) -> Tensor:
+        return _where_live(w, lam * w + _times(1 - lam, b))
+
+    return _compose(extrapolated, (teacher, base), k)
+
+
+def taid(
+    student_logits: Tensor,  # (..., V)
+    teacher: Tensor | Support,
+    *,
+    t: float,
+    k: int | None = None,
+) -> Support:
+    """softmax((1 - t) student's logits + t teacher's logits): the target of TAID (arXiv 2501.16937), student detached.
+
+    Args:
+        student_logits: (..., V); no gradient flows through the target.
+        teacher: (..., V) logits, or a support.
+        t: from 0, the student itself, to 1, the teacher. TAID raises it from 0.4 to 1 during training.
+        k: how many tokens, where the teacher is logits.
+
+    Returns:
+        Support of (..., K); from logits with true log-probs, from a support up to a constant a position. A token of
+        probability 0 in the teacher keeps that, for t > 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.fraction("t", t)
+    checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
+
+    def between(z: Tensor, w: Tensor) -> Tensor:
+        return _times(t, w) + _times(1 - t, z)
+
+    return _compose(between, (student_logits, teacher), k)
+
+
+def veto(
+    student_logits: Tensor,  # (..., V)
+    teacher: Tensor | Support,
+    *,
+    beta: float,
+    k: int | None = None,
+) -> Support:
+    """The distribution q p^beta, normalised: the geometric bridge of Veto, the student p detached.
+
+    Args:
+        student_logits: (..., V); no gradient flows through the target.
+        teacher: (..., V) logits, or a support.
+        beta: not negative; 0 is the teacher.
+        k: how many tokens, where the teacher is logits.
+
+    Returns:
+        Support of (..., K); from logits with true log-probs, from a support up to a constant a position. A token of
+        probability 0 in the teacher keeps that.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.not_negative("beta", beta)
+    checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
+
+    def bridged(z: Tensor, w: Tensor) -> Tensor:
+        return w + _times(beta, z)
+
+    return _compose(bridged, (student_logits, teacher), k)
+
+
+def _compose(
+    formula: Callable[..., Tensor],
+    sources: Sequence[Tensor | Support],
+    k: int | None,
+    normalize: bool = False,
+    extras: Sequence[Tensor] = (),  # (..., X) each
+) -> Support:
+    """The formula of `extras` and the sources' values, log-probs if `normalize`: on slots, or on whole rows."""
+    if any(isinstance(x, Support) for x in sources):
+        return _on_slots(formula, sources, normalize, extras)
+    logits = [x.detach() for x in sources if isinstance(x, Tensor)]  # (..., V) each
+    found = []
+    for part in _chunks([*logits, *extras]):  # (..., V) and (..., X) each
+        values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
+        values = [normalized(value, x) for value, x in zip(values, part, strict=False)] if normalize else values
+        ids, log_probs = ops.select(formula(*part[len(logits) :], *values), k, True, requested())
+        found.append((ids.flatten(0, -2), log_probs.flatten(0, -2)))
+    shape = (*logits[0].shape[:-1], ids.shape[-1])
+    return Support(*(torch.cat(column).view(shape) for column in zip(*found, strict=True)))
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Views of some positions each, in order, of at most CHUNK_ELEMENTS of the first tensor or one position."""
+    first = tensors[0]
+    if first.dim() == 1 or first.numel() <= CHUNK_ELEMENTS:
+        yield [x if first.dim() > 1 else x[None] for x in tensors]
+    elif (slab := first[0].numel()) <= CHUNK_ELEMENTS:
+        yield from zip(*(x.split(CHUNK_ELEMENTS // slab) for x in tensors), strict=True)
+    else:
+        for i in range(len(first)):
+            yield from _chunks([x[i] for x in tensors])
+
+
+def _on_slots(
+    formula: Callable[..., Tensor],
+    sources: Sequence[Tensor | Support],
+    normalize: bool,
+    extras: Sequence[Tensor],  # (..., X) each
+) -> Support:
+    named = torch.stack([x.ids for x in sources if isinstance(x, Support)])  # (supports, ..., K)
+    ids = named.amax(0)  # (..., K)
+    at_odds = ((named >= 0) & (named != ids)).any(0)  # (..., K)
+    values = [
+        x.log_probs.masked_fill(x.ids < 0, -torch.inf) if isinstance(x, Support) else values_at(x, ids, normalize)
+        for x in sources
+    ]
+    return Support(ids, formula(*extras, *values).masked_fill(at_odds, torch.nan))
+
+
+def _where_live(
+    log_q: Tensor,  # (..., K)
+    composed: Tensor,  # (..., K)
+) -> Tensor:  # (..., K)
+    return torch.where(log_q == -torch.inf, -torch.inf, composed)
+
+
+def _times(factor: float, x: Tensor) -> Tensor:
+    """factor * x, with 0 times infinity 0."""
+    return torch.zeros_like(x) if factor == 0 else factor * x
