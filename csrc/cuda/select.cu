@@ -6,6 +6,7 @@
 // Few rows are split over several blocks, and the K best of each are merged by a second launch.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "candidates.cuh"
@@ -33,6 +34,27 @@ struct Selection {
   float* g;     // (N, K)
 };
 
+// 16 bytes of a row, kept as words: as elements they would be taken apart and put together again.
+struct alignas(16) Words {
+  uint32_t at[4];
+
+  template <class T>
+  __device__ T element(int e) const {
+    constexpr int EACH = 4 / int(sizeof(T));
+    const uint32_t bits = at[e / EACH] >> (e % EACH * 16);
+    T result;
+    memcpy(&result, &bits, sizeof(T));
+    return result;
+  }
+};
+
+template <class T>
+constexpr uint32_t MINUS_INF = 0xff800000;
+template <>
+constexpr uint32_t MINUS_INF<BFloat16> = 0xff80ff80;
+template <>
+constexpr uint32_t MINUS_INF<Float16> = 0xfc00fc00;
+
 // A row as packs of 16 bytes that begin on an address of their own size; the first and the last may be cut off.
 template <class T>
 struct Row {
@@ -53,32 +75,36 @@ struct Row {
 
   // -inf where there is nothing, and with PACKED where it is cut off.
   template <bool PACKED>
-  __device__ Pack<T> pack(int i) const {
+  __device__ Words pack(int i) const {
     if (!PACKED) return gathered(i);
-    if (!is_whole(i)) return filled();
-    const uint4 words = __ldcs(reinterpret_cast<const uint4*>(data - lead) + i);
-    return reinterpret_cast<const Pack<T>&>(words);
+    Words words = filled();
+    if (is_whole(i)) {
+      const uint4 read = __ldcs(reinterpret_cast<const uint4*>(data - lead) + i);
+      words = {read.x, read.y, read.z, read.w};
+    }
+    return words;
   }
 
   // -inf where there is nothing or it is whole.
-  __device__ Pack<T> end(int i) const {
-    return is_whole(i) ? filled() : gathered(i);
-  }
+  __device__ Words end(int i) const { return is_whole(i) ? filled() : gathered(i); }
 
-  __device__ Pack<T> gathered(int i) const {
-    Pack<T> result = filled();
+  __device__ Words gathered(int i) const {
+    Words words = filled();
+#pragma unroll
     for (int e = 0; e < SIZE; ++e) {
       const int64_t column = first_column(i) + e;
-      if (i >= 0 && column >= 0 && column < columns) result.at[e] = data[column * step];
+      if (i < 0 || column < 0 || column >= columns) continue;
+      const T element = data[column * step];
+      uint32_t bits = 0;
+      memcpy(&bits, &element, sizeof(T));
+      constexpr int EACH = 4 / int(sizeof(T));
+      const uint32_t mask = EACH == 1 ? 0xffffffff : 0xffffu << (e % EACH * 16);
+      words.at[e / EACH] = (words.at[e / EACH] & ~mask) | bits << (e % EACH * 16);
     }
-    return result;
+    return words;
   }
 
-  __device__ static Pack<T> filled() {
-    Pack<T> result;
-    for (T& element : result.at) element = from_float<T>(-INFINITY);
-    return result;
-  }
+  __device__ static Words filled() { return {MINUS_INF<T>, MINUS_INF<T>, MINUS_INF<T>, MINUS_INF<T>}; }
 };
 
 template <class T>
@@ -98,26 +124,27 @@ __device__ T floor_of(Item floor) {
 // A bit for each element that is at or above the floor, or NaN. 16-bit elements are compared two at a time, and the two
 // answers of word i stand in bits i and 16 + i.
 template <class Two, class T>
-__device__ uint32_t passing_twos(const Pack<T> (&x)[PACKS], T floor) {
+__device__ uint32_t passing_twos(const Words (&x)[PACKS], T floor) {
   const Two floors{floor, floor};
   uint32_t mask = 0;
 #pragma unroll
   for (int i = 0; i < 4 * PACKS; ++i) {
-    const Two two{x[i / 4].at[i % 4 * 2], x[i / 4].at[i % 4 * 2 + 1]};
+    Two two;
+    memcpy(&two, &x[i / 4].at[i % 4], 4);
     mask |= __hgeu2_mask(two, floors) & (0x10001u << i);
   }
   return mask;
 }
-__device__ inline uint32_t passing(const Pack<BFloat16> (&x)[PACKS], BFloat16 floor) {
+__device__ inline uint32_t passing(const Words (&x)[PACKS], BFloat16 floor) {
   return passing_twos<__nv_bfloat162>(x, floor);
 }
-__device__ inline uint32_t passing(const Pack<Float16> (&x)[PACKS], Float16 floor) {
+__device__ inline uint32_t passing(const Words (&x)[PACKS], Float16 floor) {
   return passing_twos<__half2>(x, floor);
 }
-__device__ inline uint32_t passing(const Pack<float> (&x)[PACKS], float floor) {
+__device__ inline uint32_t passing(const Words (&x)[PACKS], float floor) {
   uint32_t mask = 0;
 #pragma unroll
-  for (int i = 0; i < 4 * PACKS; ++i) mask |= uint32_t(!(x[i / 4].at[i % 4] < floor)) << i;
+  for (int i = 0; i < 4 * PACKS; ++i) mask |= uint32_t(!(__uint_as_float(x[i / 4].at[i % 4]) < floor)) << i;
   return mask;
 }
 
@@ -131,15 +158,15 @@ struct Mass {
   float peak = -INFINITY, sum = 0;
 
   template <class T>
-  __device__ void add(const Pack<T> (&x)[PACKS]) {
+  __device__ void add(const Words (&x)[PACKS]) {
     constexpr int SIZE = Pack<T>::SIZE;
     float top = peak;
 #pragma unroll
-    for (int e = 0; e < PACKS * SIZE; ++e) top = fmaxf(top, to_float(x[e / SIZE].at[e % SIZE]));
+    for (int e = 0; e < PACKS * SIZE; ++e) top = fmaxf(top, to_float(x[e / SIZE].template element<T>(e % SIZE)));
     const float base = top == -INFINITY ? 0 : top;
     sum *= expf(peak - base);
 #pragma unroll
-    for (int e = 0; e < PACKS * SIZE; ++e) sum += expf(to_float(x[e / SIZE].at[e % SIZE]) - base);
+    for (int e = 0; e < PACKS * SIZE; ++e) sum += expf(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
     peak = top;
   }
 
@@ -156,7 +183,7 @@ struct Order {
 
 template <class T, bool PACKED>
 struct Tile {
-  Pack<T> packs[PACKS];
+  Words packs[PACKS];
   int index[PACKS];
 
   __device__ void load(const Row<T>& row, int (&segment), const Order& order, int left) {
@@ -226,7 +253,7 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(Selection s, int par
   best.clear();
   Mass mass;
   const auto visit = [&](const Tile<T, PACKED>& tile) {
-    if (NORMALIZE) mass.add(tile.packs);
+    if (NORMALIZE) mass.add<T>(tile.packs);
     best.offer(passing(tile.packs, floor_of<T>(best.floor())), [&](int bit) {
       const int element = element_of<T>(bit), v = element / Row<T>::SIZE;
       int index = tile.index[0];

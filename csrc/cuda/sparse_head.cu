@@ -151,7 +151,7 @@ __device__ void store_dhidden(const Slice<T>& slice, const HeadPieces<T>& pieces
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) sparse_head_kernel(Problem p) {
+__global__ void __launch_bounds__(THREADS, 2) sparse_head_kernel(Problem p) {
   const int rank = cluster_rank(), blocks = cluster_size();
   const int64_t first = int64_t(rank) * p.slice, left = p.hidden.columns - first;
   const Slice<T> slice{p, blockIdx.x / blocks, first, int(left < 0 ? 0 : left < p.slice ? left : p.slice)};
