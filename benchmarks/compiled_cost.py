@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -27,14 +27,18 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from topk_rkl.backends.triton import (
+    mass_loss,
+    rest,
     scatter,
     select,
     select_loss,
     sparse_head,
     sparse_head_weight_grad,
+    spread,
     support_loss,
 )
 from topk_rkl.backends.triton.launch import INTERPRETED
+from topk_rkl.divergence import REVERSE_KL, AlphaBeta, JensenShannon
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -43,6 +47,12 @@ ROWS = 2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SELECTS = ("select", "normalize", "select_loss")
 SLOTS = ("support_loss", "scatter", "scatter_repeated")
+FORMS = {
+    "support_loss": REVERSE_KL,
+    "support_loss of Jensen-Shannon": JensenShannon().code,
+    "support_loss of alpha-beta": AlphaBeta(0.5, 0.5).code,
+}
+MASSES = ("rest", "mass_loss", "spread")
 HEADS = ("sparse_head", "sparse_head_weight_grad")
 # Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
 # may start at any address.
@@ -66,7 +76,8 @@ CASES = {
     "table": [
         (SELECTS, (BF16, FP16, FP32), (151936,), (16, 64, 256, 1024)),
         (SELECTS, (BF16, FP16, FP32), (50257,), (64,)),
-        (SLOTS, (BF16, FP16, FP32), (151936,), (64, 1024)),
+        ((*SLOTS, *MASSES), (BF16, FP16, FP32), (151936,), (64, 1024)),
+        (tuple(FORMS), (BF16,), (151936,), (64, 1024)),
         (HEADS, (BF16, FP16, FP32), (151936,), (64, 1024), (4096,)),
     ],
     "full": [
@@ -196,12 +207,16 @@ class Sass:
 
     @staticmethod
     def _loop(codes: list[str], itemsize: int) -> Loop:
-        loads, stores = (
-            [_bits(code) for code in codes if code.split(".")[0] in names] for names in (("LDG", "LDGSTS"), ("STG",))
-        )
+        loads = [bits for code in codes if (bits := load_bits(code))]
+        stores = [_bits(code) for code in codes if code.startswith("STG.")]
         elements = sum(loads or stores) / 8 / itemsize
         per_element = round(len(codes) / elements, 3) if elements else None
         return Loop(len(codes), max(loads, default=0), max(stores, default=0), sum(loads) // 8, per_element)
+
+
+def load_bits(code: str) -> int:
+    """That an instruction loads from global memory for a thread; 0 of another."""
+    return _bits(code) if code.split(".")[0] in ("LDG", "LDGSTS") else 0
 
 
 def _bits(code: str) -> int:
@@ -242,8 +257,14 @@ def call_launcher(case: Case) -> None:
     weights = torch.empty(ROWS)
     if case.kernel == "select_loss":
         select_loss(logits, logits, case.k, weights, 1.0)
-    elif case.kernel == "support_loss":
-        support_loss(logits, ids, slots, weights, 1.0)
+    elif case.kernel in FORMS:
+        support_loss(logits, ids, slots, weights, 1.0, FORMS[case.kernel])
+    elif case.kernel == "rest":
+        rest(logits, ids, 1.0)
+    elif case.kernel == "mass_loss":
+        mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_KL, "tail")
+    elif case.kernel == "spread":
+        spread(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, logits, 1.0)
     elif case.kernel in SLOTS:
         scatter(slots, ids, weights, logits, unique=case.kernel == "scatter")
     else:
@@ -349,6 +370,12 @@ def print_row(cost: Cost) -> None:
     )
 
 
+def write(costs: Iterable[Any], file: Path) -> None:
+    """A line each, so that what changed shows in a diff."""
+    lines = ",\n".join(json.dumps(asdict(cost)) for cost in costs)
+    file.write_text(f"[\n{lines}\n]\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="sm_NN or gfxNNN (default: %(default)s)")
@@ -365,8 +392,7 @@ def main() -> None:
         print_row(cost)
         costs.append(cost)
     if args.json:
-        lines = ",\n".join(json.dumps(asdict(cost)) for cost in costs)
-        args.json.write_text(f"[\n{lines}\n]\n")
+        write(costs, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the CUDA kernels cost once compiled by nvcc, for any NVIDIA target and without a GPU.
 
-    python -m benchmarks.cuda_cost [--targets sm_80 sm_90a] [--json FILE]
+    python -m benchmarks.cuda_cost [--targets sm_80 sm_90a] [--json benchmarks/results/cuda_cost.json]
 
 One compilation serves every V, K and H, so there is one record a kernel, dtype and target. Shared memory is asked for
 at launch; what is counted here is what a kernel has before. The instructions an element are those of the loop that
@@ -8,15 +8,14 @@ reads the row, less the loops inside it, which only candidates run.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.compiled_cost import NVIDIA_TOOLS, Sass
+from benchmarks.compiled_cost import NVIDIA_TOOLS, Sass, load_bits, write
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
@@ -30,6 +29,7 @@ ELEMENTS = {"select_kernel": {"bfloat16": 32, "float16": 32, "float32": 16}}
 class Cost:
     """What one compiled kernel uses; a spill is an instruction that goes to memory for lack of a register."""
 
+    nvcc: str
     target: str
     kernel: str
     dtype: str
@@ -38,6 +38,7 @@ class Cost:
     spills: int
     stack_bytes: int
     shared_bytes: int
+    load_bits: int  # the widest load from global memory
     scan_per_element: float | None
 
 
@@ -66,13 +67,14 @@ def straight_length(sass: Sass) -> int:
         names = sass.names[loop.start : loop.stop]
         return names.count("LDG") >= PACKS and "BAR" in names
 
-    scan = min(filter(scans, sass.loops), key=len)
-    inside = [loop for loop in sass.loops if loop != scan and loop.start >= scan.start and loop.stop <= scan.stop]
+    scan = min(filter(scans, sass.ranges), key=len)
+    inside = [loop for loop in sass.ranges if loop != scan and loop.start >= scan.start and loop.stop <= scan.stop]
     return len(set(scan).difference(*inside))
 
 
-def measure(target: str) -> Iterator[Cost]:
-    for file in FILES:
+def measure(target: str, files: Iterable[str] = FILES) -> Iterator[Cost]:
+    nvcc = re.search(r"release ([\d.]+)", tool("nvcc", "--version"))[1]
+    for file in files:
         for mangled, used, sass in kernels(target, SOURCES / f"{file}.cu"):
             kernel, arguments = re.search(r"\d+([a-z_]+_kernel)(?:I(.+?)EE)?", mangled).groups()
             dtype = next((name for key, name in DTYPES.items() if (arguments or "").startswith(key)), "any")
@@ -80,6 +82,7 @@ def measure(target: str) -> Iterator[Cost]:
             variant = " ".join(name for name, on in zip(("packed", "normalize"), switches, strict=False) if on == "1")
             elements = ELEMENTS.get(kernel, {}).get(dtype)
             yield Cost(
+                nvcc=nvcc,
                 target=target,
                 kernel=kernel,
                 dtype=dtype,
@@ -88,6 +91,7 @@ def measure(target: str) -> Iterator[Cost]:
                 spills=sass.spills,
                 stack_bytes=used["STACK"],
                 shared_bytes=used["SHARED"],
+                load_bits=max(map(load_bits, sass.codes)),
                 scan_per_element=elements and straight_length(sass) / elements,
             )
 
@@ -105,7 +109,7 @@ def main() -> None:
             print(f"{target:<7} {name:<34} {cost.dtype:<9} {cost.registers:>4} regs {cost.spills:>3} spills {scan:>5}")
             costs.append(cost)
     if args.json:
-        args.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1) + "\n")
+        write(costs, args.json)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,11 @@ def compiled(_: str) -> str:
             + ["" if share is None else f"{share:.2f}" for share in shares]
             + [measured_share(cost)]
         )
+    for cost in json.loads((FOLDER / "cuda_cost.json").read_text()):
+        if cost["target"] == "sm_90a" and cost["variant"] in ("packed", "") and cost["load_bits"] == 128:
+            scan = "" if cost["scan_per_element"] is None else f"{cost['scan_per_element']:.1f}"
+            name, used = f"`{cost['kernel']}` in CUDA C++", [str(cost["registers"]), str(cost["spills"])]
+            rows.append([name, cost["dtype"], *used, "", "", scan, "128 bit", "", "", "", "not measured"])
     return table(rows)
 
 

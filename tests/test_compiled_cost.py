@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to compile")
 
-from benchmarks.compiled_cost import CORES, TARGETS, Loop, Sass
+from benchmarks import cuda_cost
+from benchmarks.compiled_cost import CORES, FORMS, TARGETS, Loop, Sass
 
 ROOT = Path(__file__).parent.parent
-COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "compiled_cost.json").read_text())
+RESULTS = ROOT / "benchmarks" / "results"
+COMMITTED = json.loads((RESULTS / "compiled_cost.json").read_text())
 
 SNIPPET = """
 .L_x_0:
@@ -70,9 +74,11 @@ def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path:
         assert_no_dearer(records, COMMITTED)
 
 
-def assert_no_dearer(records: list[dict[str, Any]], committed: list[dict[str, Any]]) -> None:
+TRITON_CASE = itemgetter("target", "kernel", "dtype", "vocab", "k", "width")
+
+
+def assert_no_dearer(records: list[dict[str, Any]], committed: list[dict[str, Any]], case: Any = TRITON_CASE) -> None:
     """By a tenth, than what is committed: to accept it, write the file anew and say why in the commit."""
-    case = itemgetter("target", "kernel", "dtype", "vocab", "k", "width")
     costs = ("registers", "shared_bytes", "scan_per_element")
     before = {case(record): record for record in committed}
     assert before.keys() >= {case(record) for record in records}
@@ -83,6 +89,16 @@ def assert_no_dearer(records: list[dict[str, Any]], committed: list[dict[str, An
         if (record[cost] or 0) > 1.1 * (before[case(record)][cost] or 0)
     ]
     assert not dearer, dearer
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed here")
+def test_the_cuda_kernels_are_no_dearer() -> None:
+    committed = json.loads((RESULTS / "cuda_cost.json").read_text())
+    records = [asdict(cost) for cost in cuda_cost.measure("sm_90a", ["select", "sparse_head"])]
+    assert [record for record in records if record["spills"]] == []
+    assert {record["kernel"] for record in records} == {"select_kernel", "merge_kernel", "sparse_head_kernel"}
+    if committed[0]["nvcc"] == records[0]["nvcc"]:
+        assert_no_dearer(records, committed, itemgetter("target", "kernel", "dtype", "variant"))
 
 
 def test_a_dearer_kernel_is_seen() -> None:
@@ -119,6 +135,7 @@ def test_what_a_core_holds() -> None:
 
 def test_every_kernel_is_in_the_table_for_every_target() -> None:
     kernels = {"select", "normalize", "select_loss", "support_loss", "scatter", "scatter_repeated", "sparse_head"}
+    kernels |= {"rest", "mass_loss", "spread", *FORMS}
     for target in TARGETS:
         found = [record for record in COMMITTED if record["target"] == target]
         assert kernels | {"weight_grad", "window_sums"} == {record["kernel"] for record in found}
