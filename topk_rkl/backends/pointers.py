@@ -36,7 +36,7 @@ class Pointers:
         if x is None:
             return 0, 0, 0, 0, 0
         self._check(name, x, dtypes)
-        check_extent(name, tuple(x.shape), x.stride(), x.element_size())
+        check_extent(name, (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), x.element_size())
         return x.data_ptr(), KINDS[x.dtype], x.shape[1], x.stride(0), x.stride(1)
 
     def vector(
@@ -59,13 +59,14 @@ class Pointers:
             raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(map(str, dtypes))}")
 
 
-def check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
+def check_extent(name: str, shape: tuple[int, int], strides: tuple[int, int], itemsize: int) -> None:
     """Refuses what would put a byte of the tensor out of the reach of a 64-bit offset, or before its start."""
-    if any(stride < 0 for stride in strides):
+    if min(strides) < 0:
         raise ValueError(f"{name} has strides {strides}; a negative one cannot be read, pass {name}.contiguous()")
     if shape[-1] > MAX_VOCAB:
         raise ValueError(f"{name} has {shape[-1]} columns; ids are int32, so that at most {MAX_VOCAB} are possible")
-    reach = sum(max(0, size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    (rows, columns), (stride, step) = shape, strides
+    reach = max(0, rows - 1) * stride + max(0, columns - 1) * step + 1
     if max(reach, *strides) * itemsize > MAX_OFFSET:
         raise ValueError(f"{name} of shape {shape} and strides {strides} reaches past 2^63 bytes; pass a smaller part")
 
