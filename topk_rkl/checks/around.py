@@ -1,0 +1,207 @@
+"""Refusals of what stands around the losses: masks, supports, composed teachers, rewards."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_rkl.checks.losses import logits, same_positions, slots
+from topk_rkl.checks.values import (
+    FLOATS,
+    INTEGERS,
+    constant,
+    denominator_value,
+    fraction,
+    is_int,
+    kind,
+    not_negative,
+    number,
+    same_device,
+    shape,
+    tensor,
+    top,
+)
+from topk_rkl.support import Support
+
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+def aggregation(
+    per_token: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    mode: str,
+    denominator: float | Tensor | None,
+    norm: float | None,
+) -> None:
+    tensor("per_token", per_token, FLOATS)
+    tensor("mask", mask, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+    if per_token.dim() != 2 or mask.shape != per_token.shape:
+        raise ValueError(f"per_token has shape {shape(per_token)} and mask {shape(mask)}; both must be (B, T)")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+    if denominator is not None and mode == "token-sum":
+        raise ValueError("denominator is given with mode='token-sum', which divides by nothing; leave it out")
+    denominator_value(denominator)
+    if norm is not None:
+        if mode != "seq-mean-token-sum-norm":
+            raise ValueError(f"norm is given with mode={mode!r}; it only belongs to 'seq-mean-token-sum-norm'")
+        number("norm", norm)
+        if norm <= 0:
+            raise ValueError(f"norm is {norm}; it must be positive, such as the longest response")
+
+
+def special_tokens(
+    response_ids: Tensor,  # (..., T)
+    token_ids: Sequence[int] | Tensor,
+    occurrences: str,
+) -> None:
+    tensor("response_ids", response_ids, INTEGERS)
+    if response_ids.dim() == 0:
+        raise ValueError("response_ids has no dimension; it must be (..., T)")
+    if isinstance(token_ids, (int, str)) or (isinstance(token_ids, Tensor) and token_ids.is_floating_point()):
+        raise TypeError(f"token_ids is {kind(token_ids)}; it must be a sequence of token ids")
+    if occurrences not in ("first", "all"):
+        raise ValueError(f"occurrences is {occurrences!r}; use 'first' or 'all'")
+
+
+def id_set(
+    ids: Sequence[int] | Tensor,  # (K,) or (..., K)
+    teacher: Tensor,  # (..., V)
+) -> None:
+    if isinstance(ids, Tensor):
+        tensor("ids", ids, INTEGERS)
+        if ids.dim() == 0 or ids.shape[-1] == 0 or (ids.dim() > 1 and ids.shape[:-1] != teacher.shape[:-1]):
+            raise ValueError(
+                f"ids has shape {shape(ids)} and teacher_logits {shape(teacher)}; ids must be (K,), or (..., K) with "
+                "the positions of teacher_logits, K at least 1"
+            )
+        return same_device("ids", ids, "teacher_logits", teacher)
+    if not isinstance(ids, Sequence) or not all(is_int(x) for x in ids):
+        raise TypeError(f"ids is {ids!r}; it must be a sequence of ints or an integer tensor")
+    outside = [x for x in ids if not 0 <= x < teacher.shape[-1]]
+    if outside or len(set(ids)) < len(ids) or not ids:
+        raise ValueError(
+            f"ids is {ids!r}; it must hold different ids, at least one, from 0 to V - 1 = {teacher.shape[-1] - 1}"
+        )
+    return None
+
+
+def sampled(
+    ids: Tensor,  # (...)
+    teacher: Tensor,  # (..., V) or (...)
+    support: Support,
+    normalize: bool,
+) -> None:
+    slots("support", support)
+    tensor("sampled_ids", ids, INTEGERS)
+    same_positions("sampled_ids", ids, support.ids, value_per_position=True, student_name="support.ids")
+    tensor("teacher", teacher, FLOATS)
+    constant("teacher", teacher)
+    values = teacher.dim() == ids.dim()
+    same_positions("teacher", teacher, support.ids, value_per_position=values, student_name="support.ids")
+    if values and normalize:
+        raise ValueError("normalize is True, but teacher holds one value a position; it belongs to (..., V) logits")
+
+
+def two_supports(first: Support, second: Support) -> None:
+    slots("first", first)
+    slots("second", second)
+    same_positions("second.ids", second.ids, first.ids, student_name="first.ids")
+
+
+def mapping(
+    x: Mapping[int, int] | Tensor,  # (V_teacher,)
+    support: Support,
+    student_vocab: int | None,
+) -> None:
+    if isinstance(x, Tensor):
+        tensor("mapping", x, INTEGERS)
+        if x.dim() != 1 or len(x) == 0:
+            raise ValueError(
+                f"mapping has shape {shape(x)}; a table must be (V_teacher,), the student's id of each token"
+            )
+        same_device("mapping", x, "support.ids", support.ids)
+    elif not isinstance(x, Mapping) or not all(is_int(y) for pair in x.items() for y in pair):
+        raise TypeError(f"mapping is {kind(x)}; it must be a dict from ids to ids or a (V_teacher,) integer tensor")
+    if student_vocab is not None and (not is_int(student_vocab) or student_vocab < 1):
+        raise ValueError(f"student_vocab is {student_vocab!r}; it must be a positive int, or None")
+
+
+def teachers(name: str, x: Sequence[object]) -> None:
+    if not isinstance(x, (tuple, list)) or isinstance(x, Support):
+        raise TypeError(f"{name} is {kind(x)}; it must be a list of teachers")
+    if not x:
+        raise ValueError(f"{name} is empty; it must hold at least one teacher")
+
+
+def composed(
+    sources: Mapping[str, Tensor | Support],
+    k: int | None,
+    trained: str | None = None,
+) -> None:
+    """The sources of one teacher; that named `trained` is logits, and may require grad."""
+    supports = {name: x for name, x in sources.items() if isinstance(x, Support) and name != trained}
+    leaves: dict[str, Any] = {name: supports[name].ids if name in supports else x for name, x in sources.items()}
+    first_name, first = next(iter(leaves.items()))
+    for name, x in leaves.items():
+        if name in supports:
+            slots(name, supports[name])
+        else:
+            logits(name, x)
+            if name != trained:
+                constant(name, x)
+        same_positions(name, x, first, student_name=first_name)
+    widths = {name: x.shape[-1] for name, x in leaves.items() if name in supports or not supports}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"the last dimensions differ: {', '.join(f'{name} {width}' for name, width in widths.items())}; "
+            "cut logits to the common vocabulary, give supports on the same tokens"
+        )
+    if not supports:
+        top(k, widths[first_name], first_name)
+    elif k is not None:
+        raise ValueError(f"k is {k}, but {next(iter(supports))} is a Support, whose last dimension is K; leave k out")
+
+
+def shares(weights: Sequence[float | Tensor], teachers: Sequence[Tensor | Support]) -> None:
+    if not isinstance(weights, (tuple, list)) or len(weights) != len(teachers):
+        raise ValueError(f"weights is {weights!r}; it must be a list of {len(teachers)}, one a teacher")
+    if not any(isinstance(x, Tensor) or x for x in weights):
+        raise ValueError(f"weights is {weights!r}; at least one must be above 0")
+    first = teachers[0].ids if isinstance(teachers[0], Support) else teachers[0]
+    for i, x in enumerate(weights):
+        if not isinstance(x, Tensor):
+            not_negative(f"weights[{i}]", x)
+            continue
+        tensor(f"weights[{i}]", x, FLOATS)
+        constant(f"weights[{i}]", x)
+        if x.dim() > 0:
+            same_positions(f"weights[{i}]", x, first, value_per_position=True, student_name="teachers[0]")
+
+
+def per_token(log_probs: Mapping[str, Tensor]) -> None:
+    first_name, first = next(iter(log_probs.items()))
+    for name, x in log_probs.items():
+        tensor(name, x, FLOATS)
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {shape(x)} and {first_name} {shape(first)}; both must hold one value a token"
+            )
+        same_device(name, x, first_name, first)
+
+
+def returns(
+    rewards: Tensor,  # (..., T)
+    mask: Tensor | None,  # (..., T)
+    gamma: float,
+) -> None:
+    tensor("rewards", rewards, FLOATS)
+    if rewards.dim() == 0:
+        raise ValueError("rewards has no dimension; it must be (..., T)")
+    if mask is not None:
+        tensor("mask", mask, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+        if mask.shape != rewards.shape:
+            raise ValueError(f"mask has shape {shape(mask)} and rewards {shape(rewards)}; both must be (..., T)")
+        same_device("mask", mask, "rewards", rewards)
+    fraction("gamma", gamma)

@@ -1,0 +1,350 @@
+"""Refusals of the arguments of the losses and of the selection."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from topk_rkl.checks.values import (
+    FLOATS,
+    INTEGERS,
+    constant,
+    denominator_value,
+    kind,
+    number,
+    same_device,
+    same_dtype,
+    shape,
+    tensor,
+    top,
+)
+from topk_rkl.diagnostics import NAMES as DIAGNOSTICS
+from topk_rkl.diagnostics import OF_SAMPLED, OF_TEACHER_LOGITS
+from topk_rkl.divergence import (
+    MASSES,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    Mixture,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+)
+from topk_rkl.support import Support
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def logits(
+    name: str,
+    x: Tensor,  # (..., V)
+) -> None:
+    tensor(name, x, FLOATS)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {shape(x)}; it must be (..., V) with V of at least 1")
+
+
+def constant_logits(
+    name: str,
+    x: Tensor,  # (..., V)
+) -> None:
+    logits(name, x)
+    constant(name, x)
+
+
+def teacher_logits(
+    name: str,
+    x: Tensor,  # (..., V)
+    k: int | None,
+    renormalized: bool = True,
+) -> None:
+    constant_logits(name, x)
+    k = top(k, x.shape[-1], name)
+    if renormalized:
+        single_slot(k)
+
+
+def ranking(
+    name: str,
+    x: Tensor,  # (..., V)
+    k: int | None,
+) -> None:
+    logits(name, x)
+    top(k, x.shape[-1], name)
+
+
+def support(
+    teacher: Support,
+    k: int | None,
+    renormalized: bool = True,
+) -> None:
+    if k is not None:
+        raise ValueError(f"k is {k}, but teacher is a Support, whose last dimension is K; leave k out")
+    slots("teacher", teacher)
+    if renormalized:
+        single_slot(teacher.ids.shape[-1])
+
+
+def slots(name: str, x: Support) -> None:
+    """The two tensors of a support."""
+    if not isinstance(x, tuple) or not hasattr(x, "ids"):
+        raise TypeError(f"{name} is {kind(x)}; it must be a Support(ids, log_probs)")
+    ids, log_probs = x
+    tensor(f"{name}.ids", ids, INTEGERS)
+    tensor(f"{name}.log_probs", log_probs, FLOATS)
+    constant(f"{name}.log_probs", log_probs)
+    if ids.shape != log_probs.shape or ids.dim() == 0 or ids.shape[-1] == 0:
+        raise ValueError(
+            f"{name}.ids has shape {shape(ids)} and {name}.log_probs {shape(log_probs)}; "
+            "both must be (..., K) with K of at least 1"
+        )
+    same_device(f"{name}.log_probs", log_probs, f"{name}.ids", ids)
+
+
+def head(
+    hidden_name: str,
+    hidden: Tensor,  # (..., H)
+    weight_name: str,
+    weight: Tensor,  # (V, H)
+    bias_name: str,
+    bias: Tensor | None,  # (V,)
+) -> None:
+    tensor(hidden_name, hidden, FLOATS)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{hidden_name} has shape {shape(hidden)}; it must be (..., H) with H of at least 1")
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(f"{weight_name} is sharded, a DTensor; pass {weight_name}.full_tensor()")
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{weight_name} is partitioned by DeepSpeed ZeRO-3 and holds nothing here; call the loss inside "
+            "deepspeed.zero.GatheredParameters"
+        )
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise TypeError(f"{weight_name} is {weight.dtype}; a quantised head must be given dequantised, (V, H) floats")
+    tensor(weight_name, weight, FLOATS)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} has shape {shape(weight)} and {hidden_name} {shape(hidden)}; the head must be (V, H), "
+            f"one row of H = {hidden.shape[-1]} a token, as nn.Linear keeps it (a sharded one: gathered first)"
+        )
+    same_dtype(weight_name, weight, hidden_name, hidden)
+    same_device(weight_name, weight, hidden_name, hidden)
+    if bias is None:
+        return
+    tensor(bias_name, bias, FLOATS)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{bias_name} has shape {shape(bias)}; it must be (V,), here ({weight.shape[0]},)")
+    same_dtype(bias_name, bias, hidden_name, hidden)
+    same_device(bias_name, bias, hidden_name, hidden)
+
+
+def linear_teacher(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    k: int,
+    chunk_rows: int | None,
+) -> None:
+    head("teacher_hidden", hidden, "teacher_weight", weight, "bias", bias)
+    for name, x in (("teacher_hidden", hidden), ("teacher_weight", weight), ("bias", bias)):
+        if x is not None:
+            constant(name, x)
+    k = top(k, weight.shape[0], "teacher_hidden @ teacher_weight.T")
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"chunk_rows is {chunk_rows!r}; it must be a positive int, or None for a memory budget")
+    single_slot(k)
+
+
+def logit_options(logit_scale: float, softcap: float | None) -> None:
+    number("logit_scale", logit_scale)
+    if softcap is not None:
+        number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
+
+
+def weight_grad(value: str) -> None:
+    if value not in ("dense", "sparse"):
+        raise ValueError(f"weight_grad is {value!r}; use 'dense' or 'sparse'")
+
+
+def single_slot(k: int) -> None:
+    if k == 1:
+        warnings.warn(
+            "K = 1: a distribution renormalised over one token is always 1, so loss and gradient are exactly 0; use a "
+            "larger K",
+            stacklevel=_callers_level(),
+        )
+
+
+def _callers_level() -> int:
+    """The stacklevel, for the caller of this, of the first frame outside the package."""
+    level = 1
+    if torch.compiler.is_compiling():
+        return level
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("topk_rkl."):
+        level += 1
+    return level
+
+
+def teacher_kind(teacher: object) -> None:
+    if isinstance(teacher, (tuple, list)):
+        raise TypeError("teacher is a plain tuple or list; wrap it: Support(ids, log_probs)")
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher is {kind(teacher)}; it must be a (..., V) tensor of logits or a Support")
+
+
+def same_positions(
+    name: str,
+    x: Tensor,  # (..., anything) or, for a value a position, (...)
+    student: Tensor,  # (..., V) or (..., H)
+    value_per_position: bool = False,
+    student_name: str = "student_logits",
+) -> None:
+    """Leading dimensions and device are those of the student's logits, or hidden states."""
+    lead = x.shape if value_per_position else x.shape[:-1]
+    if lead != student.shape[:-1]:
+        want = tuple(student.shape[:-1]) if value_per_position else (*student.shape[:-1], "...")
+        raise ValueError(
+            f"{name} has shape {shape(x)} and {student_name} {shape(student)}; {name} must have one entry for each "
+            f"position: shape {want}".replace("'...'", "any")
+        )
+    same_device(name, x, student_name, student)
+
+
+def weights(
+    x: Tensor | None,  # (...)
+    student: Tensor,  # (..., V) or (..., H)
+    student_name: str = "student_logits",
+) -> None:
+    if x is None:
+        return
+    tensor("weights", x, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+    constant("weights", x)
+    same_positions("weights", x, student, value_per_position=True, student_name=student_name)
+
+
+def sampled_ids(
+    ids: Tensor,  # (...)
+    student: Tensor,  # (..., V) or (..., H)
+    name: str = "ids",
+    student_name: str = "student_logits",
+) -> None:
+    tensor(name, ids, INTEGERS)
+    same_positions(name, ids, student, value_per_position=True, student_name=student_name)
+
+
+def reduction(value: str, denominator: float | Tensor | None) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction is {value!r}; use one of {', '.join(REDUCTIONS)}")
+    if denominator is not None and value != "mean":
+        raise ValueError(f"denominator is given with reduction={value!r}; it only belongs to reduction='mean'")
+    denominator_value(denominator)
+
+
+def objective(value: object, mass: str) -> None:
+    """The divergence, the mass, and whether they go together."""
+    if mass not in MASSES:
+        raise ValueError(f"mass is {mass!r}; use one of {', '.join(MASSES)}")
+    if isinstance(value, type):
+        raise TypeError(f"divergence is the class {value.__name__}; pass an instance, such as {value.__name__}(...)")
+    if isinstance(value, Divergence):
+        _numbers_of(value)
+    elif not callable(value):
+        raise TypeError(
+            f"divergence is {kind(value)}; use ReverseKL(), another of topk_rkl.divergence, or a function "
+            "(log_p, log_q) -> terms"
+        )
+    plain = value == ReverseKL() or isinstance(value, ForwardKL)
+    if mass.startswith("ema_pg") and not plain:
+        raise ValueError(f"mass={mass!r} is for ReverseKL() without clamp and ForwardKL(), but divergence is {value}")
+    if mass.startswith("raw") and not plain and not isinstance(value, Mixture):
+        raise ValueError(
+            f"mass={mass!r} is for ReverseKL() without clamp, ForwardKL() and Mixture, but divergence is {value}; use "
+            "mass='tail' or 'renormalized'"
+        )
+
+
+def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: bool) -> None:
+    """The names, and whether what they and the mass need is there."""
+    if names is None:
+        names = ()
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"diagnostics is {names!r}; it must be a sequence of names, such as ('student_mass',)")
+    for name in names:
+        if name not in DIAGNOSTICS:
+            raise ValueError(f"diagnostics has {name!r}; use some of {', '.join(DIAGNOSTICS)}")
+        if name in OF_TEACHER_LOGITS and teacher_is_support:
+            raise ValueError(f"diagnostics has {name!r}, but teacher is a Support; pass teacher logits")
+    takers = [name for name in names if name in OF_SAMPLED] + [mass] * mass.startswith("ema_pg")
+    if takers and sampled is None:
+        raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
+    if sampled is not None and not takers:
+        raise ValueError(
+            f"sampled_ids is given, but mass={mass!r} and the diagnostics do not use it; leave it out, or ask for "
+            f"mass='ema_pg', 'ema_pg_corrected' or one of {', '.join(OF_SAMPLED)}"
+        )
+
+
+def _numbers_of(value: Divergence) -> None:
+    if isinstance(value, ReverseKL) and value.clamp is not None:
+        if not isinstance(value.clamp, (tuple, list)) or len(value.clamp) != 2:
+            raise TypeError(f"divergence.clamp is {value.clamp!r}; it must be (low, high), or None")
+        low, high = value.clamp
+        if not low <= high:
+            raise ValueError(f"divergence.clamp is {value.clamp}; it must be (low, high) with low <= high")
+    elif isinstance(value, AlphaBeta):
+        number("divergence.alpha", value.alpha)
+        number("divergence.beta", value.beta)
+    elif isinstance(value, JensenShannon):
+        number("divergence.beta", value.beta)
+        if not 0 < value.beta < 1:
+            raise ValueError(
+                f"divergence.beta is {value.beta}; it must be between 0 and 1; at the ends that divergence is 0, and "
+                "generalized_jsd gives forward and reverse KL there"
+            )
+    elif isinstance(value, Mixture):
+        number("divergence.lam", value.lam)
+        if not 0 <= value.lam <= 1:
+            raise ValueError(f"divergence.lam is {value.lam}; it must be from 0, reverse KL, to 1, forward KL")
+    elif isinstance(value, (SkewReverseKL, SkewForwardKL)):
+        number("divergence.lam", value.lam)
+        if not 0 <= value.lam < 1:
+            raise ValueError(f"divergence.lam is {value.lam}; it must be at least 0 and below 1, where it would be 0")
+
+
+def full_vocabulary_support(mass: str, temperature: float) -> None:
+    """What K log-probs do not tell of the teacher, and a mass other than "renormalized" must know."""
+    if temperature != 1:
+        raise ValueError(
+            f"temperature is {temperature} with mass={mass!r} and a Support, whose log-probs do not tell the teacher's "
+            "normaliser at that temperature; pass teacher logits, or divide both sides' logits beforehand, as in "
+            "teacher_topk(teacher_logits / temperature, k, normalize=True)"
+        )
+    if mass.startswith("ema_pg"):
+        raise ValueError(
+            f"teacher is a Support with mass={mass!r}, which needs the teacher's log-prob of every sampled token; pass "
+            "teacher logits"
+        )
+
+
+def dense_weight_grad(value: str, mass: str) -> None:
+    if value != "dense":
+        raise ValueError(
+            f"weight_grad is {value!r} with mass={mass!r}, which gives every row of the head a gradient; use 'dense'"
+        )
+
+
+def overwritable(student: Tensor) -> None:
+    """Two elements at one address could not both hold their gradient."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(student.stride(), student.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(
+                f"overwrite_student_logits=True, but student_logits of shape {shape(student)} and strides "
+                f"{student.stride()} overlap themselves (an expanded view?); pass a copy, or leave the option off"
+            )
+        reach = stride * (size - 1) + reach
