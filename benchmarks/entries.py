@@ -21,6 +21,7 @@ GRADIENTS = {
 NAMES = {
     "topk_rkl": "this package",
     "topk_rkl, overwriting": "ours with `overwrite_student_logits`",
+    "topk_rkl, CUDA C++": "ours in CUDA C++",
     "plain": "plain PyTorch",
     "gathered": "`head[ids]` and `bmm` in PyTorch",
     "gathered in chunks": "the same 32 positions at a time",
