@@ -102,7 +102,7 @@ def test_what_it_cannot_take_is_refused_by_name(cuda) -> None:
 
 
 host = pytest.mark.skipif(
-    "cuda" not in BACKENDS or not backends._load("cuda").HOST, reason="a GPU has no such switches"
+    "cuda" not in BACKENDS or not backends._load("cuda").HOST, reason="only the build for the host has such switches"
 )
 
 

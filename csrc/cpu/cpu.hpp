@@ -66,7 +66,6 @@ class Slots;
 // One row of the loss.
 void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
               double weight, double temperature, const Objective& objective, Slots& slots, float* loss, float* g);
-void add_slots(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k, Slots& slots);
 
 // One row of the gradient, zeros included; `items` and `spare` hold k each.
 void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const Matrix& out, int64_t row, int64_t k,

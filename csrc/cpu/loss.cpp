@@ -15,6 +15,24 @@ void Slots::add(int64_t j, double z, double w) {
   part(3)[live_++] = double(j);
 }
 
+void Slots::add_row(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k) {
+  double *z = part(0), *w = part(1), *places = part(3), *all_w = part(4);
+  load_integers(ids, row, k, columns_.data());
+  load_floats(values, row, k, all_w);
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t id = columns_[j];
+    if (id < 0 || id >= student.columns || all_w[j] == -INF) continue;
+    __builtin_prefetch(student.at(row, id));  // all at once, and not one after the other as they are needed
+    columns_[live_] = id;
+    w[live_] = all_w[j];
+    places[live_++] = double(j);
+  }
+  gather(student, row, columns_.data(), live_, z);
+  bool finite = true;
+  for (int64_t i = 0; i < live_; ++i) finite &= (z[i] < INF) & (w[i] < INF);
+  finite_ = finite;
+}
+
 double Slots::solve(const Isa& isa, const Objective& objective, double temperature, double weight) {
   double *z = part(0), *w = part(1), *g = part(2);
   if (live_ == 0) return 0;
@@ -34,23 +52,10 @@ double Slots::solve(const Isa& isa, const Objective& objective, double temperatu
   return loss * weight;
 }
 
-void add_slots(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k, Slots& slots) {
-  for (int64_t j = 0; j < k; ++j) {  // all at once, and not one after the other as they are needed
-    const int64_t id = load_integer(ids.at(row, j), ids.kind);
-    if (id >= 0 && id < student.columns) __builtin_prefetch(student.at(row, id));
-  }
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t id = load_integer(ids.at(row, j), ids.kind);
-    if (id < 0 || id >= student.columns) continue;
-    const double w = load(values.at(row, j), values.kind);
-    if (w != -INF) slots.add(j, load(student.at(row, id), student.kind), w);
-  }
-}
-
 void loss_row(const Isa& isa, const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k,
               double weight, double temperature, const Objective& objective, Slots& slots, float* loss, float* g) {
   slots.clear();
-  if (weight != 0) add_slots(student, ids, values, row, k, slots);
+  if (weight != 0) slots.add_row(student, ids, values, row, k);
   *loss = float(slots.solve(isa, objective, temperature, weight));
   std::fill_n(g, k, 0.0f);
   for (int64_t i = 0; i < slots.live(); ++i) g[slots.slot(i)] = float(slots.g(i));

@@ -10,11 +10,13 @@ inline int64_t padded_slots(int64_t k) { return (k + SLOTS - 1) / SLOTS * SLOTS;
 
 class Slots {
  public:
-  explicit Slots(int64_t k) : memory_(5 * padded_slots(k)), padded_(padded_slots(k)) {}
+  explicit Slots(int64_t k) : memory_(5 * padded_slots(k)), columns_(k), padded_(padded_slots(k)) {}
 
   void clear() { live_ = 0, finite_ = true; }
   // Slot j of the row, which is in S, with the logits of student and teacher.
   void add(int64_t j, double z, double w);
+  // Those of the k slots of a row that are in S; for slots that hold none yet.
+  void add_row(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k);
   // The loss times the weight. A NaN or +inf on a slot makes everything NaN.
   double solve(const Isa& isa, const Objective& objective, double temperature, double weight);
 
@@ -27,6 +29,7 @@ class Slots {
   const double* part(int64_t i) const { return memory_.data() + i * padded_; }
 
   std::vector<double> memory_;
+  std::vector<int64_t> columns_;
   int64_t padded_, live_ = 0;
   bool finite_ = true;
 };

@@ -99,7 +99,7 @@ void mass_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, c
     const double weight = weights.data ? weights[row] : 1;
     slots.clear();
     if (weight != 0) {
-      add_slots(student, ids, values, row, k, slots);
+      slots.add_row(student, ids, values, row, k);
       rest = rest_row(isa, readers[thread], ids, row, k, 1 / temperature);
       // Where the teacher leaves nothing, there is, as on any slot, nothing to compare.
       const bool compared = objective.mass != Mass::tail || tail[row] != -INF;

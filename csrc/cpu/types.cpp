@@ -23,6 +23,19 @@ double half(uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
+// Calls f with what reads one element of the kind, so that a loop in f asks for the kind once.
+template <class F>
+double with_reader(Kind kind, F f) {
+  switch (kind) {
+    case Kind::bfloat16:
+      return f([](const void* from) -> double { return std::bit_cast<float>(uint32_t(read<uint16_t>(from)) << 16); });
+    case Kind::float16: return f([](const void* from) { return half(read<uint16_t>(from)); });
+    case Kind::float32: return f([](const void* from) -> double { return read<float>(from); });
+    case Kind::float64: return f(read<double>);
+    default: return 0;
+  }
+}
+
 uint16_t bfloat16_bits(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if (value != value) return uint16_t(bits >> 16 | 0x40);
@@ -50,12 +63,33 @@ const void* contiguous(const Matrix& x, int64_t row, char* copy) {
 }
 
 double load(const void* element, Kind kind) {
-  switch (kind) {
-    case Kind::bfloat16: return std::bit_cast<float>(uint32_t(read<uint16_t>(element)) << 16);
-    case Kind::float16: return half(read<uint16_t>(element));
-    case Kind::float32: return read<float>(element);
-    case Kind::float64: return read<double>(element);
-    default: return 0;
+  return with_reader(kind, [&](auto read_one) { return read_one(element); });
+}
+
+void load_floats(const Matrix& x, int64_t row, int64_t n, double* to) {
+  const char* from = x.at(row);
+  const int64_t step = x.step * size_of(x.kind);
+  with_reader(x.kind, [&](auto read_one) {
+    for (int64_t i = 0; i < n; ++i) to[i] = read_one(from + i * step);
+    return 0.0;
+  });
+}
+
+void gather(const Matrix& x, int64_t row, const int64_t* columns, int64_t n, double* to) {
+  const char* from = x.at(row);
+  const int64_t step = x.step * size_of(x.kind);
+  with_reader(x.kind, [&](auto read_one) {
+    for (int64_t i = 0; i < n; ++i) to[i] = read_one(from + columns[i] * step);
+    return 0.0;
+  });
+}
+
+void load_integers(const Matrix& x, int64_t row, int64_t n, int64_t* to) {
+  const char* from = x.at(row);
+  if (x.kind == Kind::int64) {
+    for (int64_t i = 0; i < n; ++i) to[i] = read<int64_t>(from + i * x.step * 8);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = read<int32_t>(from + i * x.step * 4);
   }
 }
 

@@ -29,6 +29,11 @@ const void* contiguous(const Matrix& x, int64_t row, char* copy);
 double load(const void* element, Kind kind);
 int64_t load_integer(const void* element, Kind kind);
 
+// The n first elements of a row, and those at n columns of it.
+void load_floats(const Matrix& x, int64_t row, int64_t n, double* to);
+void load_integers(const Matrix& x, int64_t row, int64_t n, int64_t* to);
+void gather(const Matrix& x, int64_t row, const int64_t* columns, int64_t n, double* to);
+
 // To nearest, ties to even; not of float64.
 void store(char* to, Kind kind, float value);
 
