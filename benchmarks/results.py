@@ -22,16 +22,11 @@ Line = dict[str, Any]
 
 
 def setting(device: str) -> Line:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=FOLDER,
-    ).stdout.strip()
+    # What is measured anew is no change.
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     shared: Line = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or "unknown",
+        "commit": (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else ""),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -41,6 +36,11 @@ def setting(device: str) -> Line:
         native = importlib.import_module("topk_rkl._native")
         shared |= {"build": native.BUILD, "isa": native.isa()}
     return shared
+
+
+def git(*arguments: str) -> str:
+    """What it says, or nothing outside a repository."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=FOLDER).stdout.strip()
 
 
 def cpu_name() -> str:
