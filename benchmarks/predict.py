@@ -18,12 +18,12 @@ from typing import Any
 from topk_rkl.backends.triton.launch import plan_select
 
 LATENCY = 0.8e-6  # seconds, to memory under load
-REACHED = 0.87  # of the nominal bandwidth, by a plain read on an H100 (quack); taken for the others too
+REACHED = 0.86  # of the nominal bandwidth, by a plain read on an H100 (quack); taken for the others too
 
 
 @dataclass(frozen=True)
 class Card:
-    """By the vendor's data sheet; the clock is the boost clock, which a card under load does not always hold."""
+    """Of the SXM boards. Bandwidths are the vendor's; clocks are about what a card under load holds."""
 
     target: str
     cores: int

@@ -234,7 +234,7 @@ def test_a_prediction_by_hand() -> None:
     assert predict.share(COST, card) == pytest.approx(useful)  # the memory is what it waits for
     dear = {**COST, "loops": [{**COST["loops"][0], "instructions": 6_400}]}
     issue = 128 * 1.755e9 / 100  # elements a second and core, a hundred instructions each
-    memory = 3.35e12 * 0.87 / 132 / 2
+    memory = 3.35e12 * 0.86 / 132 / 2
     assert predict.share(dear, card) == pytest.approx(issue / memory, rel=1e-2)
     few = {**COST, "programs": 1, "warps": 1}
     assert predict.share(few, card) == pytest.approx(useful * 32 * 128 / 0.8e-6 / (memory * 2), rel=1e-6)

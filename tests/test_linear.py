@@ -185,7 +185,9 @@ def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad
     dhead = torch.empty_like(head)
     with Largest() as inside:
         module.sparse_head_weight_grad(g, ids, h, dhead, None)
-    assert inside.numel <= 2 * n * k + vocab + 1
+    pairs, bounds = 2 * n * k, vocab + 1
+    one_scratch = module.__name__.endswith("cuda")  # where others have a tensor for each
+    assert inside.numel <= (pairs + bounds if one_scratch else max(pairs, bounds))
     with use_backend(module.__name__.rpartition(".")[2]), Largest() as outside:
         linear_topk_reverse_kl(hidden, head, Support(ids, values), weight_grad=weight_grad).backward()
     assert head.grad.to_dense().any()

@@ -160,6 +160,8 @@ def test_mass_does_not_read_the_device_on_the_host(module) -> None:
         _, g, others = module.mass_loss(z, ids, values, tail, None, 1.0, JensenShannon().code, "tail")
         module.spread(g, ids, others, torch.ones(4, device=DEVICE), None, z, 1.0)
         topk_divergence(z.requires_grad_(), w, k=6, mass="tail").backward()
+    torch.testing.assert_close(z.grad.sum(1), torch.zeros(4, device=DEVICE))  # and it has written a gradient
+    assert z.grad.abs().sum() > 0
 
 
 def test_expected_gradient_of_the_sampled_masses() -> None:

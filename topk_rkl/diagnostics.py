@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import ops
-from topk_rkl.backends import reference
+from topk_rkl.backends import reference, requested
 from topk_rkl.support import Support
 
 CHUNK_BYTES = 64 << 20  # of logits as they are computed with
@@ -61,9 +61,14 @@ class Block:
 
     @cached_property
     def overlap(self) -> Tensor:  # (n, K) bool
-        best, _ = reference.select(self.student, min(self.ids.shape[1], self.student.shape[1]))
+        best = self._best(min(self.ids.shape[1], self.student.shape[1]))
         among = torch.zeros_like(self.student, dtype=torch.bool).scatter_(1, best.clamp(min=0).long(), True)
         return self.live & among.gather(1, self.ids)
+
+    def _best(self, k: int) -> Tensor:  # (n, k), of the student
+        ids: Tensor
+        ids, _ = ops.select(self.student, k, False, requested())
+        return ids
 
     def overlap_count(self) -> Tensor:
         """How many tokens of S are among the student's own K best (arXiv 2604.13016). Reads the student's rows."""
@@ -77,8 +82,7 @@ class Block:
     def top1_agreement(self) -> Tensor:
         """Whether the student's best token is the best of S by the teacher. Reads the student's rows."""
         slot = self.values.masked_fill(~self.live, -torch.inf).argmax(1, keepdim=True)
-        best, _ = reference.select(self.student, 1)
-        return (self.ids.gather(1, slot) == best).squeeze(1) & self.live.any(1)
+        return (self.ids.gather(1, slot) == self._best(1)).squeeze(1) & self.live.any(1)
 
     def student_entropy(self) -> Tensor:
         """Of p. Reads the student's rows."""

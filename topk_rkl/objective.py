@@ -232,6 +232,7 @@ class TopKDivergenceLoss(nn.Module):
         diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        checks.objective(divergence, mass)
         checks.temperature(temperature)
         checks.reduction(reduction, None)
         self.options: dict[str, Any] = {
@@ -273,6 +274,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        checks.objective(divergence, mass)
         checks.temperature(temperature)
         checks.reduction(reduction, None)
         checks.logit_options(logit_scale, softcap)

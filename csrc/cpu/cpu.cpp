@@ -14,9 +14,6 @@
 namespace topk_rkl {
 namespace {
 
-// Elements that are worth a thread's while.
-constexpr int64_t GRAIN = 1 << 15;
-
 constexpr const Isa* ALL[] = {
 #if defined(TOPK_RKL_X86)
     &avx512::ISA, &avx2::ISA,
@@ -28,9 +25,6 @@ std::atomic<const Isa*>& chosen() {
       *std::find_if(std::begin(ALL), std::end(ALL), [](auto one) { return one->runs_here(); });
   return isa;
 }
-
-// Rows that make up so many.
-int64_t grain_of(int64_t elements_per_row) { return std::max<int64_t>(1, GRAIN / elements_per_row); }
 
 template <class T>
 std::vector<std::unique_ptr<T[]>> for_threads(int threads, int64_t size) {

@@ -179,8 +179,8 @@ struct Summer {
 void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature, double logit_scale,
                  double softcap, const Objective& objective, int threads, float* loss, float* g, float* dhidden) {
-  const Problem problem{current_isa(), hidden, head,        vocab,   bias,     ids,
-                        values,        k,      temperature, logit_scale, softcap, objective};
+  const Problem problem{current_isa(), hidden, head, vocab, bias, ids, values, k, temperature, logit_scale, softcap,
+                        objective};
   threads = int(std::clamp<int64_t>(n, 1, threads));
   std::vector<Worker> workers(threads, Worker(problem));
   for_each_row(n, threads, 1, [&](int thread, int64_t row) {

@@ -15,7 +15,6 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 // Columns at a time, which stay in the first cache.
 constexpr int64_t BLOCK = 1024;
 static_assert(BLOCK % HEAD_BLOCK == 0);
-constexpr int64_t GRAIN = 1 << 15;
 
 // Of the columns outside S: the largest, or 0 for -inf, and the sum of exp((x - it) / T).
 struct Rest {
@@ -63,8 +62,6 @@ Rest rest_row(const Isa& isa, Reader& reader, const Matrix& ids, int64_t row, in
 
 // As a logit.
 double logit_of(const Rest& rest, double temperature) { return rest.peak + temperature * std::log(rest.total); }
-
-int64_t grain_of(int64_t elements_per_row) { return std::max<int64_t>(1, GRAIN / elements_per_row); }
 
 void write(const Isa& isa, const Matrix& out, int64_t row, int64_t start, int64_t n, const float* x) {
   char* to = out.at(row, start);
