@@ -92,17 +92,8 @@ def steps(plan: str, out: Path, small: bool) -> list[Step]:
 
 def tests(out: Path, small: bool) -> tuple[str, ...]:
     files = ["tests/test_select.py", "-k", "test_zeros"] if small else [f"tests/test_{x}.py" for x in TESTED]
-    options = [
-        "-o",
-        "addopts=",
-        "-q",
-        "-rfE",
-        "--tb=short",
-        "--durations=25",
-        "--strict-markers",
-        "-p",
-        "no:cacheprovider",
-    ]
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "--strict-markers"]
+    options += ["-q", "-rfE", "--tb=short", "--durations=25"]
     options += ["--deselect", "tests/test_compute_sanitizer.py::test_the_kernels_without_a_fault"]  # a step of its own
     if importlib.util.find_spec("xdist") and not small:
         options += ["-n", "12", "--dist", "loadgroup"]
