@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gpu import extension
@@ -37,6 +38,7 @@ CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "scaling"
 BESIDE = "smoke triton"  # runs while the extension is built
 NEED_EXTENSION = ("smoke cuda", "sanitizer")
 NEED_CARD = ("suite", "sanitizer", "ncu")  # not in a rehearsal
+PATIENCE = 10  # times the limits, in a rehearsal on a machine that may be busy
 KERNELS = "regex:select_kernel|sparse_head_kernel|scatter_kernel"
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
 
@@ -65,12 +67,13 @@ def made() -> Step:
 
 
 def card(out: Path, small: bool) -> Step:
-    return Step("card", 40, python("-m", "gpu.card", out / "steps.jsonl", *(["--small"] if small else [])))
+    probe = python("-m", "gpu.card", out / "steps.jsonl")
+    return Step("card", 40 * PATIENCE, (*probe, "--small")) if small else Step("card", 40, probe)
 
 
 def steps(plan: str, out: Path, small: bool) -> list[Step]:
     little = ("--small",) if small else ()
-    groups = ("--group", "scatter", "--group", "mass") if small else ()
+    groups = ("--limit", 45 * PATIENCE, "--group", "scatter", "--group", "mass") if small else ()
     smoke = python("-m", "gpu.smoke", "--out", out / "smoke.jsonl", *little, *groups)
     items = python("-m", "gpu.items", "--out", out / "items.jsonl", "--skip-done", *little)
     first = [
@@ -83,11 +86,13 @@ def steps(plan: str, out: Path, small: bool) -> list[Step]:
     ]
     if small:
         there = extension.is_taken()
-        return [step for step in first if step.kind not in NEED_CARD and (there or step.name not in NEED_EXTENSION)]
+        kept = [step for step in first if step.kind not in NEED_CARD and (there or step.name not in NEED_EXTENSION)]
+        return [replace(step, limit=PATIENCE * step.limit) for step in kept]
     if plan == "first":
         return first
-    suite = [Step(f"suite {name}", 60, case(name, out)) for name in CASES]
-    return [*suite, *(step for step in reversed(first) if step.kind in ("ncu", "tests"))]
+    suite = {name: Step(f"suite {name}", 60, case(name, out)) for name in CASES}
+    scaling = replace(suite.pop("scaling"), limit=150)  # 35 cases
+    return [*suite.values(), first[-1], *(step for step in first if step.kind == "tests"), scaling]
 
 
 def tests(out: Path, small: bool) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import IO
 from gpu.faults import lost
 from gpu.lines import Line, append
 
+ROOT = Path(__file__).parent.parent
 TOGETHER = min(8, os.cpu_count() or 1)  # processes
 SAID = 600  # characters of an error
 SELECTIONS = ("selection bfloat16", "selection float16", "selection float32")
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("backend", choices=GROUPS)
     parser.add_argument("--out", type=Path, required=True, help="the file that lines are appended to")
-    parser.add_argument("--limit", type=float, default=60, help="seconds of a group")
+    parser.add_argument("--limit", type=float, default=45, help="seconds of a group")
     parser.add_argument("--small", action="store_true", help="sizes that the interpreter can take")
     parser.add_argument("--group", action="append", help="only these; one alone runs in this process")
     options = parser.parse_args()
@@ -68,8 +69,9 @@ def group_here(name: str, options: argparse.Namespace) -> int:
 
 
 def in_words(error: Exception) -> str:
-    """With the line that raised it, as a bare assertion says nothing."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    """With the last line of ours that was reached, as a bare assertion says nothing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if Path(frame.filename).parent.parent == ROOT or frame is frames[0]][-1]
     return f"{type(error).__name__}: {str(error)[:SAID]} at {Path(frame.filename).name}:{frame.lineno}: {frame.line}"
 
 
@@ -78,15 +80,26 @@ def groups(options: argparse.Namespace) -> int:
     waiting = list(options.group or GROUPS[options.backend])
     running: list[Running] = []
     bad = 0
-    while waiting or running:
-        while waiting and len(running) < TOGETHER:
-            running.append(Running(waiting.pop(0), options))
-        for one in list(running):
-            if one.over():
-                running.remove(one)
-                bad += one.failed()
-        time.sleep(0.05)
+    try:
+        while waiting or running:
+            while waiting and len(running) < TOGETHER:
+                running.append(Running(waiting.pop(0), options))
+            for one in list(running):
+                if one.over():
+                    running.remove(one)
+                    bad += one.failed()
+            time.sleep(0.05)
+    except KeyboardInterrupt:  # the limit of the whole step
+        for one in running:
+            one.fail("stopped with the step")
+        for group in waiting:
+            append(options.out, the_group(group, options, "not begun when the step was stopped"))
+        return 1
     return 1 if bad else 0
+
+
+def the_group(group: str, options: argparse.Namespace, error: str) -> Line:
+    return {"backend": options.backend, "group": group, "check": "the group", "outcome": "FAIL", "error": error}
 
 
 class Running:
@@ -99,26 +112,28 @@ class Running:
         command += ["--limit", str(options.limit), *(["--small"] if options.small else [])]
         self.until = time.monotonic() + options.limit
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        self.late = False
 
     def over(self) -> bool:
-        if self.process.poll() is None and time.monotonic() > self.until:
-            self.late = True
-            self.process.kill()
-            self.process.wait()
-        return self.process.poll() is not None
+        return self.process.poll() is not None or time.monotonic() > self.until
 
     def failed(self) -> bool:
-        """Says what no line of its own says."""
-        code = self.process.returncode
-        self.log.seek(0)
-        said = self.log.read().decode(errors="replace")
-        self.log.close()
-        if code not in (0, 1) or self.late or "Traceback" in said:
-            how = f"did not end in {self.options.limit:g} s" if self.late else f"exit {code}"
-            line = {"backend": self.options.backend, "group": self.group, "check": "the group", "outcome": "FAIL"}
-            append(self.options.out, {**line, "error": f"{how}: {said[-2 * SAID :].strip()}"})
+        """Of a group that is over. What no line of its own says becomes one."""
+        code = self.process.poll()
+        if code is None:
+            self.fail(f"did not end in {self.options.limit:g} s")
+        elif code not in (0, 1) or (code == 1 and b"Traceback" in self.said()):
+            self.fail(f"exit {code}")
         return code != 0
+
+    def fail(self, how: str) -> None:
+        self.process.kill()
+        self.process.wait()
+        said = self.said().decode(errors="replace")[-2 * SAID :].strip()
+        append(self.options.out, the_group(self.group, self.options, f"{how}: {said}"))
+
+    def said(self) -> bytes:
+        self.log.seek(0)
+        return self.log.read()
 
 
 if __name__ == "__main__":

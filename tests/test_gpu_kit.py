@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import BACKENDS
 
-from gpu import steps
+from gpu import smoke, steps
 from gpu.lines import read
 from gpu.steps import Run, Step
 from gpu.summary import summary
@@ -35,10 +37,10 @@ def rehearse(root: Path, out: Path, *words: str, **environment: str) -> subproce
     return subprocess.run(
         python("-m", "gpu", "first", "--small", *words),
         cwd=root,
-        env={**os.environ, "OUT": str(out), "LIMIT": str(HANGS), "COMMIT": "a commit", **environment},
+        env={**os.environ, "OUT": str(out), "LIMIT": str(5 * HANGS), "COMMIT": "a commit", **environment},
         capture_output=True,
         text=True,
-        timeout=2 * HANGS,
+        timeout=6 * HANGS,
         check=False,
     )
 
@@ -92,7 +94,8 @@ def test_a_wrong_kernel_and_one_that_crashes_are_named_and_end_nothing_else(tmp_
     assert [line["check"] for line in wrong] == [
         f"scatter repeated torch.{dtype} N 3 V 300 K 8" for dtype in ("bfloat16", "float32")
     ]
-    assert all("Mismatched elements: 1 / 900" in line["error"] for line in wrong)
+    for line in wrong:
+        assert "Mismatched elements: 1 / 900" in line["error"] and "at checks.py:" in line["error"]
     assert sum(line["outcome"] == "ok" and line["group"] == "scatter" for line in lines) == 2
     (crash,) = (line for line in lines if line["group"] == "mass")
     assert crash["check"] == "the group" and "exit -11" in crash["error"] and "rest, mass_loss" in crash["error"]
@@ -108,6 +111,20 @@ def test_a_group_that_does_not_end_is_a_line(tmp_path: Path) -> None:
     lines = {line["group"]: line for line in read(tmp_path / "lines")}
     assert done.returncode == 1 and set(lines) == {"loss", "head"}
     assert all(line["outcome"] == "FAIL" and "did not end in 0.2 s" in line["error"] for line in lines.values())
+
+
+def test_the_groups_that_a_stopped_step_cuts_are_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smoke, "TOGETHER", 1)
+    monkeypatch.setattr(smoke, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupt))
+    names = ["loss", "head", "mass"]
+    options = Namespace(backend="triton", out=tmp_path / "lines", limit=HANGS, small=True, group=names)
+    assert smoke.groups(options) == 1
+    errors = {line["group"]: line["error"] for line in read(tmp_path / "lines") if line["outcome"] == "FAIL"}
+    assert list(errors) == names and errors["loss"].startswith("stopped with the step")
+    assert errors["head"] == errors["mass"] == "not begun when the step was stopped"
 
 
 ENDLESS = """
