@@ -79,7 +79,7 @@ def steps(plan: str, out: Path, small: bool) -> list[Step]:
     first = [
         Step("smoke triton", 75, (*smoke, "triton")),
         Step("smoke cuda", 60, (*smoke, "cuda")),
-        Step("items", 90, items, tries=2),  # a fault ends its process; the items after it are still wanted
+        Step("items", 90, items, tries=4),  # a fault ends its process; the items after it are still wanted
         Step("tests", 170, tests(out, small), "tests.txt"),
         Step("sanitizer", 80, python("-m", "gpu.sanitizer"), "sanitizer.txt"),
         Step("ncu", 60, ncu(), "ncu.txt"),

@@ -20,7 +20,7 @@ class Step:
     limit: float  # seconds
     command: tuple[str, ...]
     file: str = "output.txt"  # what the step prints is appended to it
-    tries: int = 1  # a step that fails begins again within its limit, up to so often
+    tries: int = 1  # a step that a fault ends begins again within its limit, up to so often
 
     @property
     def kind(self) -> str:
@@ -56,14 +56,14 @@ class Run:
         return time.monotonic() - self.start
 
     def step(self, step: Step) -> bool:
-        """Whether it ended well."""
+        """Whether it ended well. Exit code 1 says that all of it was tried and some failed; others, that it was cut."""
         until = self.spent() + step.limit
         for attempt in range(step.tries):
             left = until - self.spent()
             if attempt and left < LEAST:
                 break
             job = self.begin(step, left)
-            if job is None or self.end(job):
+            if job is None or self.end(job) or self.outcomes[-1]["exit"] == 1:
                 break
         return self.outcomes[-1]["exit"] == 0
 

@@ -10,14 +10,16 @@ from gpu.steps import in_words
 
 MOST = 20  # failures of a file that are named
 WIDTH = 240  # characters of each
-GOOD = ("ok", "passed", "skipped")
+GOOD = ("ok", "passed", "skipped", "missing")
 
 
 def summary(out: Path, outcomes: list[Line], commit: str) -> str:
     said = ["", *map(in_words, outcomes)]
     said += counted("smoke", read(out / "smoke.jsonl"), lambda x: f"{x['backend']} {x['check']}: {x.get('error')}")
-    items = [{"outcome": "FAIL" if "error" in line else "ok", **line} for line in read(out / "items.jsonl")]
-    said += counted("items", items, lambda x: f"{x.get('item')}: {x['error']}")
+    items = [line for line in read(out / "items.jsonl") if "begun" not in line]
+    said += counted("items", judged(items, "error"), lambda x: f"{x['item']} {x.get('form', '')}: {x['error']}")
+    suite = judged(read(out / "suite.jsonl"), "refused")
+    said += counted("suite", suite, lambda x: f"{x.get('name')} {x['contestant']}: {x['refused']}")
     said += counted("tests", read(out / "tests.jsonl"), lambda x: f"{x['test']}: {last_line(x['why'])}")
     said += ended(out / "sanitizer.txt")
     if any("NO EXTENSION" in line.get("left_out", "") for line in outcomes):
@@ -25,6 +27,11 @@ def summary(out: Path, outcomes: list[Line], commit: str) -> str:
     if commit.startswith("unknown"):
         said.append("THE COMMIT IS UNKNOWN: give it as COMMIT=, or no result can be kept")
     return "\n".join(said)
+
+
+def judged(lines: list[Line], fault: str) -> list[Line]:
+    """With an outcome, by what they have."""
+    return [{"outcome": "FAIL" if fault in x else "missing" if "missing" in x else "ok", **x} for x in lines]
 
 
 def counted(name: str, lines: list[Line], words: Callable[[Line], str]) -> list[str]:

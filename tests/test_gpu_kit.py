@@ -201,12 +201,13 @@ def test_what_does_not_fit_into_the_total_is_left_out(tmp_path: Path) -> None:
     assert "LIMIT=3" in run.outcomes[0]["left_out"] and run.outcomes[0]["exit"] == 1
 
 
-def test_a_step_that_fails_begins_again_as_often_as_it_may(tmp_path: Path) -> None:
+def test_a_step_that_a_fault_cuts_begins_again(tmp_path: Path) -> None:
     code = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); sys.exit(0 if p.exists() else p.touch() or 7)"
     with here(tmp_path) as run:
-        assert not run.step(Step("once", HANGS, python("-c", "import sys; sys.exit(7)")))
-        assert run.step(Step("twice", HANGS, python("-c", code, tmp_path / "been"), tries=2))
-    assert [line["exit"] for line in run.outcomes] == [7, 7, 0]
+        assert not run.step(Step("no second try", HANGS, python("-c", "raise SystemExit(7)")))
+        assert run.step(Step("cut", HANGS, python("-c", code, tmp_path / "been"), tries=4))
+        assert not run.step(Step("all tried", HANGS, python("-c", "raise SystemExit(1)"), tries=4))
+    assert [line["exit"] for line in run.outcomes] == [7, 7, 0, 1]
 
 
 DRIVER = """

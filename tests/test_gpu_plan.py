@@ -124,7 +124,13 @@ def test_the_commit_is_given_or_that_of_git_or_unknown(tmp_path: Path, monkeypat
 def test_the_summary_counts_and_names_failures(tmp_path: Path) -> None:
     lines: dict[str, list[Line]] = {
         "smoke": [{"backend": "cuda", "check": "select V 9", "outcome": "FAIL", "error": "of the rows [3]"}],
-        "items": [{"item": "read", "ms": 1.0}, {"item": "copy", "error": "RuntimeError: none"}],
+        "items": [
+            {"item": "read", "begun": True},
+            {"item": "read", "form": "triton", "median_ms": 1.0},
+            {"item": "select", "form": "cuda", "missing": "not built"},
+            {"item": "copy", "form": "torch", "error": "RuntimeError: none"},
+        ],
+        "suite": [{"name": "loss", "contestant": "topk_rkl", "refused": "off by 1"}],
         "tests": [{"test": f"a::t{i}", "outcome": "failed", "why": "first\nlast"} for i in range(30)],
     }
     for name, some in lines.items():
@@ -133,7 +139,8 @@ def test_the_summary_counts_and_names_failures(tmp_path: Path) -> None:
     (tmp_path / "sanitizer.txt").write_text("racecheck: noise\nracecheck: ends with 9\n")
     said = summary(tmp_path, [{"step": "smoke cuda", "left_out": "NO EXTENSION", "exit": 1}], "a commit").splitlines()
     assert "smoke: 1 FAIL" in said and "  FAIL cuda select V 9: of the rows [3]" in said
-    assert "items: 1 ok, 1 FAIL" in said and "  FAIL copy: RuntimeError: none" in said
+    assert "items: 1 ok, 1 missing, 1 FAIL" in said and "  FAIL copy torch: RuntimeError: none" in said
+    assert "suite: 1 FAIL" in said and "  FAIL loss topk_rkl: off by 1" in said
     assert "tests: 30 failed" in said and "  failed a::t0: last" in said and "  and 10 more" in said
     assert "racecheck: ends with 9" in said and "racecheck: noise" not in said
     assert said[-1].startswith("NO EXTENSION: no CUDA kernel")
