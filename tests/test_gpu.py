@@ -1,4 +1,4 @@
-"""The promises that only a GPU can show: graphs, streams, real memory, offsets past 2^31. Run by `make test-gpu`."""
+"""The promises that only a GPU can show: graphs, streams, real memory, offsets past 2^31. Run by `make gpu`."""
 
 from collections.abc import Callable
 
@@ -23,12 +23,16 @@ from topk_rkl.composition import mixture, residual, taid
 from topk_rkl.rewards import log_ratio, return_to_go
 
 pytestmark = pytest.mark.gpu
+# Of these some hold 20 GB: one worker runs them, one at a time.
+large = pytest.mark.xdist_group("large")
 
 
 @pytest.fixture(autouse=True)
 def _without_poison():
-    """Filling fresh memory costs time and memory that these tests count."""
+    """Filling fresh memory costs time and memory that these tests count; what is freed is for the other workers."""
     torch.use_deterministic_algorithms(False)
+    yield
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
@@ -143,6 +147,7 @@ def test_building_a_support_has_no_host_sync_and_is_captured_in_a_cuda_graph() -
     assert all(torch.equal(a, b) for a, b in zip([x.clone() for x in results], step(), strict=True))
 
 
+@large
 def test_from_hidden_states_of_a_real_size(kernels: str) -> None:
     """Against float64 on the K rows; what is held besides the gradients stays below a fiftieth of the logits."""
     n, vocab, width, k = 4_096, 151_936, 2_048, 32
@@ -198,6 +203,7 @@ def test_streams_do_not_share_scratch(backend) -> None:
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+@large
 def test_big_more_than_2_to_the_31_elements(backend) -> None:
     n, vocab, k = 16_400, 131_072 + 8, 16
     teacher = torch.empty(n, vocab, dtype=torch.bfloat16, device="cuda")
@@ -216,6 +222,7 @@ def test_big_more_than_2_to_the_31_elements(backend) -> None:
     torch.testing.assert_close(grad[tail], leaf.grad, rtol=2**-7, atol=1e-6)
 
 
+@large
 @pytest.mark.parametrize("stride", [(2**31 + 11, 1), (1, 2**26 + 3)], ids=["far rows", "far columns"])
 def test_big_strided_views(backend, stride: tuple[int, int]) -> None:
     logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided((2, 33), stride)
@@ -224,6 +231,7 @@ def test_big_strided_views(backend, stride: tuple[int, int]) -> None:
     assert torch.equal(support.ids, stable_sort(logits.contiguous(), 5)[0])
 
 
+@large
 def test_memory(kernels: str) -> None:
     n, vocab, k = 2_048, 151_936, 64
     student = torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)

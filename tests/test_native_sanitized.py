@@ -65,7 +65,8 @@ def python(folder: Path, *words: str) -> subprocess.CompletedProcess:
         for name in ("libasan.so", "libstdc++.so")
     ]
     preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
-    return run(folder, sys.executable, *words, PYTHONPATH=str(folder), **preload)
+    path = os.pathsep.join(map(str, (folder, folder / "tests")))
+    return run(folder, sys.executable, *words, PYTHONPATH=path, **preload)
 
 
 def test_the_sanitizer_catches_a_planted_fault_in_the_extension(build: Path) -> None:

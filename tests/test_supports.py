@@ -147,7 +147,11 @@ def test_a_loss_on_the_nucleus_is_the_loss_on_those_tokens_alone(backend) -> Non
     torch.testing.assert_close(topk_reverse_kl(student, support), topk_reverse_kl(student, teacher, k=count))
 
 
-@pytest.mark.parametrize("form", [list, tuple, torch.tensor])
+def tensor(ids: list[int]) -> Tensor:
+    return torch.tensor(ids, device=DEVICE)
+
+
+@pytest.mark.parametrize("form", [list, tuple, tensor])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_fixed_ids_are_the_same_at_every_position(backend, form, normalize: bool) -> None:
     teacher = torch.randn(2, 3, 40, device=DEVICE)

@@ -66,7 +66,8 @@ def test_the_wheel_outside_the_source_tree(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     options = ["-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore", "-k", "native"]
     tests = ["tests/test_native.py", "tests/test_select.py"]
-    printed = checked(tmp_path, [python, "-m", "pytest", *options, *tests], PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join(map(str, (tmp_path, tmp_path / "tests")))
+    printed = checked(tmp_path, [python, "-m", "pytest", *options, *tests], PYTHONPATH=path)
     assert re.search(r"\d{3,} passed", printed), printed
 
 

@@ -1,0 +1,119 @@
+"""What runs on a GPU: the steps of both plans in the order of their worth, and the test files that go there."""
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from gpu import extension
+from gpu.steps import Step
+
+# Ordered so that what takes longest begins first.
+TESTED = (
+    "gpu", "ops", "loss", "linear", "select", "sparse_head", "cuda", "divergence", "mass", "supports", "composition",
+    "properties", "weighting", "diagnostics", "backends", "compute_sanitizer",
+)  # fmt: skip
+# What these show is shown without a GPU.
+UNTESTED = {
+    "benchmarks": "the registry and the report of the benchmarks, on CPU tensors",
+    "checks": "refusals before any launch, on CPU tensors",
+    "collect_env": "a report of this machine, not of kernels",
+    "compiled_cost": "ptxas counts registers without a GPU",
+    "cuda_on_host": "the CUDA sources compiled for the host",
+    "gpu_checks": "the rehearsal of the smoke test",
+    "gpu_kit": "the rehearsal of the steps",
+    "gpu_plan": "the plans, and how results are told",
+    "native": "the extension of CPUs",
+    "native_sanitized": "the extension of CPUs",
+    "objectives": "formulas in float64 on CPU tensors",
+    "out_of_bounds": "Triton's interpreter under AddressSanitizer",
+    "readme": "the README's blocks on CPU tensors",
+    "reference": "the reference in float64 on CPU tensors",
+    "rewards": "plain PyTorch on CPU tensors",
+    "rollout": "plain PyTorch on CPU tensors",
+    "wheel": "builds and installs",
+}
+CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "scaling")  # of the GPU suite
+BESIDE = "smoke triton"  # runs while the extension is built
+NEED_EXTENSION = ("smoke cuda", "sanitizer")
+NEED_CARD = ("suite", "sanitizer", "ncu")  # not in a rehearsal
+PATIENCE = 10  # times the limits, in a rehearsal on a machine that may be busy
+KERNELS = "regex:select_kernel|sparse_head_kernel|scatter_kernel"
+SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
+
+
+def environment(root: Path, commit: str, small: bool) -> dict[str, str]:
+    """Of every step."""
+    path = [str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "TOPK_RKL_COMMIT": commit,
+        "TRITON_CACHE_DIR": str(root / "build" / "triton"),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # or every product warns under deterministic algorithms
+        **({"TRITON_INTERPRET": "1"} if small else {}),
+    }
+
+
+def python(*words: object) -> tuple[str, ...]:
+    return (sys.executable, *map(str, words))
+
+
+def made() -> Step:
+    """Taken if it was built before, else built, which 16 cores do in half a minute."""
+    return Step("extension", 150, python("-m", "gpu.extension", "--take"))
+
+
+def card(out: Path, small: bool) -> Step:
+    probe = python("-m", "gpu.card", out / "steps.jsonl")
+    return Step("card", 40 * PATIENCE, (*probe, "--small")) if small else Step("card", 40, probe)
+
+
+def steps(plan: str, out: Path, small: bool) -> list[Step]:
+    little = ("--small",) if small else ()
+    groups = ("--limit", 45 * PATIENCE, "--group", "scatter", "--group", "mass") if small else ()
+    smoke = python("-m", "gpu.smoke", "--out", out / "smoke.jsonl", *little, *groups)
+    items = python("-m", "gpu.items", "--out", out / "items.jsonl", "--skip-done", *little)
+    first = [
+        Step("smoke triton", 75, (*smoke, "triton")),
+        Step("smoke cuda", 60, (*smoke, "cuda")),
+        Step("items", 90, items, tries=4),  # a fault ends its process; the items after it are still wanted
+        Step("tests", 170, tests(out, small), "tests.txt"),
+        Step("sanitizer", 80, python("-m", "gpu.sanitizer"), "sanitizer.txt"),
+        Step("ncu", 60, ncu(), "ncu.txt"),
+    ]
+    if small:
+        there = extension.is_taken()
+        kept = [step for step in first if step.kind not in NEED_CARD and (there or step.name not in NEED_EXTENSION)]
+        return [replace(step, limit=PATIENCE * step.limit) for step in kept]
+    if plan == "first":
+        return first
+    suite = {name: Step(f"suite {name}", 60, case(name, out)) for name in CASES}
+    scaling = replace(suite.pop("scaling"), limit=150)  # 35 cases
+    return [*suite.values(), first[-1], *(step for step in first if step.kind == "tests"), scaling]
+
+
+def tests(out: Path, small: bool) -> tuple[str, ...]:
+    files = ["tests/test_select.py", "-k", "test_zeros"] if small else [f"tests/test_{x}.py" for x in TESTED]
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "--strict-markers"]
+    options += ["-q", "-rfE", "--tb=short", "--durations=25"]
+    options += ["--deselect", "tests/test_compute_sanitizer.py::test_the_kernels_without_a_fault"]  # a step of its own
+    if importlib.util.find_spec("xdist") and not small:
+        options += ["-n", "12", "--dist", "loadgroup"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "90", "--timeout-method", "thread"]  # a signal does not reach a wait for the GPU
+    return python("-m", "pytest", *options, "-p", "gpu.stream", "--stream", out / "tests.jsonl", *files)
+
+
+def case(name: str, out: Path) -> tuple[str, ...]:
+    """Few rounds, and neither other projects nor torch.compile, each of which takes seconds to begin."""
+    short = ("--only-ours", "--seconds", 0.5, "--rounds", 9)
+    return python("-m", "benchmarks", "run", "--suite", "gpu", "--case", name, *short, "--out", out / "suite.jsonl")
+
+
+def ncu() -> tuple[str, ...]:
+    sections = [word for name in SECTIONS for word in ("--section", name)]
+    options = ("--clock-control", "none", *sections, "--kernel-name", KERNELS, "--launch-count", "7")
+    return ("ncu", *options, *python("-m", "gpu.items", "--ncu"))

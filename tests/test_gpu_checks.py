@@ -1,0 +1,66 @@
+"""The checks of the smoke test on a CPU: they pass the reference, and fail it with one wrong number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gpu import checks
+from topk_rkl import backends
+
+GROUPS = [name for name in checks.GROUPS if name not in ("graph", "threads")]  # which need a GPU
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_checks_pass_what_is_right(group: str) -> None:
+    found = list(checks.GROUPS[group]("reference", True))
+    assert found
+    for _, check in found:
+        check()
+
+
+FAULTS = {
+    "selection bfloat16": "select",
+    "selection float16": "select",
+    "selection float32": "select",
+    "loss": "select_loss support_loss",
+    "scatter": "scatter",
+    "head": "sparse_head sparse_head_weight_grad",
+    "mass": "rest mass_loss spread",
+    "stress": "select_loss scatter",
+    "slabs": "select select_loss scatter",
+}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in FAULTS[group].split()])
+def test_the_checks_fail_what_is_wrong(group: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of a result that a backend gives, or of what it writes, is off from the second call on."""
+    module = backends._load("reference")
+    wrong = type("Wrong", (), {})()
+    vars(wrong).update({**vars(module), name: off(getattr(module, name))})
+    monkeypatch.setattr(checks.backends, "_load", lambda _: wrong)
+    assert any(fails(check) for _, check in checks.GROUPS[group]("reference", True))
+
+
+def off(right: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def wrong(*arguments: Any) -> Any:
+        nonlocal calls
+        result, calls = right(*arguments), calls + 1
+        written = [x for x in arguments if isinstance(x, torch.Tensor)][-1]
+        tensor = written if result is None else result[0] if isinstance(result, tuple) else result
+        if calls > 1:
+            tensor.view(-1)[0] += 1
+        return result
+
+    return wrong
+
+
+def fails(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except AssertionError:
+        return True
+    return False
