@@ -15,6 +15,7 @@ def main() -> None:
     names = dict.fromkeys(case.name for cases in SUITES.values() for case in cases)
     run.add_argument("--case", action="append", choices=names, help="only these; `tiny` ends in seconds")
     run.add_argument("--against", metavar="GITREF", help="also this package as it was at that commit")
+    run.add_argument("--only-ours", action="store_true", help="without other projects and torch.compile")
     run.add_argument("--rounds", type=int, default=15)
     run.add_argument("--seconds", type=float, default=2.5, help="a contestant's time for a case, past three rounds")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")

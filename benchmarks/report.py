@@ -17,7 +17,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from benchmarks import predict
-from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, label, middle
+from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, gap, label, middle
 from benchmarks.fit import exponents
 from benchmarks.results import FOLDER, Line, load
 
@@ -27,12 +27,13 @@ MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo)(?: ([^\n]*?))? -->\n).
 def entry(name: str, lines: list[Line]) -> str:
     """A rival: its time, how many times ours that is, and its memory. A mark where the objective is another."""
     label = NAMES.get(name, name)
-    for why in ("missing", "refused"):
-        if why in lines[-1]:
-            return f"{label} {why}"
-    ratio = middle(lines, "over_topk_rkl")
+    if reason := gap(lines):
+        return f"{label} {reason.partition(':')[0]}"
     text = f"{label}{STARS.get(lines[0].get('objective', ''), '')} {digits(middle(lines, 'median_ms'))} ms"
-    return f"{text} ({ratio:.{1 if ratio >= 1 else 2}f}){mebibytes(lines)}"
+    if "over_topk_rkl" in lines[-1]:
+        ratio = middle(lines, "over_topk_rkl")
+        text += f" ({ratio:.{1 if ratio >= 1 else 2}f})"
+    return text + mebibytes(lines)
 
 
 def mebibytes(lines: list[Line]) -> str:
@@ -50,8 +51,10 @@ def cases(arguments: str) -> str:
         ours = contest["topk_rkl"]
         rivals = [entry(name, lines) for name, lines in contest.items() if name not in ("topk_rkl", "floor")]
         shown = (f"{case[size]:,}" if isinstance(case[size], int) else case[size] or "" for size in used)
-        time = f"{digits(middle(ours, 'median_ms'))} ms{mebibytes(ours)}"
-        share = f"{1 / middle(ours, 'over_floor'):.2f}"
+        time, share = "refused", ""
+        if not gap(ours):
+            time = f"{digits(middle(ours, 'median_ms'))} ms{mebibytes(ours)}"
+            share = f"{1 / middle(ours, 'over_floor'):.2f}"
         rows.append([label(case), *shown, time, share, "; ".join(rivals)])
     return table(rows)
 
@@ -119,7 +122,8 @@ def compiled(_: str) -> str:
 def measured_share(cost: Line) -> str:
     work = {"select": "select", "select_loss": "loss", "sparse_head": "linear"}.get(cost["kernel"])
     for case, contest in contests("gpu", ["select", "loss", "linear"]):
-        if (case["work"], case["v"], case["k"], case["dtype"]) == (work, cost["vocab"], cost["k"], cost["dtype"]):
+        sizes = (case["work"], case["v"], case["k"], case["dtype"])
+        if sizes == (work, cost["vocab"], cost["k"], cost["dtype"]) and not gap(contest["topk_rkl"]):
             shares = [
                 contest["floor"][i]["forward_ms"] / line["forward_ms"] for i, line in enumerate(contest["topk_rkl"])
             ]
@@ -158,8 +162,9 @@ def whole(suite: str) -> str:
         text += f"\n### {label(case)}: {sizes}, {case['dtype']}\n\n"
         rows = [head, ["---", "---", *("---:" for _ in head[2:])]]
         for name, lines in contest.items():
-            gap = lines[-1].get("missing") or lines[-1].get("refused")
-            rows.append([NAMES.get(name, name), *([gap] + [""] * (len(head) - 2) if gap else figures(lines))])
+            reason = gap(lines)
+            cells = [reason] + [""] * (len(head) - 2) if reason else figures([x for x in lines if "median_ms" in x])
+            rows.append([NAMES.get(name, name), *cells])
         text += table(rows)
     return text
 
@@ -173,7 +178,7 @@ def figures(lines: list[Line]) -> list[str]:
         lines[0].get("objective", ""),
         *(digits(middle(lines, field)) for field in ("forward_ms", "backward_ms", "median_ms")),
         " to ".join(quartiles),
-        *(digits(middle(lines, field)) for field in ("over_topk_rkl", "over_floor")),
+        *(digits(middle(lines, field)) if field in lines[0] else "" for field in ("over_topk_rkl", "over_floor")),
         *sizes,
         f"{lines[0]['error']:.0e}" if "error" in lines[0] else "",
     ]
