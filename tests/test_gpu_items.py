@@ -166,6 +166,21 @@ def test_ids_are_spread_or_hot_as_text_has_them() -> None:
     assert 0.01 < share < 1 / 32  # a position names an id once
 
 
+def test_every_turn_of_few_rows_reads_others() -> None:
+    inputs = Inputs(SMALL, "cpu")
+    inputs.sizes = FULL
+    for rows in FULL.few:
+        parts = [registry.few(inputs, rows, i) for i in range(3)]
+        assert all(part.stop - part.start == rows and part.stop <= FULL.n for part in parts)
+        assert parts[0].stop <= parts[1].start and parts[1].stop <= parts[2].start
+    item = registry.on_few(Inputs(SMALL, "cpu"), "select", 3, 1)
+    seen = []
+    with mock.patch.object(ops, "select", lambda x, *_: seen.append(x.data_ptr())):
+        item.forms["triton"].call(0)
+        item.forms["cuda"].call(1)
+    assert len(set(seen)) == 2
+
+
 def test_forms_take_turns_behind_a_busy_queue(monkeypatch) -> None:
     said, clock = [], iter(range(0, 1000, 3))
 
@@ -187,7 +202,7 @@ def test_forms_take_turns_behind_a_busy_queue(monkeypatch) -> None:
     calls = {name: lambda i, name=name: said.append(f"{name}{i}") for name in "ab"}
     times = Clock("cuda", 2).take_turns(calls)
     busy = f"busy {timing.WAIT}"
-    turns = [word for i in range(2) for name in "ab" for word in (busy, "mark", f"{name}{i}", "mark")]
+    turns = [word for turn in ("a2", "b3", "a4", "b5") for word in (busy, "mark", turn, "mark")]
     assert said == [*turns, "wait for all"]
     assert times == {"a": [3, 3], "b": [3, 3]}
     said.clear()

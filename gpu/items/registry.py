@@ -116,7 +116,7 @@ def select_float32(inputs: Inputs, k: int) -> Item:
 
 
 def few(inputs: Inputs, rows: int, i: int) -> slice:
-    """Other rows in every round, so that no cache has them."""
+    """Other rows in every turn, so that no cache has them."""
     start = i * rows % (inputs.sizes.n - rows + 1)
     return slice(start, start + rows)
 
@@ -161,12 +161,15 @@ def scatter(inputs: Inputs, k: int, unique: bool) -> Item:
 
 
 def support_loss(inputs: Inputs, k: int) -> Item:
-    def call(name: str) -> object:
-        return ops.support_loss(inputs.student, inputs.ids(k), inputs.values(k), None, 1.0, CODE, name)
+    """The slots of other rows in every turn: those of one turn fit in a second-level cache."""
 
-    slots = inputs.sizes.n * k
-    sizes = of_logits(inputs, k)
-    return Item(f"support_loss K {k:,}", by_backend(call), "support_loss", slots * (LINE + 8), slots * 4, sizes)
+    def call(i: int, name: str) -> object:
+        student = inputs.student_batch.flatten(0, 1)[i % inputs.sizes.batch :][: inputs.sizes.n]
+        return ops.support_loss(student, inputs.ids(k), inputs.values(k), None, 1.0, CODE, name)
+
+    forms = {name: Form(lambda i, name=name: call(i, name), name) for name in OURS}
+    slots, sizes = inputs.sizes.n * k, of_logits(inputs, k)
+    return Item(f"support_loss K {k:,}", forms, "support_loss", slots * (LINE + 8), slots * 4, sizes)
 
 
 def head(inputs: Inputs, k: int, hot: bool = False, dhidden: bool = True) -> Item:

@@ -5,11 +5,11 @@ apart.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-Call = Callable[[int], object]  # is given the number of its round, so that it can take other rows each time
+Call = Callable[[int], object]  # is given a number that no other turn has, so that it can take other rows
 
 WAIT = 2_000_000  # cycles, about a millisecond: longer than the host takes to queue any call
 WARM_UPS = 2
@@ -31,14 +31,13 @@ class Clock:
         if self.device != "cuda":
             return self._on_cpu(calls)
         marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-        for i in range(self.rounds):
-            for name, call in calls.items():
-                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(WAIT)
-                before.record()
-                call(i)
-                after.record()
-                marks[name].append((before, after))
+        for i, name in self._turns(calls):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(WAIT)
+            before.record()
+            calls[name](i)
+            after.record()
+            marks[name].append((before, after))
         self._finish()
         return {name: [before.elapsed_time(after) for before, after in pairs] for name, pairs in marks.items()}
 
@@ -56,12 +55,15 @@ class Clock:
 
     def _on_cpu(self, calls: dict[str, Call]) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for i in range(self.rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call(i)
-                times[name].append((time.perf_counter() - start) * 1e3)
+        for i, name in self._turns(calls):
+            start = time.perf_counter()
+            calls[name](i)
+            times[name].append((time.perf_counter() - start) * 1e3)
         return times
+
+    def _turns(self, calls: dict[str, Call]) -> Iterator[tuple[int, str]]:
+        """The first numbers were those of warm-ups."""
+        return enumerate((name for _ in range(self.rounds) for name in calls), start=WARM_UPS)
 
     def _finish(self) -> None:
         if self.device == "cuda":
