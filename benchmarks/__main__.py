@@ -1,4 +1,4 @@
-"""`python -m benchmarks run` measures, `python -m benchmarks report` makes tables and plots of what is committed."""
+"""`python -m benchmarks run` measures, `collect` takes in what a GPU measured, `report` makes tables and plots."""
 
 import argparse
 import os
@@ -22,6 +22,8 @@ def main() -> None:
     run.add_argument("--out", type=Path, help="the file that lines are appended to")
     report = commands.add_parser("report", help="tables and plots from benchmarks/results")
     report.add_argument("files", type=Path, nargs="*", help="files whose marked tables are written anew")
+    collect = commands.add_parser("collect", help="results of the GPU kit into benchmarks/results")
+    collect.add_argument("folder", type=Path, help="what the kit calls OUT")
     options = parser.parse_args()
     # Imported when asked for: the process that measures starts anew first.
     if options.command == "run":
@@ -29,6 +31,8 @@ def main() -> None:
 
         measure.start_anew()
         from benchmarks.run import run as command
+    elif options.command == "collect":
+        from benchmarks.collect import collect as command
     else:
         from benchmarks.report import report as command
     command(options)

@@ -49,6 +49,11 @@ def digits(x: float) -> str:
     return f"{float(f'{x:.3g}'):,g}"
 
 
+def table(rows: list[list[str]]) -> str:
+    """In Markdown; the second row says how the columns are aligned."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def middle(lines: list[Line], field: str) -> float:
     """Of the runs that have the field: the others had no time."""
     return statistics.median(line[field] for line in lines if field in line)

@@ -6,6 +6,8 @@ In Markdown, a mark is a pair of comments around what is written anew, <!-- KIND
     exponents SUITE             how time grows with each size
     compiled                    what the kernels of K = 64 cost once compiled, and what a model makes of it
     demo                        the table of examples/distill.py
+    gpu targets                 what was measured on a GPU beside what is aimed at
+    gpu items, gpu decisions    every timed item, and the constants that they decide
 
 Lines of several runs of a case are one entry: the median of their medians and of their ratios.
 """
@@ -17,11 +19,12 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from benchmarks import predict
-from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, gap, label, middle
+from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, gap, label, middle, table
 from benchmarks.fit import exponents
+from benchmarks.gpu_report import gpu
 from benchmarks.results import FOLDER, Line, load
 
-MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def entry(name: str, lines: list[Line]) -> str:
@@ -57,10 +60,6 @@ def cases(arguments: str) -> str:
             share = f"{1 / middle(ours, 'over_floor'):.2f}"
         rows.append([label(case), *shown, time, share, "; ".join(rivals)])
     return table(rows)
-
-
-def table(rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def growth(suite: str) -> str:
@@ -141,7 +140,9 @@ def demo(_: str) -> str:
     return table(rows) + f"\n{took} {size:.1f} GB on {found['cores']} shared CPU cores, torch {found['torch']}.\n"
 
 
-KINDS: dict[str, Callable[[str], str]] = {"cases": cases, "exponents": growth, "compiled": compiled, "demo": demo}
+KINDS: dict[str, Callable[[str], str]] = {
+    "cases": cases, "exponents": growth, "compiled": compiled, "demo": demo, "gpu": gpu,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
@@ -186,14 +187,23 @@ def figures(lines: list[Line]) -> list[str]:
 
 def report(options: Namespace) -> None:
     """Writes results/README.md and the plots anew, and the marked parts of the files named."""
-    from benchmarks import plots  # which needs matplotlib; the tests write tables without it
-
-    text = "# Every contestant of every case\n\nWritten by `python -m benchmarks report`.\n"
-    for suite in ("cpu", "gpu"):
-        if (FOLDER / f"{suite}.jsonl").exists():
-            lines = load(FOLDER / f"{suite}.jsonl")
-            text += f"\n## {suite.upper()}: {lines[-1]['device']}, torch {lines[-1]['torch']}\n{whole(suite)}"
-            plots.draw(suite)
-    (FOLDER / "README.md").write_text(text)
+    (FOLDER / "README.md").write_text(page())
     for file in options.files:
         file.write_text(filled(file.read_text()))
+    from benchmarks import plots  # which needs matplotlib; tables are written without it
+
+    for suite in suites():
+        plots.draw(suite)
+
+
+def page() -> str:
+    """The text of results/README.md."""
+    text = "# Every contestant of every case\n\nWritten by `python -m benchmarks report`.\n"
+    for suite in suites():
+        lines = load(FOLDER / f"{suite}.jsonl")
+        text += f"\n## {suite.upper()}: {lines[-1]['device']}, torch {lines[-1]['torch']}\n{whole(suite)}"
+    return f"{text}\n## Timed items on a GPU\n\n{gpu('items')}\n## What they decide\n\n{gpu('decisions')}"
+
+
+def suites() -> list[str]:
+    return [suite for suite in ("cpu", "gpu") if (FOLDER / f"{suite}.jsonl").exists()]
