@@ -254,6 +254,7 @@ def test_the_floor_is_that_of_the_fastest_form() -> None:
     lines = [
         {"item": "read", "bytes": 300, "median_ms": 3.0},
         {"item": "read", "bytes": 300, "median_ms": 2.0},
+        {"item": "read", "bytes": 300, "median_ms": 2.5},
         {"item": "fill", "error": "RuntimeError"},
         {"item": "select K 64", "bytes": 900, "median_ms": 1.0},
     ]
