@@ -92,6 +92,20 @@ def test_one_launch_is_one_launch() -> None:
     assert len(planned) > 1 and [launch.grid for launch in trial] == [(FULL.n,)]
 
 
+@pytest.mark.parametrize("label", [label for label in experiments.HEADS if label != AS_PLANNED])
+def test_an_override_of_the_head_changes_its_launch(label: str) -> None:
+    hidden, values = torch.zeros(2, FULL.h, dtype=torch.bfloat16), torch.zeros(2, 32)
+    ids = torch.zeros(2, 32, dtype=torch.int32)
+    call = partial(
+        ops.sparse_head, hidden, hidden, None, ids, values, None, 1.0, 1.0, None, True, list(REVERSE_KL), "triton"
+    )
+    (planned,), (launch,) = (launches_of(call, experiments.HEADS[name]) for name in (AS_PLANNED, label))
+    assert launch.keywords != planned.keywords, f"{label} is what is planned: leave it out"
+    names = {"warps": "num_warps", "columns": "SPAN", "terms": "TERMS"}
+    for count, name in (part.split() for part in label.replace(",0", "0").split(", ")):
+        assert launch.keywords[names[name]] == int(count)
+
+
 @pytest.mark.parametrize("label", [label for label in experiments.WEIGHT_GRADS if label != AS_PLANNED])
 def test_an_override_of_the_head_gradient_changes_its_launches(label: str) -> None:
     hidden, dhead = torch.zeros(64, FULL.h), torch.zeros(50, FULL.h)
@@ -136,7 +150,7 @@ def test_every_form_of_every_item_launches(item: Item) -> None:
 def test_the_registry_at_full_size() -> None:
     items = registry.registry(Inputs(FULL, "cpu"))  # nothing is allocated before a form is called
     by_name = {item.name: item for item in items}
-    assert len(by_name) == len(items) == 49
+    assert len(by_name) == len(items) == 51
     assert [item.name for item in items[:3]] == list(records.FLOORS)
     assert {item.decision for item in items} == {"", *DECISIONS}
     row, n, k, h = 151_936 * 2, 16_384, 32, 4_096

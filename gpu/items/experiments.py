@@ -26,6 +26,8 @@ DECISIONS = {
     "limit, of the form that wins: topk_rkl/backends/triton/launch.py.",
     "launches of a selection": "SCRATCH_BYTES holds the scratch of all rows, so that a selection is one launch: "
     "topk_rkl/backends/triton/launch.py.",
+    "warps of the head": "plan_sparse_head() takes the warps, terms and columns of the form that wins, if it loses "
+    "neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
     "block of the head's gradient": "plan_weight_grad() takes the pairs, columns and warps of the form that wins, "
     "if it loses neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
 }
@@ -63,6 +65,10 @@ def one_launch() -> AbstractContextManager[object]:
     return mock.patch.object(importlib.import_module(SELECT), "SCRATCH_BYTES", 1 << 40)
 
 
+def head(**sizes: int) -> AbstractContextManager[object]:
+    return returning(HEAD, "plan_sparse_head", lambda planned: replace(planned, **sizes))
+
+
 def weight_grad(**sizes: int) -> AbstractContextManager[object]:
     return returning(HEAD, "plan_weight_grad", lambda planned: replace(planned, **sizes))
 
@@ -82,6 +88,12 @@ SELECTIONS: dict[int, dict[str, Override]] = {
     3: named([(8, 128), (16, 64)]),
 }
 LAUNCHES: dict[str, Override] = {AS_PLANNED: nullcontext, "one launch": one_launch}
+HEADS: dict[str, Override] = {
+    AS_PLANNED: nullcontext,
+    "4 warps, 2,048 columns": partial(head, num_warps=4, span=2_048),
+    "8 warps, 2,048 columns": partial(head, num_warps=8, span=2_048),
+    "8 terms": partial(head, terms=8, span=512),
+}
 WEIGHT_GRADS: dict[str, Override] = {
     AS_PLANNED: nullcontext,
     "2 pairs": partial(weight_grad, pairs=2),

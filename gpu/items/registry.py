@@ -36,6 +36,7 @@ def registry(inputs: Inputs) -> list[Item]:
         *(head_gradient(inputs, k, hot) for k, hot in ((narrow, False), (narrow, True), (usual, False))),
         *(select_trial(inputs, place) for place in (2, 3, 1)),
         *(launch_trial(inputs, k) for k in (usual, wide)),
+        *(head_trial(inputs, narrow, hot) for hot in (False, True)),
         *(head_gradient_trial(inputs, narrow, hot) for hot in (False, True)),
         scatter(inputs, usual, unique=True),
         scatter(inputs, usual, unique=False),
@@ -172,16 +173,26 @@ def support_loss(inputs: Inputs, k: int) -> Item:
     return Item(f"support_loss K {k:,}", forms, "support_loss", slots * (LINE + 8), slots * 4, sizes)
 
 
-def head(inputs: Inputs, k: int, hot: bool = False, dhidden: bool = True) -> Item:
+def from_head(inputs: Inputs, k: int, hot: bool, dhidden: bool = True) -> ByName:
     def call(name: str) -> object:
         ids = (inputs.hot_ids if hot else inputs.ids)(k)
         args = inputs.hidden, inputs.head, None, ids, inputs.values(k), None, 1.0, 1.0, None, dhidden, CODE
         return ops.sparse_head(*args, name)
 
-    size = inputs.sizes.n * k * 2 * inputs.sizes.h
+    return call
+
+
+def head(inputs: Inputs, k: int, hot: bool = False, dhidden: bool = True) -> Item:
+    size, forms = inputs.sizes.n * k * 2 * inputs.sizes.h, by_backend(from_head(inputs, k, hot, dhidden))
     name = f"sparse_head K {k:,}{', hot ids' if hot else ''}{'' if dhidden else ', no dhidden'}"
     kernel = "sparse_head" if dhidden and not hot else ""
-    return Item(name, by_backend(call), kernel, size, sizes=of_head(inputs, k), decision="backend of the head")
+    return Item(name, forms, kernel, size, sizes=of_head(inputs, k), decision="backend of the head")
+
+
+def head_trial(inputs: Inputs, k: int, hot: bool) -> Item:
+    size, forms = inputs.sizes.n * k * 2 * inputs.sizes.h, by_override(from_head(inputs, k, hot), experiments.HEADS)
+    name = f"sparse_head K {k:,}, warps{', hot ids' if hot else ''}"
+    return Item(name, forms, "" if hot else "sparse_head", size, sizes=of_head(inputs, k), decision="warps of the head")
 
 
 def summed_head(inputs: Inputs, k: int, hot: bool) -> ByName:
