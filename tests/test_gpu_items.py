@@ -291,6 +291,13 @@ def test_a_prediction_stands_beside_what_is_planned_alone() -> None:
     assert 0 < head["triton"]["predicted_share"] <= 1
 
 
+def test_a_fault_of_the_model_does_not_cost_the_time(monkeypatch) -> None:
+    monkeypatch.setattr(records, "predicted", lambda *_: 1 / 0)
+    found = measured(item(), {"triton": [2.0], "other": [1.0]}, {}, H100)
+    assert found["triton"]["median_ms"] == 2 and found["other"]["median_ms"] == 1
+    assert found["triton"]["prediction_error"] == "ZeroDivisionError: division by zero"
+
+
 def fails(_: int) -> None:
     raise RuntimeError("no such thing")
 

@@ -60,8 +60,8 @@ def measured(item: Item, times: dict[str, list[float]], rates: dict[str, float],
             line |= {"bytes": size, "tb_s": digits(size / medians[label] / 1e9)}
         if of := floor(item, medians, rates):
             line |= {"of": of[0], "share": digits(of[1] / medians[label])}
-        if label in ("triton", AS_PLANNED) and (share := predicted(item, device)):
-            line["predicted_share"] = digits(share)
+        if label in ("triton", AS_PLANNED):
+            line |= prediction(item, device)
         found[label] = line
     return found
 
@@ -83,6 +83,15 @@ def floor_rates(lines: Iterable[Line]) -> dict[str, float]:
         if line["item"] in FLOORS and "median_ms" in line:
             rates[line["item"]] = max(rates.get(line["item"], 0.0), line["bytes"] / line["median_ms"])
     return rates
+
+
+def prediction(item: Item, device: str) -> Line:
+    """A fault of the model is written down; it must not cost the time that was taken."""
+    try:
+        share = predicted(item, device)
+    except Exception as error:
+        return {"prediction_error": f"{type(error).__name__}: {error}"[:200]}
+    return {} if share is None else {"predicted_share": digits(share)}
 
 
 def predicted(item: Item, device: str) -> float | None:
