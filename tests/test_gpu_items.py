@@ -246,7 +246,7 @@ def item(name: str = "one", **changes: Any) -> Item:
 
 
 def test_numbers_of_an_item_by_hand() -> None:
-    rates = {"read": 3e9, "fill": 2e9, "copy": 1e9}  # bytes a millisecond
+    rates = {"read": 3e9, "fill": 2e9, "copy": 1e9}  # bytes per millisecond
     times = {"triton": [4.0, 2.0, 2.5, 3.0, 2.5], "other": [2.0, 2.0, 2.0, 2.0, 2.0]}
     found = measured(item(), times, rates, H100)
     assert found["triton"] == {

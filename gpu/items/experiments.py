@@ -47,7 +47,7 @@ def returning(module: str, function: str, change: Callable[[Any], Any]) -> Itera
 
 @contextmanager
 def selection(warps: int, registers: int) -> Iterator[None]:
-    """As many bytes in flight a thread as planned."""
+    """As many bytes in flight per thread as planned."""
 
     def plan(planned: Any) -> Any:
         return replace(planned, num_warps=warps, block=planned.block * warps // planned.num_warps)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gpu.items.forms import Form, Item
 from gpu.items.inputs import Inputs
 
-READS = ((2_048, 4), (4_096, 4), (8_192, 8))  # words a program, warps: which is fastest, the card says
+READS = ((2_048, 4), (4_096, 4), (8_192, 8))  # words per program, warps: the card says which is fastest
 
 
 @triton.jit

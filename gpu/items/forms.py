@@ -13,9 +13,9 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """What must move is what benchmarks/predict.py counts: whole rows of logits, K rows of the head a position.
+    """What must move is what benchmarks/predict.py counts: whole rows of logits, K rows of the head per position.
 
-    What K slots of a position move besides is left out, so a share at a large K is, if anything, too low.
+    What the K slots of a position move besides is left out, so a share at a large K is, if anything, too low.
     """
 
     name: str

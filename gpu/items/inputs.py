@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BF16 = torch.bfloat16
-HOT_SHARE = 12  # of V: as many ids occur in 12,800 positions of prose (SmolLM2, K = 32), some 40 slots an id
+HOT_SHARE = 12  # V over the ids that occur: some 40 slots per id, as in 12,800 positions of prose (SmolLM2, K = 32)
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Sizes:
 
 
 FULL = Sizes()
-PROFILED = Sizes(n=2_112)  # sixteen rows a core of an H100: enough for its profile, which runs a launch many times
+PROFILED = Sizes(n=2_112)  # sixteen rows per core of an H100; a profiler runs each launch many times
 SMALL = Sizes(n=2, batch=2, v=32, h=16, ks=(2, 3, 4, 8), few=(2,), read_words=16, chunk=2, host_calls=1)
 
 
 class Inputs:
-    """Random tensors of these sizes. At the full sizes they hold 24 GB, each many times a second-level cache."""
+    """Random tensors of these sizes. At the full sizes they hold 23 GB, each many times a second-level cache."""
 
     def __init__(self, sizes: Sizes, device: str) -> None:
         self.sizes, self.device = sizes, device
@@ -88,7 +88,7 @@ class Inputs:
         return (torch.arange(k, device=self.device) * apart + within).int()
 
     def _hot_ids(self, k: int) -> Tensor:  # (N, K) int32
-        """As text has them: a twelfth of the vocabulary, its rank r as often as 1 / (r + 16)."""
+        """As text has them: a twelfth of the vocabulary, rank r in proportion to 1 / (r + 16)."""
         most, shift = self.sizes.v // HOT_SHARE, 16
         power = torch.rand(self.sizes.n, k, device=self.device)
         rank = (shift * ((most + shift) / shift) ** power - shift).long().clamp_(0, most - 1)

@@ -38,7 +38,8 @@ class Records:
         return {line["item"] for line in self.lines if "begun" not in line}
 
     def cut_short(self) -> list[str]:
-        return [name for name in dict.fromkeys(line["item"] for line in self.lines) if name not in self.done()]
+        done = self.done()
+        return [name for name in dict.fromkeys(line["item"] for line in self.lines) if name not in done]
 
 
 def measured(item: Item, times: dict[str, list[float]], rates: dict[str, float], device: str) -> dict[str, Line]:
@@ -77,7 +78,7 @@ def floor(item: Item, medians: dict[str, float], rates: dict[str, float]) -> tup
 
 
 def floor_rates(lines: Iterable[Line]) -> dict[str, float]:
-    """Bytes a millisecond of the fastest form of each floor."""
+    """Bytes per millisecond of the fastest form of each floor."""
     rates: dict[str, float] = {}
     for line in lines:
         if line["item"] in FLOORS and "median_ms" in line:
