@@ -1,4 +1,4 @@
-"""`python -m benchmarks run` measures, `python -m benchmarks report` makes tables and plots of what is committed."""
+"""`python -m benchmarks run` measures, `collect` takes in what a GPU measured, `report` makes tables and plots."""
 
 import argparse
 import os
@@ -15,12 +15,15 @@ def main() -> None:
     names = dict.fromkeys(case.name for cases in SUITES.values() for case in cases)
     run.add_argument("--case", action="append", choices=names, help="only these; `tiny` ends in seconds")
     run.add_argument("--against", metavar="GITREF", help="also this package as it was at that commit")
+    run.add_argument("--only-ours", action="store_true", help="without other projects and torch.compile")
     run.add_argument("--rounds", type=int, default=15)
     run.add_argument("--seconds", type=float, default=2.5, help="a contestant's time for a case, past three rounds")
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
     run.add_argument("--out", type=Path, help="the file that lines are appended to")
     report = commands.add_parser("report", help="tables and plots from benchmarks/results")
     report.add_argument("files", type=Path, nargs="*", help="files whose marked tables are written anew")
+    collect = commands.add_parser("collect", help="results of the GPU kit into benchmarks/results")
+    collect.add_argument("folder", type=Path, help="what the kit calls OUT")
     options = parser.parse_args()
     # Imported when asked for: the process that measures starts anew first.
     if options.command == "run":
@@ -28,6 +31,8 @@ def main() -> None:
 
         measure.start_anew()
         from benchmarks.run import run as command
+    elif options.command == "collect":
+        from benchmarks.collect import collect as command
     else:
         from benchmarks.report import report as command
     command(options)

@@ -13,6 +13,7 @@ from benchmarks import peers
 from benchmarks.cases import DTYPES, Case
 from benchmarks.problems import FORWARD, TOP_K, WHOLE, Problem, on_slots
 from topk_rkl import linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl.backends import unavailable
 
 CHUNK = 32  # positions
 
@@ -54,6 +55,14 @@ class Contestant(NamedTuple):
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = tuple(DTYPES)
     compiles: bool = False  # for seconds, before its first call
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("topk_rkl")
+
+
+class Unavailable(Exception):
+    """A backend of ours cannot run on this machine, which is no fault of it."""
 
 
 def select_ours(p: Problem) -> Entry:
@@ -222,6 +231,8 @@ def linear_whole(peer: Callable[..., peers.Loss], p: Problem, **options: bool) -
 
 def in_cuda(build: Build, p: Problem) -> Entry:
     """This package's own, by its CUDA C++ kernels; the backward pass takes the backend of its forward."""
+    if reason := unavailable("cuda"):
+        raise Unavailable(reason)
     entry = build(p)
 
     def forward() -> Any:
@@ -267,7 +278,11 @@ CONTESTANTS = [
 ]
 
 
-def taking_part(case: Case, device: str) -> list[Contestant]:
+PLAIN_TORCH = ("torch.topk", "plain", "gathered", "gathered in chunks")
+
+
+def taking_part(case: Case, device: str, only_ours: bool = False) -> list[Contestant]:
+    """With `only_ours` neither other projects nor torch.compile: this package, and plain PyTorch beside it."""
     return [
         contestant
         for contestant in CONTESTANTS
@@ -276,4 +291,5 @@ def taking_part(case: Case, device: str) -> list[Contestant]:
         and case.dtype in contestant.dtypes
         and (not case.contestants or contestant.name in case.contestants)
         and not (contestant.compiles and case.name == "tiny")
+        and (not only_ours or contestant.ours or contestant.name in PLAIN_TORCH)
     ]

@@ -49,8 +49,19 @@ def digits(x: float) -> str:
     return f"{float(f'{x:.3g}'):,g}"
 
 
+def table(rows: list[list[str]]) -> str:
+    """In Markdown; the second row says how the columns are aligned."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def middle(lines: list[Line], field: str) -> float:
-    return statistics.median(line[field] for line in lines)
+    """Of the runs that have the field: the others had no time."""
+    return statistics.median(line[field] for line in lines if field in line)
+
+
+def gap(lines: list[Line]) -> str | None:
+    """Why there is no time: the contestant was missing or refused when it was last tried."""
+    return next((f"{why}: {lines[-1][why]}" for why in ("missing", "refused") if why in lines[-1]), None)
 
 
 def label(case: Line) -> str:

@@ -86,10 +86,11 @@ def floors(suite: str) -> Figure:
     for place, (_, contest) in enumerate(reversed(found)):
         shares = {name: 1 / middle(lines, "over_floor") for name, lines in contest.items() if "over_floor" in lines[-1]}
         rivals = {name: s for name, s in shares.items() if name != "floor" and not name.startswith("topk_rkl")}
-        best = max(rivals, key=rivals.get)
-        panel.barh(place + 0.2, shares["topk_rkl"], 0.36, color=COLOURS["topk_rkl"])
-        bar = panel.barh(place - 0.2, rivals[best], 0.36, color="0.7")
-        panel.bar_label(bar, [NAMES.get(best, best).replace("`", "")], fontsize=7, padding=3)
+        panel.barh(place + 0.2, shares.get("topk_rkl", 0), 0.36, color=COLOURS["topk_rkl"])
+        if rivals:
+            best = max(rivals, key=rivals.get)
+            bar = panel.barh(place - 0.2, rivals[best], 0.36, color="0.7")
+            panel.bar_label(bar, [NAMES.get(best, best).replace("`", "")], fontsize=7, padding=3)
     panel.axvline(1, color="0.4", linewidth=1)
     names = [
         f"{label(case).replace('`', '')}\nN {case['n']:,}, V {case['v']:,}, K {case['k']}, {case['dtype']}"

@@ -6,6 +6,8 @@ In Markdown, a mark is a pair of comments around what is written anew, <!-- KIND
     exponents SUITE             how time grows with each size
     compiled                    what the kernels of K = 64 cost once compiled, and what a model makes of it
     demo                        the table of examples/distill.py
+    gpu targets                 what was measured on a GPU beside what is aimed at
+    gpu items, gpu decisions    every timed item, and the constants that they decide
 
 Lines of several runs of a case are one entry: the median of their medians and of their ratios.
 """
@@ -17,22 +19,24 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from benchmarks import predict
-from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, label, middle
+from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, gap, label, middle, table
 from benchmarks.fit import exponents
+from benchmarks.gpu_report import gpu
 from benchmarks.results import FOLDER, Line, load
 
-MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def entry(name: str, lines: list[Line]) -> str:
     """A rival: its time, how many times ours that is, and its memory. A mark where the objective is another."""
     label = NAMES.get(name, name)
-    for why in ("missing", "refused"):
-        if why in lines[-1]:
-            return f"{label} {why}"
-    ratio = middle(lines, "over_topk_rkl")
+    if reason := gap(lines):
+        return f"{label} {reason.partition(':')[0]}"
     text = f"{label}{STARS.get(lines[0].get('objective', ''), '')} {digits(middle(lines, 'median_ms'))} ms"
-    return f"{text} ({ratio:.{1 if ratio >= 1 else 2}f}){mebibytes(lines)}"
+    if "over_topk_rkl" in lines[-1]:
+        ratio = middle(lines, "over_topk_rkl")
+        text += f" ({ratio:.{1 if ratio >= 1 else 2}f})"
+    return text + mebibytes(lines)
 
 
 def mebibytes(lines: list[Line]) -> str:
@@ -50,14 +54,12 @@ def cases(arguments: str) -> str:
         ours = contest["topk_rkl"]
         rivals = [entry(name, lines) for name, lines in contest.items() if name not in ("topk_rkl", "floor")]
         shown = (f"{case[size]:,}" if isinstance(case[size], int) else case[size] or "" for size in used)
-        time = f"{digits(middle(ours, 'median_ms'))} ms{mebibytes(ours)}"
-        share = f"{1 / middle(ours, 'over_floor'):.2f}"
+        time, share = "refused", ""
+        if not gap(ours):
+            time = f"{digits(middle(ours, 'median_ms'))} ms{mebibytes(ours)}"
+            share = f"{1 / middle(ours, 'over_floor'):.2f}"
         rows.append([label(case), *shown, time, share, "; ".join(rivals)])
     return table(rows)
-
-
-def table(rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def growth(suite: str) -> str:
@@ -119,7 +121,8 @@ def compiled(_: str) -> str:
 def measured_share(cost: Line) -> str:
     work = {"select": "select", "select_loss": "loss", "sparse_head": "linear"}.get(cost["kernel"])
     for case, contest in contests("gpu", ["select", "loss", "linear"]):
-        if (case["work"], case["v"], case["k"], case["dtype"]) == (work, cost["vocab"], cost["k"], cost["dtype"]):
+        sizes = (case["work"], case["v"], case["k"], case["dtype"])
+        if sizes == (work, cost["vocab"], cost["k"], cost["dtype"]) and not gap(contest["topk_rkl"]):
             shares = [
                 contest["floor"][i]["forward_ms"] / line["forward_ms"] for i, line in enumerate(contest["topk_rkl"])
             ]
@@ -137,7 +140,9 @@ def demo(_: str) -> str:
     return table(rows) + f"\n{took} {size:.1f} GB on {found['cores']} shared CPU cores, torch {found['torch']}.\n"
 
 
-KINDS: dict[str, Callable[[str], str]] = {"cases": cases, "exponents": growth, "compiled": compiled, "demo": demo}
+KINDS: dict[str, Callable[[str], str]] = {
+    "cases": cases, "exponents": growth, "compiled": compiled, "demo": demo, "gpu": gpu,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
@@ -158,8 +163,9 @@ def whole(suite: str) -> str:
         text += f"\n### {label(case)}: {sizes}, {case['dtype']}\n\n"
         rows = [head, ["---", "---", *("---:" for _ in head[2:])]]
         for name, lines in contest.items():
-            gap = lines[-1].get("missing") or lines[-1].get("refused")
-            rows.append([NAMES.get(name, name), *([gap] + [""] * (len(head) - 2) if gap else figures(lines))])
+            reason = gap(lines)
+            cells = [reason] + [""] * (len(head) - 2) if reason else figures([x for x in lines if "median_ms" in x])
+            rows.append([NAMES.get(name, name), *cells])
         text += table(rows)
     return text
 
@@ -173,7 +179,7 @@ def figures(lines: list[Line]) -> list[str]:
         lines[0].get("objective", ""),
         *(digits(middle(lines, field)) for field in ("forward_ms", "backward_ms", "median_ms")),
         " to ".join(quartiles),
-        *(digits(middle(lines, field)) for field in ("over_topk_rkl", "over_floor")),
+        *(digits(middle(lines, field)) if field in lines[0] else "" for field in ("over_topk_rkl", "over_floor")),
         *sizes,
         f"{lines[0]['error']:.0e}" if "error" in lines[0] else "",
     ]
@@ -181,14 +187,23 @@ def figures(lines: list[Line]) -> list[str]:
 
 def report(options: Namespace) -> None:
     """Writes results/README.md and the plots anew, and the marked parts of the files named."""
-    from benchmarks import plots  # which needs matplotlib; the tests write tables without it
-
-    text = "# Every contestant of every case\n\nWritten by `python -m benchmarks report`.\n"
-    for suite in ("cpu", "gpu"):
-        if (FOLDER / f"{suite}.jsonl").exists():
-            lines = load(FOLDER / f"{suite}.jsonl")
-            text += f"\n## {suite.upper()}: {lines[-1]['device']}, torch {lines[-1]['torch']}\n{whole(suite)}"
-            plots.draw(suite)
-    (FOLDER / "README.md").write_text(text)
+    (FOLDER / "README.md").write_text(page())
     for file in options.files:
         file.write_text(filled(file.read_text()))
+    from benchmarks import plots  # which needs matplotlib; tables are written without it
+
+    for suite in suites():
+        plots.draw(suite)
+
+
+def page() -> str:
+    """The text of results/README.md."""
+    text = "# Every contestant of every case\n\nWritten by `python -m benchmarks report`.\n"
+    for suite in suites():
+        lines = load(FOLDER / f"{suite}.jsonl")
+        text += f"\n## {suite.upper()}: {lines[-1]['device']}, torch {lines[-1]['torch']}\n{whole(suite)}"
+    return f"{text}\n## Timed items on a GPU\n\n{gpu('items')}\n## What they decide\n\n{gpu('decisions')}"
+
+
+def suites() -> list[str]:
+    return [suite for suite in ("cpu", "gpu") if (FOLDER / f"{suite}.jsonl").exists()]

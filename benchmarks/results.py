@@ -1,9 +1,13 @@
-"""Results as JSON lines, each with the device, the versions, the commit and the date."""
+"""Results as JSON lines, each with the device, the versions, the commit and the date.
+
+Where the repository did not come along, the environment variable TOPK_RKL_COMMIT names the commit.
+"""
 
 import contextlib
 import datetime
 import importlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -22,25 +26,46 @@ Line = dict[str, Any]
 
 
 def setting(device: str) -> Line:
-    # What is measured anew is no change.
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     shared: Line = {
         "date": datetime.date.today().isoformat(),
-        "commit": (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if changed else ""),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+    if device == "cuda":
+        shared |= {"cuda": torch.version.cuda, "driver": driver()}
     if device == "cpu" and backends.unavailable("native") is None:
         native = importlib.import_module("topk_rkl._native")
         shared |= {"build": native.BUILD, "isa": native.isa()}
     return shared
 
 
+def commit() -> str:
+    head = git("rev-parse", "HEAD")
+    # What is measured anew is no change.
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+    return head + ("-dirty" if changed else "") if head else os.environ.get("TOPK_RKL_COMMIT") or "unknown"
+
+
 def git(*arguments: str) -> str:
     """What it says, or nothing outside a repository."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=FOLDER).stdout.strip()
+    return said("git", "-C", str(FOLDER), *arguments)
+
+
+def driver() -> str:
+    """That of the first GPU, as in "580.65.06"."""
+    found = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return found[0] if found else "unknown"
+
+
+def said(*command: str) -> str:
+    """What the command prints; nothing where it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return ""
 
 
 def cpu_name() -> str:

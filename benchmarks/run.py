@@ -1,6 +1,8 @@
 """Cases times contestants: checked against float64, then timed in turns, then written down."""
 
 import contextlib
+import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,7 +15,7 @@ import torch
 from benchmarks import results
 from benchmarks.against import Rival
 from benchmarks.cases import SUITES, Case
-from benchmarks.contestants import Contestant, Entry, taking_part
+from benchmarks.contestants import Contestant, Entry, Unavailable, taking_part
 from benchmarks.measure import (
     Floor,
     Passes,
@@ -32,16 +34,21 @@ class Wrong(Exception):
 
 
 def run(options: Namespace) -> None:
+    """Every case is tried and every result written; a result of ours that was refused makes the exit code 1."""
     device = {"cpu": "cpu", "gpu": "cuda"}[options.suite]
     if device == "cpu":
         torch.set_num_threads(options.threads)
     cases = [case for case in SUITES[options.suite] if not options.case or case.name in options.case]
     out: Path = options.out or results.FOLDER / f"{options.suite}.jsonl"
-    stage, shared = Stage(device), results.setting(device)
+    stage, shared, refused = Stage(device), results.setting(device), []
     with Rival(options.against, device, options.threads) if options.against else contextlib.nullcontext() as rival:
         for case in progress(cases):
-            for line in measured(case, stage, options.rounds, options.seconds, rival):
+            for line in tried(case, stage, options.rounds, options.seconds, rival, options.only_ours):
                 results.append({**line, **shared}, out)
+                if line["contestant"].startswith("topk_rkl") and "refused" in line:
+                    refused.append(f"{case.work} of {case.name}, {line['contestant']}: {line['refused']}")
+    if refused:
+        sys.exit("\n".join(["refused:", *refused]))
 
 
 def progress(cases: list[Case]) -> Iterator[Case]:
@@ -59,13 +66,26 @@ def progress(cases: list[Case]) -> Iterator[Case]:
             yield case
 
 
-def measured(case: Case, stage: Stage, rounds: int, seconds: float, rival: Rival | None) -> Iterator[results.Line]:
+def tried(
+    case: Case, stage: Stage, rounds: int, seconds: float, rival: Rival | None, only_ours: bool
+) -> Iterator[results.Line]:
+    """The lines of the case, or one line that says why it ended before them: the next case is measured either way."""
+    try:
+        yield from measured(case, stage, rounds, seconds, rival, only_ours)
+    except Exception as reason:
+        traceback.print_exc()
+        yield {**sizes(case), "contestant": "topk_rkl", "refused": f"the case ended: {in_short(reason)}"}
+
+
+def measured(
+    case: Case, stage: Stage, rounds: int, seconds: float, rival: Rival | None, only_ours: bool = False
+) -> Iterator[results.Line]:
     """A line for every contestant, those that are missing or wrong included."""
     torch._dynamo.reset()  # a compiled function is compiled for eight shapes and then no more, without a word
     problem = Problem(case, stage.device)
     moved = case.moved(problem.touched)
     floor = Floor(*moved, stage.device)
-    entries, lines = entered(problem)
+    entries, lines = entered(problem, only_ours)
     lines["floor"] = {"contestant": "floor"}
     turns: dict[str, Callable[[], Passes]] = {
         name: partial(stage.passes, entry) for name, entry in {**entries, "floor": floor}.items()
@@ -75,33 +95,41 @@ def measured(case: Case, stage: Stage, rounds: int, seconds: float, rival: Rival
         turns["against"] = rival.turn(case)
     times = {name: summary(taken) for name, taken in contest(turns, rounds, seconds).items()}
     peaks = peaks_on_cpu(case, [*entries]) if case.peak and stage.device == "cpu" else {}
-    sizes = {name: value for name, value in asdict(case).items() if value and name not in ("contestants", "peak")}
     for name, line in lines.items():
-        line = {**sizes, **line}
+        line = {**sizes(case), **line}
         if name in times:
             line |= times[name]
-            line |= {f"over_{other}": ratio(times, name, other) for other in ("floor", "topk_rkl")}
+            line |= {f"over_{other}": ratio(times, name, other) for other in ("floor", "topk_rkl") if other in times}
             line["moved_bytes"] = [*moved[0], *moved[1]]
         if name in entries:
             line |= memory(entries[name], problem, peaks.get(name))
         yield line
 
 
-def entered(problem: Problem) -> tuple[dict[str, Entry], dict[str, results.Line]]:
+def sizes(case: Case) -> results.Line:
+    return {name: value for name, value in asdict(case).items() if value and name not in ("contestants", "peak")}
+
+
+def in_short(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+
+
+def entered(problem: Problem, only_ours: bool) -> tuple[dict[str, Entry], dict[str, results.Line]]:
     """Who was found right, and what is known of each: without an entry, why."""
     entries, lines = {}, {}
-    for contestant in taking_part(problem.case, problem.device):
+    for contestant in taking_part(problem.case, problem.device, only_ours):
         name = contestant.name
         lines[name] = {"contestant": name}
         try:
             entry = contestant.build(problem)
             lines[name] |= checked(contestant, entry, problem)
             entries[name] = entry
-        except Exception as reason:  # a rival may fail in any way, and is then named with it
-            if name == "topk_rkl":
-                raise
-            kind = "refused" if isinstance(reason, Wrong) else "missing"
-            lines[name][kind] = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+        except Exception as reason:  # a rival may fail in any way, ours in none
+            if contestant.ours and not isinstance(reason, Unavailable):
+                traceback.print_exc()
+                lines[name]["refused"] = in_short(reason)
+            else:
+                lines[name]["refused" if isinstance(reason, Wrong) else "missing"] = in_short(reason)
     return entries, lines
 
 

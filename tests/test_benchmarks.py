@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contestants, entries, fit, measure, predict, problems, report, run
+from benchmarks import contestants, entries, fit, measure, predict, problems, report, results, run
 from benchmarks.cases import CPU, Case, Moved
 from benchmarks.contestants import Contestant, Entry, taking_part
 from benchmarks.measure import Floor, Passes, Stage, contest, summary
@@ -93,17 +95,102 @@ def test_a_wrong_selection_has_no_time(stage: Stage, monkeypatch) -> None:
     ]  # fmt: skip
 
 
-def test_a_rival_that_fails_is_named_and_ours_raises(stage: Stage, monkeypatch) -> None:
-    def fail(p: Problem) -> Entry:
-        raise ImportError("no module of that name")
+def failing(p: Problem) -> Entry:
+    raise ImportError("no module of that name")
 
-    ours = contestants.CONTESTANTS[0]
-    monkeypatch.setattr(contestants, "CONTESTANTS", [ours, Contestant("rival", "select", fail)])
+
+def test_a_rival_that_fails_is_missing_and_ours_is_refused(stage: Stage, monkeypatch) -> None:
+    entered = [Contestant("topk_rkl", "select", failing), Contestant("rival", "select", failing)]
+    monkeypatch.setattr(contestants, "CONTESTANTS", entered)
     lines = {line["contestant"]: line for line in run.measured(of("select"), stage, 3, 0.1, None)}
-    assert lines["rival"]["missing"] == "ImportError: no module of that name"
-    monkeypatch.setattr(contestants, "CONTESTANTS", [Contestant("topk_rkl", "select", fail)])
-    with pytest.raises(ImportError):
-        list(run.measured(of("select"), stage, 3, 0.1, None))
+    assert lines["topk_rkl"]["refused"] == lines["rival"]["missing"] == "ImportError: no module of that name"
+    assert "over_floor" in lines["floor"] and "over_topk_rkl" not in lines["floor"]
+
+
+def test_a_backend_of_ours_that_cannot_run_here_is_missing(stage: Stage, monkeypatch) -> None:
+    monkeypatch.setattr(contestants, "unavailable", lambda name: f"no {name}")
+    build = partial(contestants.in_cuda, contestants.select_ours)
+    monkeypatch.setattr(contestants, "CONTESTANTS", [Contestant("topk_rkl, CUDA C++", "select", build)])
+    lines = {line["contestant"]: line for line in run.measured(of("select"), stage, 3, 0.1, None)}
+    assert lines["topk_rkl, CUDA C++"]["missing"] == "Unavailable: no cuda"
+
+
+def options(out: Path, **changes) -> Namespace:
+    plain = {"suite": "cpu", "case": ["tiny"], "rounds": 3, "seconds": 0.1, "threads": 2, "against": None}
+    return Namespace(**{**plain, "only_ours": True, "out": out, **changes})
+
+
+def wrong_selection(p: Problem) -> Entry:
+    return Entry(lambda: p.teacher.topk(p.case.k, largest=False))
+
+
+def broken_while_timed(p: Problem) -> Entry:
+    calls = iter(range(2))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        if next(calls, None) is None:
+            raise RuntimeError("out of calls")
+        return p.teacher.topk(p.case.k)
+
+    return Entry(forward)
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (wrong_selection, "Wrong: not the largest of each row"),
+        (failing, "ImportError: no module of that name"),
+        (broken_while_timed, "the case ended: RuntimeError: out of calls"),
+    ],
+    ids=["wrong", "raises", "raises while timed"],
+)
+def test_a_result_of_ours_that_is_refused_does_not_end_the_suite(build, why, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "largest_cache", lambda _: 0)
+    others = [contestant for contestant in contestants.CONTESTANTS if contestant.work == "loss"]
+    monkeypatch.setattr(contestants, "CONTESTANTS", [Contestant("topk_rkl", "select", build), *others])
+    with pytest.raises(SystemExit) as end:
+        run.run(options(tmp_path / "lines.jsonl"))
+    assert end.value.code == f"refused:\nselect of tiny, topk_rkl: {why}"  # a text: the exit code is 1
+    lines = results.load(tmp_path / "lines.jsonl")
+    ours = {line["work"]: line for line in lines if line["contestant"] == "topk_rkl"}
+    assert ours["select"]["refused"] == why and ours["select"]["n"] == of("select").n
+    assert "median_ms" in ours["loss"]
+
+
+def test_a_refused_result_has_a_place_in_the_tables(tmp_path: Path, monkeypatch) -> None:
+    line = {"name": "select", "work": "select", "n": 256, "v": 1000, "k": 8, "dtype": "bfloat16", "rows": "random"}
+    ours = {**line, "contestant": "topk_rkl", "refused": "Wrong: not the largest of each row"}
+    times = {"forward_ms": 12.0, "backward_ms": 0.0, "median_ms": 12.34, "quartiles_ms": [12.0, 13.0]}
+    lines = [ours, {**line, "contestant": "torch.topk", **times, "over_floor": 3.0}]
+    (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for module in (entries, report):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    assert "| bfloat16 | refused |  | torch.topk 12.3 ms |\n" in report.cases("gpu: select")
+    assert "| this package | refused: Wrong: not the largest of each row |" in report.whole("gpu")
+    assert "| torch.topk |  | 12 | 0 | 12.3 | 12 to 13 |  | 3 |" in report.whole("gpu")
+
+
+def test_only_ours_leaves_out_other_projects_and_torch_compile() -> None:
+    kept = {c.name for case in TINY for c in taking_part(replace(case, name="select"), "cuda", only_ours=True)}
+    left = {contestant.name for contestant in contestants.CONTESTANTS} - kept
+    assert {"topk_rkl", "topk_rkl, CUDA C++", "topk_rkl, overwriting", *contestants.PLAIN_TORCH} == kept
+    assert {"torch.compile", "FlashInfer", "TRL", "Liger, compiled", "Fast-LLM", "verl"} < left
+
+
+def test_the_commit_comes_from_outside_where_there_is_no_repository(monkeypatch) -> None:
+    monkeypatch.setenv("TOPK_RKL_COMMIT", "0123abc")
+    monkeypatch.setattr(results, "git", lambda *arguments: {"rev-parse": "89f8bb8"}.get(arguments[0], " M README.md"))
+    assert results.commit() == "89f8bb8-dirty"
+    monkeypatch.setattr(results, "git", lambda *_: "")
+    assert results.commit() == results.setting("cpu")["commit"] == "0123abc"
+    monkeypatch.delenv("TOPK_RKL_COMMIT")
+    assert results.commit() == "unknown"
+
+
+def test_a_command_that_fails_or_is_not_there_says_nothing(tmp_path: Path) -> None:
+    assert results.said(sys.executable, "-c", "print(7)") == "7"
+    assert results.said(sys.executable, "-c", "print(7); exit(1)") == ""
+    assert results.said(str(tmp_path / "nothing")) == ""
 
 
 @pytest.mark.parametrize("objective", [TOP_K, FORWARD, WHOLE])

@@ -1,0 +1,104 @@
+"""What the run decides: constants under trial, and the sentence that says what to change where another form wins.
+
+An override replaces what a plan function returns, in the module that calls it. A renamed function is an AttributeError
+and a renamed field a TypeError, so that an experiment that has lost its object is an error in the results.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+SELECT = "topk_rkl.backends.triton.select"
+HEAD = "topk_rkl.backends.triton.sparse_head"
+
+DECISIONS = {
+    "backend of a selection": "`auto` takes the CUDA backend from the least K on at which it wins: choose() in "
+    "topk_rkl/backends/__init__.py.",
+    "backend of the head": "`auto` takes the CUDA backend for the head: choose_head() in "
+    "topk_rkl/backends/__init__.py.",
+    "backend of the head's gradient": "`auto` takes the CUDA backend for the head where both passes together win: "
+    "choose_head() in topk_rkl/backends/__init__.py.",
+    "warps and registers of a selection": "plan_select() gives this K the warps, and compile_options() the register "
+    "limit, of the form that wins: topk_rkl/backends/triton/launch.py.",
+    "launches of a selection": "SCRATCH_BYTES holds the scratch of all rows, so that a selection is one launch: "
+    "topk_rkl/backends/triton/launch.py.",
+    "warps of the head": "plan_sparse_head() takes the warps, terms and columns of the form that wins, if it loses "
+    "neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
+    "block of the head's gradient": "plan_weight_grad() takes the pairs, columns and warps of the form that wins, "
+    "if it loses neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
+}
+
+Override = Callable[[], AbstractContextManager[object]]
+AS_PLANNED = "as planned"
+
+
+@contextmanager
+def returning(module: str, function: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """The function as this module sees it, with its result changed."""
+    place = importlib.import_module(module)
+    plain = getattr(place, function)
+    with mock.patch.object(place, function, lambda *args, **kwargs: change(plain(*args, **kwargs))):
+        yield
+
+
+@contextmanager
+def selection(warps: int, registers: int) -> Iterator[None]:
+    """As many bytes in flight per thread as planned."""
+
+    def plan(planned: Any) -> Any:
+        return replace(planned, num_warps=warps, block=planned.block * warps // planned.num_warps)
+
+    def options(planned: dict[str, int]) -> dict[str, int]:
+        return {**planned, "maxnreg": registers}
+
+    with ExitStack() as both:
+        both.enter_context(returning(SELECT, "plan_select", plan))
+        both.enter_context(returning(SELECT, "compile_options", options))
+        yield
+
+
+def one_launch() -> AbstractContextManager[object]:
+    return mock.patch.object(importlib.import_module(SELECT), "SCRATCH_BYTES", 1 << 40)
+
+
+def head(**sizes: int) -> AbstractContextManager[object]:
+    return returning(HEAD, "plan_sparse_head", lambda planned: replace(planned, **sizes))
+
+
+def weight_grad(**sizes: int) -> AbstractContextManager[object]:
+    return returning(HEAD, "plan_weight_grad", lambda planned: replace(planned, **sizes))
+
+
+def named(overrides: list[tuple[int, int]]) -> dict[str, Override]:
+    forms = {
+        f"{warps} warps, {registers} registers": partial(selection, warps, registers) for warps, registers in overrides
+    }
+    return {AS_PLANNED: nullcontext, **forms}
+
+
+# By the place of K in Sizes.ks. What spills by hundreds is left out (Triton 3.7, sm_90), as 8 warps of 80 registers do
+# at K = 1,024.
+SELECTIONS: dict[int, dict[str, Override]] = {
+    1: named([(4, 128), (8, 80), (8, 64), (16, 64)]),
+    2: named([(8, 128), (8, 80), (8, 64), (16, 64)]),
+    3: named([(8, 128), (16, 64)]),
+}
+LAUNCHES: dict[str, Override] = {AS_PLANNED: nullcontext, "one launch": one_launch}
+HEADS: dict[str, Override] = {
+    AS_PLANNED: nullcontext,
+    "4 warps, 2,048 columns": partial(head, num_warps=4, span=2_048),
+    "8 warps, 2,048 columns": partial(head, num_warps=8, span=2_048),
+    "8 terms": partial(head, terms=8, span=512),
+}
+WEIGHT_GRADS: dict[str, Override] = {
+    AS_PLANNED: nullcontext,
+    "2 pairs": partial(weight_grad, pairs=2),
+    "8 pairs": partial(weight_grad, pairs=8),
+    "4 warps": partial(weight_grad, num_warps=4),
+    "4 warps, 1,024 columns": partial(weight_grad, num_warps=4, block=1_024),
+    "1 warp, 256 columns": partial(weight_grad, num_warps=1, block=256),
+}

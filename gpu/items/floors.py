@@ -1,0 +1,54 @@
+"""What the card gives: the rates of a plain read, copy and fill, which every share is of."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu.items.forms import Form, Item
+from gpu.items.inputs import Inputs
+
+READS = ((2_048, 4), (4_096, 4), (8_192, 8))  # words per program, warps: the card says which is fastest
+
+
+@triton.jit
+def read_kernel(
+    words,  # (words,) int32
+    out,  # (programs,) int32
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + tl.program_id(0), tl.max(tl.load(words + at), 0))
+
+
+def read(
+    x: Tensor,  # any shape, contiguous: its whole blocks are read
+    block: int,
+    warps: int,
+) -> Tensor:  # (programs,) int32
+    words = x.view(-1).view(torch.int32)
+    out = torch.empty(len(words) // block, dtype=torch.int32, device=x.device)
+    read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=warps)
+    return out
+
+
+def floors(inputs: Inputs) -> list[Item]:
+    sizes, most = inputs.sizes, inputs.sizes.read_words
+    size = sizes.n * sizes.row
+    reads = {
+        f"{min(block, most):,} words by {warps} warps": Form(
+            lambda _, block=block, warps=warps: read(inputs.teacher, min(block, most), warps)
+        )
+        for block, warps in READS
+    }
+    fills = {
+        "zero_": Form(lambda _: inputs.gradient.zero_()),
+        "fill_": Form(lambda _: inputs.gradient.fill_(1.0)),
+    }
+    copies = {"copy_": Form(lambda _: inputs.gradient.copy_(inputs.teacher))}
+    shape = {"n": sizes.n, "v": sizes.v, "dtype": "bfloat16"}
+    return [
+        Item("read", reads, read=size, sizes=shape),
+        Item("copy", copies, read=size, written=size, sizes=shape),
+        Item("fill", fills, written=size, sizes=shape),
+    ]
