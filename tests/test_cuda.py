@@ -43,6 +43,13 @@ def test_exact_selection_of_a_split_row(cuda, k: int) -> None:
         assert_selects(cuda, cases.rows(40_003, k, torch.bfloat16, [name], DEVICE), k)
 
 
+def test_exact_selection_of_split_rows_in_slabs(cuda) -> None:
+    logits = cases.rows(40_003, 9, torch.bfloat16, ["random", "two_valued"], DEVICE)
+    far = torch.full((2, 3, 40_003), 99.0, dtype=logits.dtype, device=DEVICE)[:, 1:2]
+    far[:, 0] = logits
+    assert all(map(torch.equal, cuda.select(far, 9), cuda.select(logits, 9)))
+
+
 @pytest.mark.parametrize("name", ["ascending", "descending", "all_equal", "two_valued"])
 def test_no_list_is_too_short(cuda, name: str) -> None:
     """Rows of which thousands of elements are candidates when they are met, at the K that leaves the least room."""

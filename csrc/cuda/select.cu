@@ -64,7 +64,7 @@ struct Row {
   int lead, first_whole, whole;  // elements of the first pack before the row; the packs that are not cut off
 
   __device__ Row(const Matrix& logits, int64_t row)
-      : data(static_cast<const T*>(logits.data) + row * logits.stride), columns(logits.columns), step(logits.step),
+      : data(static_cast<const T*>(logits.data) + logits.offset(row)), columns(logits.columns), step(logits.step),
         lead(step == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
         whole(int((columns + lead) / SIZE) - first_whole) {}
 
