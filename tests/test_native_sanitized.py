@@ -55,7 +55,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **env}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False)
 
 
 def python(folder: Path, *words: str) -> subprocess.CompletedProcess:
