@@ -216,12 +216,21 @@ def test_big_more_than_2_to_the_31_elements(backend) -> None:
     torch.testing.assert_close(grad[tail], leaf.grad, rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("stride", [(2**31 + 11, 1), (1, 2**26 + 3)], ids=["far rows", "far columns"])
-def test_big_strided_views(backend, stride: tuple[int, int]) -> None:
-    logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided((2, 33), stride)
-    logits.copy_(torch.randn(2, 33))
+FAR = {
+    "rows": (2**31 + 11, 1),
+    "columns": (1, 2**26 + 3),
+    "slabs": (2**31 + 11, 40, 1),
+    "rows of slabs": (40, 2**31, 1),
+}
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_big_strided_views(backend, far: str) -> None:
+    shape = (2, 33) if len(FAR[far]) == 2 else (2, 2, 33)
+    logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided(shape, FAR[far])
+    logits.copy_(torch.randn(shape))
     support = teacher_topk(logits, 5)
-    assert torch.equal(support.ids, stable_sort(logits.contiguous(), 5)[0])
+    assert torch.equal(support.ids.view(-1, 5), stable_sort(logits.reshape(-1, 33), 5)[0])
 
 
 def test_memory(kernels: str) -> None:
