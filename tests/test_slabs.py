@@ -206,7 +206,7 @@ def calls(module: Any, monkeypatch: pytest.MonkeyPatch) -> Counter:
     return counted
 
 
-def test_one_call_an_op(module: Any, calls: Counter) -> None:
+def test_one_call_per_op(module: Any, calls: Counter) -> None:
     """Where the backend takes slabs, and else one for each of them."""
     name = module.__name__.split(".")[-1]
     assert name in TAKING_SLABS or name in ("reference", "triton")

@@ -34,7 +34,7 @@ struct Matrix {
 #endif
     return slab * slab_stride + (row - slab * slab_rows) * stride;
   }
-  // The same of K numbers a row and of the head, which come in one slab: a GPU then keeps no registers for a division.
+  // The same for a single slab, as K numbers per row and the head are: it costs a GPU no registers for a division.
   TOPK_RKL_BOTH int64_t flat_offset(int64_t row) const { return row * stride; }
 
   char* at(int64_t row, int64_t column = 0) const {

@@ -46,7 +46,7 @@ __device__ inline double real_at(const void* data, Kind kind, int64_t at) {
   }
 }
 
-// Of K numbers a row.
+// Of K numbers per row.
 __device__ inline double real_at(const Matrix& x, int64_t row, int64_t column) {
   return real_at(x.data, x.kind, x.flat_offset(row) + column * x.step);
 }
