@@ -9,12 +9,13 @@ using namespace topk_rkl;
 
 namespace {
 
-using M = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // pointer, kind, columns, stride, step
-using V = std::tuple<uintptr_t, int, int64_t>;                    // pointer, kind, stride
+// Pointer, kind, columns, stride, step, rows of a slab, stride of the slabs.
+using M = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using V = std::tuple<uintptr_t, int, int64_t>;  // pointer, kind, stride
 
 Matrix matrix(const M& x) {
-  auto [data, kind, columns, stride, step] = x;
-  return {reinterpret_cast<void*>(data), Kind(kind), columns, stride, step};
+  auto [data, kind, columns, stride, step, slab_rows, slab_stride] = x;
+  return {reinterpret_cast<void*>(data), Kind(kind), columns, stride, step, slab_rows, slab_stride};
 }
 
 Vector vector(const V& x) {

@@ -1,4 +1,4 @@
-// Bytes -> a row, K, a kind, a stride -> every instruction set against a stable sort; the loss and the gradient on what
+// Bytes -> rows, K, a kind, strides -> every instruction set against a stable sort; the loss and the gradient on what
 // was selected; and the matrix as a head. `fuzz SECONDS [SEED]` draws the bytes itself; with clang's -fsanitize=fuzzer
 // libFuzzer does.
 // `fuzz plant` reads one element past a row, to show that a sanitizer is on.
@@ -20,10 +20,10 @@ namespace {
 
 struct Case {
   Kind kind;
-  int64_t n, vocab, k, stride, step;
+  int64_t n, vocab, k, stride, step, slab_rows, slab_stride;
   std::unique_ptr<char[]> memory;  // exactly as large as the matrix reaches, so that a step past it shows
 
-  Matrix matrix() const { return {memory.get(), kind, vocab, stride, step}; }
+  Matrix matrix() const { return {memory.get(), kind, vocab, stride, step, slab_rows, slab_stride}; }
 };
 
 Case case_of(const uint8_t* bytes, size_t size) {
@@ -36,7 +36,10 @@ Case case_of(const uint8_t* bytes, size_t size) {
   c.k = 1 + (head[0] >> 32) % ((head[0] >> 12) % 4 ? std::min<int64_t>(c.vocab, 40) : c.vocab);
   c.step = (head[1] % 4) ? 1 : 1 + (head[1] >> 8) % 3;
   c.stride = (head[1] >> 16) % 5 ? c.vocab * c.step + (head[1] >> 24) % 7 : (head[1] >> 24) % 7;
-  const int64_t elements = (c.n - 1) * c.stride + (c.vocab - 1) * c.step + 1, total = elements * size_of(c.kind);
+  c.slab_rows = 1 + (head[1] >> 36) % (2 * c.n);
+  c.slab_stride = c.slab_rows * c.stride + (head[1] >> 44) % 3 * c.vocab;
+  const int64_t last = (c.n - 1) / c.slab_rows * c.slab_stride + (c.n - 1) % c.slab_rows * c.stride;
+  const int64_t elements = last + (c.vocab - 1) * c.step + 1, total = elements * size_of(c.kind);
   c.memory.reset(new char[total]);
   for (int64_t i = 0; i < total; ++i) c.memory[i] = size > 16 ? char(bytes[16 + i % (size - 16)]) : 0;
   return c;
@@ -44,8 +47,9 @@ Case case_of(const uint8_t* bytes, size_t size) {
 
 void require(bool condition, const char* what, const Case& c) {
   if (condition) return;
-  std::fprintf(stderr, "%s: kind %d, n %ld, V %ld, K %ld, stride %ld, step %ld, %s\n", what, int(c.kind), long(c.n),
-               long(c.vocab), long(c.k), long(c.stride), long(c.step), isa().c_str());
+  std::fprintf(stderr, "%s: kind %d, n %ld, V %ld, K %ld, stride %ld, step %ld, slabs of %ld rows and stride %ld, %s\n", what,
+               int(c.kind), long(c.n), long(c.vocab), long(c.k), long(c.stride), long(c.step), long(c.slab_rows),
+               long(c.slab_stride), isa().c_str());
   std::abort();
 }
 

@@ -21,6 +21,7 @@ from topk_rkl import backends
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("reference", "native", "triton", "cuda") if DEVICE == "cpu" else ("reference", "triton", "cuda")
 BACKENDS = [name for name in NAMES if backends.unavailable(name) is None]
+EVERY_OBJECTIVE = [name for name in BACKENDS if name != "cuda"]  # which has the renormalised reverse KL alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,14 +46,20 @@ def _poison() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` and `module` are every backend that can run here, or those that HAVE_IT names in the test's file."""
+    for fixture in {"backend", "module"}.intersection(metafunc.fixturenames):
+        metafunc.parametrize(fixture, getattr(metafunc.module, "HAVE_IT", BACKENDS), indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with every backend that can run here."""
+    """Runs the test once with each of them."""
     with topk_rkl.use_backend(request.param):
         yield request.param
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def module(request: pytest.FixtureRequest) -> Any:
     """The same, as the module with the backend's functions."""
     return backends._load(request.param)

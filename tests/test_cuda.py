@@ -3,7 +3,9 @@
 import contextlib
 import faulthandler
 import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 from test_select import DTYPES, assert_selects
-from test_sparse_head import assert_equals_the_reference, assert_weight_grad_equals_the_reference, draw
+from test_sparse_head import Problem, assert_equals_the_reference, assert_weight_grad_equals_the_reference, draw
 from torch import Tensor
 
 from tests import cases
@@ -43,6 +45,13 @@ def test_exact_selection_of_a_split_row(cuda, k: int) -> None:
         assert_selects(cuda, cases.rows(40_003, k, torch.bfloat16, [name], DEVICE), k)
 
 
+def test_exact_selection_of_split_rows_in_slabs(cuda) -> None:
+    logits = cases.rows(40_003, 9, torch.bfloat16, ["random", "two_valued"], DEVICE)
+    far = torch.full((2, 3, 40_003), 99.0, dtype=logits.dtype, device=DEVICE)[:, 1:2]
+    far[:, 0] = logits
+    assert all(map(torch.equal, cuda.select(far, 9), cuda.select(logits, 9)))
+
+
 @pytest.mark.parametrize("name", ["ascending", "descending", "all_equal", "two_valued"])
 def test_no_list_is_too_short(cuda, name: str) -> None:
     """Rows of which thousands of elements are candidates when they are met, at the K that leaves the least room."""
@@ -72,6 +81,23 @@ def test_a_head_that_a_cluster_shares(cuda, k: int, width: int, dtype: torch.dty
     assert all(map(torch.equal, apart.run(cuda), results))
     dropped = replace(problem, weights=torch.tensor([0.0, 1.0], device=DEVICE))
     assert all((x[0] == 0).all() for x in dropped.run(cuda))
+
+
+@pytest.mark.gpu
+def test_two_threads_launch_the_head_with_little_and_with_much_shared_memory(cuda) -> None:
+    problems = [draw(n=8, k=k, vocab=500, width=1_024, dtype=torch.bfloat16) for k in (8, 64)]
+    end = time.monotonic() + 2
+
+    def calls(problem: Problem) -> int:
+        want, count = problem.run(cuda), 0
+        while count == 0 or time.monotonic() < end:
+            for got in [problem.run(cuda) for _ in range(50)]:
+                assert all(map(torch.equal, got, want))
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(2) as pool:
+        assert min(pool.map(calls, problems)) >= 50
 
 
 def test_the_gradient_of_a_wide_head(cuda) -> None:

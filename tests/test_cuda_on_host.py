@@ -29,7 +29,7 @@ from topk_rkl import _cuda
 row = torch.randn(5_000).bfloat16()
 ids, values = torch.empty(4, dtype=torch.int32), torch.empty(4)
 print("in bounds", flush=True)
-_cuda.select((row.data_ptr(), 0, 5_001, 5_001, 1), 1, 4, True, 0, ids.data_ptr(), values.data_ptr(), (0, 0))
+_cuda.select((row.data_ptr(), 0, 5_001, 5_001, 1, 1, 0), 1, 4, True, 0, ids.data_ptr(), values.data_ptr(), (0, 0))
 """
 DRIVERLESS = """
 import torch
@@ -37,7 +37,7 @@ from topk_rkl import _cuda, backends
 assert not _cuda.HOST and "nvcc" in _cuda.BUILD
 assert "no GPU" in backends.unavailable("cuda")
 try:
-    _cuda.scatter(*[(0, 2, 1, 1, 1)] * 2, (0, 2, 1), (0, 2, 9, 9, 1), 3, 1, True, (0, 0))
+    _cuda.scatter(*[(0, 2, 1, 1, 1, 3, 0)] * 2, (0, 2, 1), (0, 2, 9, 9, 1, 3, 0), 3, 1, True, (0, 0))
 except RuntimeError as error:
     print(error)
 """
@@ -89,7 +89,7 @@ def test_the_shared_cases_without_a_fault(host: Path) -> None:
     # A row as long as 50,257 takes all paths; the others would take a minute more.
     cases = "cuda and not 262144 and not 151936 and not 128256 and not 49152 and not accuracy and not memory"
     options = ["-q", "-s", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore", "-k", cases]
-    files = ("cuda", "select", "loss", "sparse_head")
+    files = ("cuda", "select", "loss", "sparse_head", "slabs")
     outcome = python(host, "-m", "pytest", *options, *(f"tests/test_{file}.py" for file in files))
     assert outcome.returncode == 0 and " passed" in outcome.stdout, outcome.stdout + outcome.stderr
 

@@ -261,3 +261,12 @@ def test_the_device_of_the_tensors_is_used(backend) -> None:
     loss, grad = run(student, teacher, k=8)
     want = run(student.to("cuda:0"), teacher.to("cuda:0"), k=8)
     assert torch.equal(loss.cpu(), want[0].cpu()) and torch.equal(grad.cpu(), want[1].cpu())
+
+
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("stride", [(2**31 + 11, 40, 1), (40, 2**31, 1)], ids=["far slabs", "far rows"])
+def test_big_slabs(backend, stride: tuple[int, int, int]) -> None:
+    logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided((2, 2, 33), stride)
+    logits.copy_(torch.randn(2, 2, 33))
+    ids, _ = teacher_topk(logits, 5)
+    assert torch.equal(ids.view(4, 5), stable_sort(logits.reshape(4, 33), 5)[0])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, EVERY_OBJECTIVE
 from test_divergence import FORMULAS, RAW, UNCLAMPED, both, gradient, kl, log_probs, plain
 from test_loss import NoHostSync
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from topk_rkl import (
 )
 from topk_rkl.backends import linear_mass
 
+HAVE_IT = EVERY_OBJECTIVE
 MASSES = ["tail", "raw", "raw_stop_grad"]
 
 

@@ -166,6 +166,9 @@ def test_every_bfloat16_and_float16_rounds_to_nearest(native) -> None:
         ((2, 5), (-5, 1), "strides"),
         ((2, 5), (2**62, 1), "reaches past"),
         ((2**40, 5), (2**40, 1), "reaches past"),
+        ((2, 3, 5), (-15, 5, 1), "strides"),
+        ((2, 3, 5), (2**62, 5, 1), "reaches past"),
+        ((2**31, 2**30, 5), (5 * 2**30, 5, 1), "reaches past"),
         ((1, 2**31), (1, 0), "at most 2147483647"),
     ],
 )
@@ -181,6 +184,14 @@ def test_shapes_that_do_not_fit_are_refused_by_name(native) -> None:
         native.select(x, 10)
     with pytest.raises(ValueError, match="student has shape"):
         native.select_loss(x[:2], x, 2, None, 1.0)
+    with pytest.raises(
+        ValueError, match=r"student has shape \(2, 2, 9\); it must be \(3, 9\), or slabs of so many rows"
+    ):
+        native.select_loss(torch.randn(2, 2, 9), x, 2, None, 1.0)
+    with pytest.raises(ValueError, match=r"hidden has shape \(1, 3, 9\); it must be \(3, 8\)"):
+        native.sparse_head(x[None], x[:, :8], None, ids, values, None, 1.0, 1.0, None, True)
+    with pytest.raises(ValueError, match=r"logits has shape \(1, 1, 3, 9\); it must be rows"):
+        native.select(x[None, None], 2)
     with pytest.raises(ValueError, match="values has shape"):
         native.support_loss(x, ids, values[:, :1], None, 1.0)
     with pytest.raises(ValueError, match="weights has shape"):

@@ -1,10 +1,13 @@
-"""csrc/cuda/bindings.cpp. A matrix is (pointer, kind, columns, stride, step), a vector (pointer, kind, stride)."""
+"""csrc/cuda/bindings.cpp. A vector is (pointer, kind, stride).
+
+A matrix is (pointer, kind, columns, stride, step, rows of a slab, stride of the slabs).
+"""
 
 BUILD: str
 HOST: bool
 MAX_K: int
 
-Matrix = tuple[int, int, int, int, int]
+Matrix = tuple[int, int, int, int, int, int, int]
 Vector = tuple[int, int, int]
 Where = tuple[int, int]  # device, stream
 

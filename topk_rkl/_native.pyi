@@ -1,10 +1,13 @@
-"""csrc/bindings.cpp. A matrix is (pointer, kind, columns, stride, step), a vector (pointer, kind, stride)."""
+"""csrc/bindings.cpp. A vector is (pointer, kind, stride).
+
+A matrix is (pointer, kind, columns, stride, step, rows of a slab, stride of the slabs).
+"""
 
 from collections.abc import Sequence
 
 BUILD: str
 
-Matrix = tuple[int, int, int, int, int]
+Matrix = tuple[int, int, int, int, int, int, int]
 Vector = tuple[int, int, int]
 Divergence = Sequence[float]
 

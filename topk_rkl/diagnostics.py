@@ -8,6 +8,7 @@ from torch import Tensor
 
 from topk_rkl import ops
 from topk_rkl.backends import reference, requested
+from topk_rkl.rows import row_views
 from topk_rkl.support import Support
 
 CHUNK_BYTES = 64 << 20  # of logits as they are computed with
@@ -139,7 +140,7 @@ def measure(
     sampled_ids = None if sampled_ids is None else sampled_ids.contiguous()
     step = max(1, CHUNK_BYTES // (8 * vocab))
     parts: list[list[Tensor]] = []
-    for z, w, row_ids, row_values, y in ops.row_views(student, teacher, ids, values, sampled_ids):
+    for z, w, row_ids, row_values, y in row_views(student, teacher, ids, values, sampled_ids):
         for start in range(0, max(1, len(z)), step):
             some = slice(start, start + step)
             block = Block(

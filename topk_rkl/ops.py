@@ -7,6 +7,7 @@ implementation behind the op. Logits have any leading dimensions and strides; ro
 """
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from topk_rkl.backends import choose, choose_head, choose_plain
 from topk_rkl.backends.reference import result_dtype
 from topk_rkl.divergence import Code, Terms
+from topk_rkl.rows import row_views
 
 _implementations: dict[Callable, Callable] = {}
 
@@ -46,7 +48,7 @@ def select(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (..., K) int32, (..., K) float32
     module = choose(backend, k, logits)
-    ids, values = _cat(module.select(rows, k, normalize) for (rows,) in row_views(logits))
+    ids, values = _cat(module.select(rows, k, normalize) for (rows,) in _views(module, logits))
     return ids.view(*logits.shape[:-1], k), values.view(*logits.shape[:-1], k)
 
 
@@ -72,7 +74,7 @@ def support_loss(
     module = choose(backend, ids.shape[-1], student, divergence=divergence)
     loss, g = _cat(
         module.support_loss(*rows, temperature, divergence)
-        for rows in row_views(student, ids.contiguous(), values.contiguous(), _contiguous(weights))
+        for rows in _views(module, student, ids.contiguous(), values.contiguous(), _contiguous(weights))
     )
     return loss.view(student.shape[:-1]), g.view(ids.shape)
 
@@ -108,7 +110,7 @@ def select_loss(
     lead = student.shape[:-1]
     loss, ids, g = _cat(
         module.select_loss(z, w, k, weight, temperature, divergence)
-        for z, w, weight in row_views(student, teacher, _contiguous(weights))
+        for z, w, weight in _views(module, student, teacher, _contiguous(weights))
     )
     return loss.view(lead), ids.view(*lead, k), g.view(*lead, k)
 
@@ -139,7 +141,7 @@ def rest(
     backend: str,
 ) -> Tensor:  # (...) float64
     module = choose(backend, ids.shape[-1], logits, mass="tail")
-    (out,) = _cat((module.rest(*rows, temperature),) for rows in row_views(logits, ids.contiguous()))
+    (out,) = _cat((module.rest(*rows, temperature),) for rows in _views(module, logits, ids.contiguous()))
     return out.view(logits.shape[:-1])
 
 
@@ -166,7 +168,9 @@ def mass_loss(
     module = choose(backend, ids.shape[-1], student, divergence=divergence, mass=mass)
     loss, g, others = _cat(
         module.mass_loss(*rows, temperature, divergence, mass)
-        for rows in row_views(student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights))
+        for rows in _views(
+            module, student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights)
+        )
     )
     return loss.view(student.shape[:-1]), g.view(ids.shape), others.view(*student.shape[:-1], 2)
 
@@ -206,8 +210,8 @@ def spread(
     backend: str,
 ) -> None:
     module = choose(backend, ids.shape[-1], out, mass="tail")
-    for rows in row_views(
-        g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out
+    for rows in _views(
+        module, g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out
     ):
         module.spread(*rows, temperature)
 
@@ -236,7 +240,7 @@ def scatter(
     backend: str,
 ) -> None:
     module = choose(backend, ids.shape[-1], out)
-    for rows in row_views(g.contiguous(), ids.contiguous(), grad_output.contiguous(), out):
+    for rows in _views(module, g.contiguous(), ids.contiguous(), grad_output.contiguous(), out):
         module.scatter(*rows, unique)
 
 
@@ -323,8 +327,8 @@ def sparse_head(
         module.sparse_head(
             rows, head, bias, row_ids, row_values, weight, temperature, logit_scale, softcap, want_dhidden, divergence
         )
-        for rows, row_ids, row_values, weight in row_views(
-            hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
+        for rows, row_ids, row_values, weight in _views(
+            module, hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
         )
     )
     return loss.view(lead), g.view(ids.shape), dhidden.view(hidden.shape) if want_dhidden else dhidden
@@ -483,16 +487,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def row_views(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors (lead..., X) as views (n, X), all of the same rows; several where strides forbid a single view."""
-    tensors, lead = (first, *others), first.dim() - 1
-    try:
-        views = tuple(None if t is None else t.view(-1, *t.shape[lead:]) for t in tensors)
-    except RuntimeError:  # logits[:, :-1] has no 2-D view, its slabs have
-        for slab in range(len(first)):
-            yield from row_views(first[slab], *(None if t is None else t[slab] for t in others))
-    else:
-        yield views
+def _views(module: ModuleType, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Row views as the backend takes them."""
+    return row_views(first, *others, slabs=getattr(module, "SLABS", False))
 
 
 def _cat(parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

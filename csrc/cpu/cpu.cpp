@@ -59,17 +59,11 @@ class Workspace {
 
   void select(const Isa& isa, const Matrix& logits, int64_t row, int64_t k, bool normalize, int32_t* ids,
               float* values) {
-    const void* data = logits.step == 1 ? logits.at(row) : gathered(logits, row);
+    const void* data = contiguous(logits, row, copy_);
     isa.select_row[int(logits.kind)]({data, logits.columns, k, normalize, ids, values}, scratch_);
   }
 
  private:
-  const void* gathered(const Matrix& logits, int64_t row) {
-    const int64_t size = size_of(logits.kind);
-    for (int64_t i = 0; i < logits.columns; ++i) std::memcpy(copy_ + i * size, logits.at(row, i), size);
-    return copy_;
-  }
-
   std::unique_ptr<char[]> memory_;
   Scratch scratch_;
   char* copy_;

@@ -19,10 +19,12 @@ void Slots::add_row(const Matrix& student, const Matrix& ids, const Matrix& valu
   double *z = part(0), *w = part(1), *places = part(3), *all_w = part(4);
   load_integers(ids, row, k, columns_.data());
   load_floats(values, row, k, all_w);
+  const char* logits = student.at(row);
+  const int64_t step = student.step * size_of(student.kind);
   for (int64_t j = 0; j < k; ++j) {
     const int64_t id = columns_[j];
     if (id < 0 || id >= student.columns || all_w[j] == -INF) continue;
-    __builtin_prefetch(student.at(row, id));  // all at once, and not one after the other as they are needed
+    __builtin_prefetch(logits + id * step);  // all at once, and not one after the other as they are needed
     columns_[live_] = id;
     w[live_] = all_w[j];
     places[live_++] = double(j);

@@ -66,7 +66,8 @@ double logit_of(const Rest& rest, double temperature) { return rest.peak + tempe
 void write(const Isa& isa, const Matrix& out, int64_t row, int64_t start, int64_t n, const float* x) {
   char* to = out.at(row, start);
   if (out.step != 1 || out.kind == Kind::float16) {
-    for (int64_t i = 0; i < n; ++i) store(out.at(row, start + i), out.kind, x[i]);
+    const int64_t step = out.step * size_of(out.kind);
+    for (int64_t i = 0; i < n; ++i) store(to + i * step, out.kind, x[i]);
   } else if (out.kind == Kind::float32) {
     std::memcpy(to, x, n * sizeof(float));
   } else {
@@ -127,10 +128,12 @@ void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vect
       else isa.blocks.scale(x, size, float(peak), inv_t, factor);
       write(isa, out, row, start, size, x);
     });
+    char* const to = out.at(row);
+    const int64_t step = out.step * size_of(out.kind);
     for (int64_t j = 0; j < k; ++j) {
       const int64_t id = load_integer(ids.at(row, j), ids.kind);
       if (id < 0 || id >= out.columns) continue;
-      store(out.at(row, id), out.kind, float(*reinterpret_cast<const float*>(g.at(row, j)) * scale));
+      store(to + id * step, out.kind, float(*reinterpret_cast<const float*>(g.at(row, j)) * scale));
     }
   });
 }

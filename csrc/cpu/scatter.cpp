@@ -54,10 +54,12 @@ void stream_row(const Matrix& out, char* start, const float* g, float grad_outpu
 
 // In the order of the slots, which gives the same sums where a column has one slot or the row keeps float32.
 void add_to_row(const Matrix& g, const Matrix& ids, float grad_output, const Matrix& out, int64_t row, int64_t k) {
+  char* const start = out.at(row);
+  const int64_t step = out.step * size_of(out.kind);
   for (int64_t j = 0; j < k; ++j) {
     const int64_t id = load_integer(ids.at(row, j), ids.kind);
     if (id < 0 || id >= out.columns) continue;
-    char* to = out.at(row, id);
+    char* to = start + id * step;
     const float value = *reinterpret_cast<const float*>(g.at(row, j)) * grad_output;
     store(to, out.kind, out.kind == Kind::float32 ? float(load(to, out.kind)) + value : value);
   }
@@ -69,19 +71,21 @@ void scatter_row(const Matrix& g, const Matrix& ids, double grad_output, const M
                  bool unique, bool streamed, uint64_t* items, uint64_t* spare) {
   const float* slots = reinterpret_cast<const float*>(g.at(row));
   const auto scale = float(grad_output);
+  char* const start = out.at(row);
+  const int64_t step = out.step * size_of(out.kind);
   if (streamed && out.step == 1) {
     const int64_t live = sorted_slots(ids, row, k, out.columns, items, spare);
-    return stream_row(out, out.at(row), slots, scale, items, live);
+    return stream_row(out, start, slots, scale, items, live);
   }
   if (out.step == 1) {
-    std::memset(out.at(row), 0, out.columns * size_of(out.kind));
+    std::memset(start, 0, out.columns * size_of(out.kind));
   } else {
-    for (int64_t column = 0; column < out.columns; ++column) store(out.at(row, column), out.kind, 0);
+    for (int64_t column = 0; column < out.columns; ++column) store(start + column * step, out.kind, 0);
   }
   if (unique || out.kind == Kind::float32) return add_to_row(g, ids, scale, out, row, k);
   const int64_t live = sorted_slots(ids, row, k, out.columns, items, spare);
   for (int64_t i = 0; i < live;) {
-    char* to = out.at(row, int64_t(items[i] >> 32));
+    char* to = start + int64_t(items[i] >> 32) * step;
     store(to, out.kind, next_value(slots, scale, items, live, i));
   }
 }

@@ -38,7 +38,7 @@ inline void want_huge_pages([[maybe_unused]] const Matrix& out, [[maybe_unused]]
   constexpr uintptr_t PAGE = 2 << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(out.at(0)) + PAGE - 1) / PAGE * PAGE;
   const uintptr_t last = reinterpret_cast<uintptr_t>(out.at(n - 1, out.columns)) / PAGE * PAGE;
-  if (out.step == 1 && out.stride == out.columns && first < last) {
+  if (out.step == 1 && out.stride == out.columns && n <= out.slab_rows && first < last) {
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   }
 #endif

@@ -56,9 +56,10 @@ uint16_t float16_bits(float value) {
 }  // namespace
 
 const void* contiguous(const Matrix& x, int64_t row, char* copy) {
-  if (x.step == 1) return x.at(row);
+  const char* from = x.at(row);
+  if (x.step == 1) return from;
   const int64_t size = size_of(x.kind);
-  for (int64_t i = 0; i < x.columns; ++i) std::memcpy(copy + i * size, x.at(row, i), size);
+  for (int64_t i = 0; i < x.columns; ++i) std::memcpy(copy + i * size, from + i * x.step * size, size);
   return copy;
 }
 

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define TOPK_RKL_BOTH __host__ __device__
+#else
+#define TOPK_RKL_BOTH
+#endif
+
 namespace topk_rkl {
 
 enum class Kind : int { bfloat16, float16, float32, float64, int32, int64 };
@@ -11,14 +17,28 @@ inline int64_t size_of(Kind kind) {
   return kind == Kind::bfloat16 || kind == Kind::float16 ? 2 : kind == Kind::float32 || kind == Kind::int32 ? 4 : 8;
 }
 
-// (rows, columns) of any strides.
+// (rows, columns) of any strides. Rows come in slabs of `slab_rows`, each `slab_stride` after the last: mostly in one.
 struct Matrix {
   void* data;
   Kind kind;
   int64_t columns, stride, step;
+  int64_t slab_rows = INT64_MAX, slab_stride = 0;
+
+  // Where a row starts, in elements. The rows of the first slab, often all there are, need no division.
+  TOPK_RKL_BOTH int64_t offset(int64_t row) const {
+    if (row < slab_rows) return flat_offset(row);
+#if defined(__CUDA_ARCH__)  // which has a grid of fewer than 2^31 rows, and no instruction to divide 64 bits
+    const int64_t slab = uint32_t(row) / uint32_t(slab_rows);
+#else
+    const int64_t slab = row / slab_rows;
+#endif
+    return slab * slab_stride + (row - slab * slab_rows) * stride;
+  }
+  // The same for a single slab, as K numbers per row and the head are: it costs a GPU no registers for a division.
+  TOPK_RKL_BOTH int64_t flat_offset(int64_t row) const { return row * stride; }
 
   char* at(int64_t row, int64_t column = 0) const {
-    return static_cast<char*>(data) + (row * stride + column * step) * size_of(kind);
+    return static_cast<char*>(data) + (offset(row) + column * step) * size_of(kind);
   }
 };
 

@@ -1,7 +1,7 @@
 // The functions of the backend on a GPU. See topk_rkl/backends/reference.py for what they mean.
 //
 // Pointers are of the device; nothing is allocated and nothing is waited for. `scratch` is as many bytes as the function
-// of its name asks for.
+// of its name asks for. Logits, out, and the hidden states of sparse_head may come in slabs, other matrices in one.
 #pragma once
 
 #include "../cpu/types.hpp"

@@ -46,12 +46,13 @@ __device__ inline double real_at(const void* data, Kind kind, int64_t at) {
   }
 }
 
+// Of K numbers per row.
 __device__ inline double real_at(const Matrix& x, int64_t row, int64_t column) {
-  return real_at(x.data, x.kind, row * x.stride + column * x.step);
+  return real_at(x.data, x.kind, x.flat_offset(row) + column * x.step);
 }
 
 __device__ inline int64_t integer_at(const Matrix& x, int64_t row, int64_t column) {
-  const int64_t at = row * x.stride + column * x.step;
+  const int64_t at = x.flat_offset(row) + column * x.step;
   return x.kind == Kind::int64 ? static_cast<const int64_t*>(x.data)[at] : static_cast<const int32_t*>(x.data)[at];
 }
 

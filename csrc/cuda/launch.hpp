@@ -14,6 +14,9 @@
 
 namespace topk_rkl::cuda {
 
+// What a block may have without being allowed it, unless its kernel has other shared memory than that of `Shared`.
+constexpr int64_t FREE_SHARED_BYTES = 48 << 10;
+
 struct Grid {
   int64_t x, y = 1;
   int threads;
@@ -44,6 +47,29 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+inline bool has_clusters(int device) { return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9; }
+
+// Lets a kernel have the shared memory of a launch on the current device. The limit is one for all threads, of which
+// another may launch the same kernel with less at any time: so it is only ever set to the most that the device has.
+inline void allow_shared_memory(const void* kernel, int64_t bytes, int device, const std::string& what) {
+  if (bytes <= FREE_SHARED_BYTES) return;
+  cudaFuncAttributes of_kernel{};
+  check(cudaFuncGetAttributes(&of_kernel, kernel), what);
+  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - int64_t(of_kernel.sharedSizeBytes);
+  if (bytes > most) {
+    throw std::runtime_error(what + ": device " + std::to_string(device) + " has " + std::to_string(most) +
+                             " bytes of shared memory for a block; use a smaller K or another backend");
+  }
+  if (of_kernel.maxDynamicSharedSizeBytes >= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)), what);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& grid, const Where& where,
             Arguments... arguments) {
@@ -52,8 +78,7 @@ void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& 
                            std::to_string(grid.threads) + " threads and " + std::to_string(grid.shared_bytes) + " bytes";
   if (grid.x > 0x7fffffff || grid.y > 0xffff) throw std::runtime_error(what + ": more blocks than a grid has");
   const DeviceGuard guard(where.device, what);
-  const auto bytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), bytes, int(grid.shared_bytes)), what);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), grid.shared_bytes, where.device, what);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
   config.blockDim = dim3(unsigned(grid.threads));
@@ -66,14 +91,6 @@ void launch(const std::string& name, void (*kernel)(Parameters...), const Grid& 
   config.numAttrs = grid.cluster > 1;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), what);
 }
-
-inline int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-  return value;
-}
-inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
-inline bool has_clusters(int device) { return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9; }
 
 #else
 

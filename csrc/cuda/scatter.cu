@@ -15,7 +15,7 @@ __global__ void scatter_kernel(Matrix g,            // (N, K)
                                int k, bool unique, int64_t spans) {
   const int64_t row = blockIdx.x / spans, first = blockIdx.x % spans * SPAN;
   const int64_t last = first + SPAN < out.columns ? first + SPAN : out.columns;
-  T* to = static_cast<T*>(out.data) + row * out.stride;
+  T* to = static_cast<T*>(out.data) + out.offset(row);
   const bool whole = out.step == 1 && reinterpret_cast<uintptr_t>(to + first) % 16 == 0;
   const int64_t packs = whole ? (last - first) / Pack<T>::SIZE : 0;
   for (int64_t i = threadIdx.x; i < packs; i += THREADS) {
@@ -26,7 +26,7 @@ __global__ void scatter_kernel(Matrix g,            // (N, K)
   }
   __syncthreads();
   const auto scale = float(weight_of(grad_output, row));
-  const float* from = static_cast<const float*>(g.data) + row * g.stride;
+  const float* from = static_cast<const float*>(g.data) + g.flat_offset(row);
   for (int j = threadIdx.x; j < k; j += THREADS) {
     const int64_t id = integer_at(ids, row, j);
     if (id < first || id >= last) continue;

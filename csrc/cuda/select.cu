@@ -64,7 +64,7 @@ struct Row {
   int lead, first_whole, whole;  // elements of the first pack before the row; the packs that are not cut off
 
   __device__ Row(const Matrix& logits, int64_t row)
-      : data(static_cast<const T*>(logits.data) + row * logits.stride), columns(logits.columns), step(logits.step),
+      : data(static_cast<const T*>(logits.data) + logits.offset(row)), columns(logits.columns), step(logits.step),
         lead(step == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
         whole(int((columns + lead) / SIZE) - first_whole) {}
 
@@ -184,13 +184,21 @@ struct Order {
 template <class T, bool PACKED>
 struct Tile {
   Words packs[PACKS];
-  int index[PACKS];
+  uint32_t first;  // index of the first pack
+
+  // Of the others: worked out for the few that hold a candidate, and not kept in a register each.
+  __device__ int index(int v, const Order& order) const {
+    const uint32_t all = uint32_t(order.segments) * THREADS;
+    uint32_t i = first + uint32_t(v) * uint32_t(order.stride) * THREADS;  // below 4 all, which 32 bits hold
+    if (i >= 2 * all) i -= 2 * all;
+    return int(i >= all ? i - all : i);
+  }
 
   __device__ void load(const Row<T>& row, int (&segment), const Order& order, int left) {
+    first = uint32_t(segment * THREADS) + threadIdx.x;
 #pragma unroll
     for (int v = 0; v < PACKS; ++v) {
-      index[v] = segment * THREADS + int(threadIdx.x);
-      packs[v] = row.template pack<PACKED>(v < left ? index[v] : -1);
+      packs[v] = row.template pack<PACKED>(v < left ? segment * THREADS + int(threadIdx.x) : -1);
       segment += order.stride;
       if (segment >= order.segments) segment -= order.segments;
     }
@@ -198,9 +206,10 @@ struct Tile {
 
   // The packs that are cut off by an end of the row.
   __device__ void load_ends(const Row<T>& row) {
-    index[0] = threadIdx.x == 0 ? 0 : threadIdx.x == 1 ? int(row.packs() - 1) : -1;
-    if (threadIdx.x == 1 && index[0] == 0) index[0] = -1;
-    for (int v = 0; v < PACKS; ++v) packs[v] = row.end(v == 0 ? index[0] : -1);
+    int end = threadIdx.x == 0 ? 0 : threadIdx.x == 1 ? int(row.packs() - 1) : -1;
+    if (threadIdx.x == 1 && end == 0) end = -1;
+    first = uint32_t(end);
+    for (int v = 0; v < PACKS; ++v) packs[v] = row.end(v == 0 ? end : -1);
   }
 };
 
@@ -239,8 +248,11 @@ __device__ inline bool is_left_out(const Selection& s, int64_t row, double weigh
   return true;
 }
 
+// One block sorts and compares while the others of its processor read: 80 registers leave room for three. The sums of
+// exponentials, and packs gathered from columns that are apart, take more.
 template <class T, bool PACKED, bool NORMALIZE>
-__global__ void __launch_bounds__(THREADS, 2) select_kernel(Selection s, int parts, Order order) {
+__global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
+    select_kernel(Selection s, int parts, Order order) {
   const int64_t row_index = blockIdx.x / parts;
   const int part = int(blockIdx.x % parts);
   Shared shared = shared_memory();
@@ -256,10 +268,7 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(Selection s, int par
     if (NORMALIZE) mass.add<T>(tile.packs);
     best.offer(passing(tile.packs, floor_of<T>(best.floor())), [&](int bit) {
       const int element = element_of<T>(bit), v = element / Row<T>::SIZE;
-      int index = tile.index[0];
-#pragma unroll
-      for (int i = 1; i < PACKS; ++i) index = v == i ? tile.index[i] : index;
-      const int64_t column = row.first_column(index) + element % Row<T>::SIZE;
+      const int64_t column = row.first_column(tile.index(v, order)) + element % Row<T>::SIZE;
       return item_of(row.at(column), column);
     });
   };
@@ -287,7 +296,7 @@ __global__ void __launch_bounds__(THREADS, 2) select_kernel(Selection s, int par
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) merge_kernel(Selection s, int parts) {
+__global__ void __launch_bounds__(THREADS, 4) merge_kernel(Selection s, int parts) {
   const int64_t row_index = blockIdx.x;
   Shared shared = shared_memory();
   SelectPieces pieces(shared, s.k);

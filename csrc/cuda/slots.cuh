@@ -75,12 +75,13 @@ __device__ double reverse_kl(const Slots& slots, int k, double inv_t, Put put) {
 template <class SlotOf>
 __device__ void store_loss_row(const Matrix& student, int64_t row, const Slots& slots, int k, double weight,
                                double inv_t, float* loss, float* g, SlotOf slot_of) {
+  const int64_t start = student.offset(row);
   for (int j = threadIdx.x; j < k; j += blockDim.x) {
     int64_t id;
     double w;
     slot_of(j, id, w);
     const bool live = id >= 0 && id < student.columns && !(w == -INFINITY);
-    slots.z[j] = live ? real_at(student, row, id) : -INFINITY;
+    slots.z[j] = live ? real_at(student.data, student.kind, start + id * student.step) : -INFINITY;
     slots.w[j] = live ? w : -INFINITY;
   }
   const double row_loss = reverse_kl(slots, k, inv_t, [&](int j, double dz) { g[row * k + j] = float(dz * weight); });

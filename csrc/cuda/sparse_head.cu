@@ -64,7 +64,7 @@ struct Slice {
   }
 
   __device__ const T* at(int64_t id, int h) const {
-    return static_cast<const T*>(p.head.data) + id * p.head.stride + (first + h) * p.head.step;
+    return static_cast<const T*>(p.head.data) + p.head.flat_offset(id) + (first + h) * p.head.step;
   }
 
   // N columns from h on, a multiple of N, with 0 for those that there are not.
@@ -166,8 +166,10 @@ __global__ void __launch_bounds__(THREADS, 2) sparse_head_kernel(Problem p) {
     return;
   }
 
+  const int64_t start = p.hidden.offset(slice.row) + first * p.hidden.step;
   for (int h = threadIdx.x; h < p.slice; h += THREADS) {
-    pieces.x[h] = h < slice.columns ? float(real_at(p.hidden, slice.row, first + h)) : 0;
+    const bool inside = h < slice.columns;
+    pieces.x[h] = inside ? float(real_at(p.hidden.data, p.hidden.kind, start + h * p.hidden.step)) : 0;
   }
   __syncthreads();
   multiply(slice, pieces);

@@ -85,7 +85,7 @@ struct Sum {
 
   __device__ void add(float term, uint32_t row) {
     const Matrix& hidden = slice.hidden;
-    const T* from = static_cast<const T*>(hidden.data) + row * hidden.stride + first * hidden.step;
+    const T* from = static_cast<const T*>(hidden.data) + hidden.flat_offset(row) + first * hidden.step;
     const bool whole = hidden.step == 1 && first + EACH <= hidden.columns;
     if (whole && reinterpret_cast<uintptr_t>(from) % sizeof(Few<T>) == 0) {
       const Few<T> few = *reinterpret_cast<const Few<T>*>(from);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(THREADS) segments_kernel(Segments segments, Sl
   }
   if (first < last) sum.add_pairs(segments, last * WINDOW, end);
   for (int e = 0; e < EACH && sum.first + e < slice.out.columns; ++e) {
-    const int64_t at = id * slice.out.stride + (sum.first + e) * slice.out.step;
+    const int64_t at = slice.out.flat_offset(id) + (sum.first + e) * slice.out.step;
     switch (slice.out.kind) {
       case Kind::bfloat16: static_cast<BFloat16*>(slice.out.data)[at] = from_float<BFloat16>(sum.total[e]); break;
       case Kind::float16: static_cast<Float16*>(slice.out.data)[at] = from_float<Float16>(sum.total[e]); break;
@@ -163,8 +163,10 @@ void add_up(const Segments& segments, const Matrix& hidden, const Matrix& out, f
   const std::string shape = " of V = " + std::to_string(segments.vocab) + ", H = " + std::to_string(out.columns);
   for (int64_t first = 0; first < out.columns; first += layout.slice) {
     const int64_t columns = std::min(layout.slice, out.columns - first), blocks = (columns + COLUMNS - 1) / COLUMNS;
-    const auto part = [&](const Matrix& x) {
-      return Matrix{x.data ? x.at(0, first) : nullptr, x.kind, columns, x.stride, x.step};
+    const auto part = [&](Matrix x) {
+      if (x.data) x.data = x.at(0, first);
+      x.columns = columns;
+      return x;
     };
     const Slice slice{part(hidden), part(out), sums};
     // The block of columns is the slow index of the grid, so that one block of all hidden states stays in L2.

@@ -2,17 +2,21 @@
 
 float64 and K above 1,024 go elsewhere: `choose` sees to it. Where the extension was built for the host, as the tests
 without a GPU do, its kernels run on CPU tensors.
+
+Logits, hidden states and `out` are matrices (N, V), or slabs of rows (S, R, V) with S R = N where no one stride leads
+from row to row.
 """
 
 import torch
 from torch import Tensor
 
 from topk_rkl import _cuda
-from topk_rkl.backends.pointers import FLOATS, INTEGERS, KINDS, Pointers, in_range, same_shape
+from topk_rkl.backends.pointers import FLOATS, INTEGERS, KINDS, Pointers, in_range, rows_of, same_rows, same_shape
 from topk_rkl.divergence import REVERSE_KL, Code
 
 HOST = _cuda.HOST
 MAX_K = _cuda.MAX_K
+SLABS = True  # see topk_rkl/rows.py
 MAX_SLOTS = 2**31
 
 
@@ -21,7 +25,7 @@ def select(
     k: int,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K) float32
-    n = len(logits)
+    n = rows_of(logits)
     ids, values = logits.new_empty((n, k), dtype=torch.int32), _empty(logits, n, k)
     scratch = _select_scratch(logits, k, normalize)
     _cuda.select(
@@ -43,7 +47,7 @@ def support_loss(
     (n, k), to = ids.shape, Pointers(student.device)
     in_range("k", k, MAX_K, "the most")
     same_shape("values", values, (n, k))
-    same_shape("student", student, (n, student.shape[1]))
+    same_rows("student", student, n)
     loss, g = _empty(student, n), _empty(student, n, k)
     _cuda.support_loss(
         to.matrix("student", student), n, k, to.matrix("ids", ids, INTEGERS), to.matrix("values", values, FLOATS),
@@ -61,8 +65,8 @@ def select_loss(
     divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
     _reverse_kl_alone(divergence)
-    n, to = len(teacher), Pointers(teacher.device)
-    same_shape("student", student, (n, student.shape[1]))
+    n, to = rows_of(teacher), Pointers(teacher.device)
+    same_rows("student", student, n)
     loss, ids, g = _empty(teacher, n), teacher.new_empty((n, k), dtype=torch.int32), _empty(teacher, n, k)
     scratch = _select_scratch(teacher, k, False)
     _cuda.select_loss(
@@ -82,7 +86,7 @@ def scatter(
     """out[i] = grad_output[i] * the sum over the slots j of row i of g[i, j] at column ids[i, j], and 0 elsewhere."""
     (n, k), to = ids.shape, Pointers(out.device)
     same_shape("g", g, (n, k))
-    same_shape("out", out, (n, out.shape[1]))
+    same_rows("out", out, n)
     g = g.float()
     _cuda.scatter(
         to.matrix("g", g), to.matrix("ids", ids, INTEGERS), to.vector("grad_output", grad_output, n),
@@ -106,7 +110,7 @@ def sparse_head(
     _reverse_kl_alone(divergence)
     (n, k), (vocab, width), to = ids.shape, head.shape, Pointers(hidden.device)
     in_range("k", k, MAX_K, "the most")
-    same_shape("hidden", hidden, (n, width))
+    same_rows("hidden", hidden, n, width)
     same_shape("values", values, (n, k))
     loss, g, dhidden = _empty(hidden, n), _empty(hidden, n, k), _empty(hidden, n if want_dhidden else 0, width)
     _cuda.sparse_head(
@@ -152,7 +156,7 @@ def _select_scratch(
     k: int,
     normalize: bool,
 ) -> Tensor:
-    n, vocab = logits.shape
+    n, vocab = rows_of(logits), logits.shape[-1]
     in_range("k", k, min(vocab, MAX_K), "the smaller of V and the most")
     bytes_ = _cuda.select_scratch(n, vocab, KINDS[logits.dtype], k, normalize, _where(logits)[0])
     return _scratch(logits, bytes_)

@@ -1,15 +1,19 @@
 """The compiled extension, on CPU tensors: allocates, checks what a pointer cannot say, and calls csrc/.
 
 float64 goes to the reference: `choose` sees to it.
+
+Logits, hidden states and `out` are matrices (N, V), or slabs of rows (S, R, V) with S R = N where no one stride leads
+from row to row.
 """
 
 import torch
 from torch import Tensor
 
 from topk_rkl import _native
-from topk_rkl.backends.pointers import FLOATS, INTEGERS, Pointers, in_range, same_shape
+from topk_rkl.backends.pointers import FLOATS, INTEGERS, Pointers, in_range, rows_of, same_rows, same_shape
 from topk_rkl.divergence import MASSES, REVERSE_KL, Code
 
+SLABS = True  # see topk_rkl/rows.py
 MAX_SLOTS = 2**32
 
 _cpu = Pointers(torch.device("cpu"))
@@ -21,8 +25,8 @@ def select(
     k: int,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K) float32
-    n, vocab = logits.shape
-    in_range("k", k, vocab, "V")
+    n = rows_of(logits)
+    in_range("k", k, logits.shape[-1], "V")
     ids, values = _empty(n, k, dtype=torch.int32), _empty(n, k)
     _native.select(
         _matrix("logits", logits), n, k, normalize, torch.get_num_threads(), ids.data_ptr(), values.data_ptr()
@@ -40,7 +44,7 @@ def support_loss(
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32: times the weight of the row
     n, k = ids.shape
     same_shape("values", values, (n, k))
-    same_shape("student", student, (n, student.shape[1]))
+    same_rows("student", student, n)
     loss, g = _empty(n), _empty(n, k)
     _native.support_loss(
         _matrix("student", student), n, k, _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS),
@@ -57,9 +61,9 @@ def select_loss(
     temperature: float,
     divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K)
-    n, vocab = teacher.shape
-    in_range("k", k, vocab, "V")
-    same_shape("student", student, (n, student.shape[1]))
+    n = rows_of(teacher)
+    in_range("k", k, teacher.shape[-1], "V")
+    same_rows("student", student, n)
     loss, ids, g = _empty(n), _empty(n, k, dtype=torch.int32), _empty(n, k)
     _native.select_loss(
         _matrix("student", student), _matrix("teacher", teacher), n, k, _vector("weights", weights, n),
@@ -74,7 +78,7 @@ def rest(
     temperature: float,
 ) -> Tensor:  # (N,) float64
     n, k = ids.shape
-    same_shape("logits", logits, (n, logits.shape[1]))
+    same_rows("logits", logits, n)
     out = _empty(n, dtype=torch.float64)
     _native.rest(
         _matrix("logits", logits), n, k, _matrix("ids", ids, INTEGERS), temperature, torch.get_num_threads(),
@@ -95,7 +99,7 @@ def mass_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, 2) float64
     n, k = ids.shape
     same_shape("values", values, (n, k))
-    same_shape("student", student, (n, student.shape[1]))
+    same_rows("student", student, n)
     loss, g, others = _empty(n), _empty(n, k), _empty(n, 2, dtype=torch.float64)
     _native.mass_loss(
         _matrix("student", student), n, k, _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS),
@@ -117,8 +121,8 @@ def spread(
     (n, k), student = ids.shape, out if student is None else student
     same_shape("g", g, (n, k))
     same_shape("others", others, (n, 2))
-    same_shape("out", out, (n, out.shape[1]))
-    same_shape("student", student, tuple(out.shape))
+    same_rows("out", out, n)
+    same_rows("student", student, n, out.shape[-1])
     g = g.float().contiguous()
     _native.spread(
         _matrix("g", g), _matrix("ids", ids, INTEGERS), _matrix("others", others, FLOATS),
@@ -137,7 +141,7 @@ def scatter(
     """out[i] = grad_output[i] * the sum over the slots j of row i of g[i, j] at column ids[i, j], and 0 elsewhere."""
     n, k = ids.shape
     same_shape("g", g, (n, k))
-    same_shape("out", out, (n, out.shape[1]))
+    same_rows("out", out, n)
     g = g.float().contiguous()
     _native.scatter(
         _matrix("g", g), _matrix("ids", ids, INTEGERS), _vector("grad_output", grad_output, n),
@@ -159,7 +163,7 @@ def sparse_head(
     divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H), all float32
     (n, k), (vocab, width) = ids.shape, head.shape
-    same_shape("hidden", hidden, (n, width))
+    same_rows("hidden", hidden, n, width)
     same_shape("values", values, (n, k))
     loss, g, dhidden = _empty(n), _empty(n, k), _empty(n if want_dhidden else 0, width)
     _native.sparse_head(

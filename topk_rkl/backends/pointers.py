@@ -17,7 +17,7 @@ INTEGERS = (torch.int32, torch.int64)
 MAX_OFFSET = 2**63 - 1
 MAX_VOCAB = 2**31 - 1
 
-Matrix = tuple[int, int, int, int, int]
+Matrix = tuple[int, int, int, int, int, int, int]
 Vector = tuple[int, int, int]
 
 
@@ -30,14 +30,18 @@ class Pointers:
     def matrix(
         self,
         name: str,
-        x: Tensor | None,  # (N, columns)
+        x: Tensor | None,  # (N, columns), or (S, R, columns) with S R = N
         dtypes: tuple[torch.dtype, ...] = LOGITS,
     ) -> Matrix:
         if x is None:
-            return 0, 0, 0, 0, 0
+            return 0, 0, 0, 0, 0, 0, 0
         self._check(name, x, dtypes)
-        check_extent(name, (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), x.element_size())
-        return x.data_ptr(), KINDS[x.dtype], x.shape[1], x.stride(0), x.stride(1)
+        shape, strides = tuple(x.shape), x.stride()
+        if len(shape) not in (2, 3):
+            raise ValueError(f"{name} has shape {shape}; it must be rows (N, X), or slabs of rows (S, R, X)")
+        check_extent(name, shape, strides, x.element_size())
+        slab_stride = strides[0] if len(shape) == 3 else 0
+        return x.data_ptr(), KINDS[x.dtype], shape[-1], strides[-2], strides[-1], max(1, shape[-2]), slab_stride
 
     def vector(
         self,
@@ -59,16 +63,35 @@ class Pointers:
             raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(map(str, dtypes))}")
 
 
-def check_extent(name: str, shape: tuple[int, int], strides: tuple[int, int], itemsize: int) -> None:
+def check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
     """Refuses what would put a byte of the tensor out of the reach of a 64-bit offset, or before its start."""
     if min(strides) < 0:
         raise ValueError(f"{name} has strides {strides}; a negative one cannot be read, pass {name}.contiguous()")
     if shape[-1] > MAX_VOCAB:
         raise ValueError(f"{name} has {shape[-1]} columns; ids are int32, so that at most {MAX_VOCAB} are possible")
-    (rows, columns), (stride, step) = shape, strides
-    reach = max(0, rows - 1) * stride + max(0, columns - 1) * step + 1
+    reach = 1
+    for size, stride in zip(shape, strides, strict=True):
+        reach += max(0, size - 1) * stride
     if max(reach, *strides) * itemsize > MAX_OFFSET:
         raise ValueError(f"{name} of shape {shape} and strides {strides} reaches past 2^63 bytes; pass a smaller part")
+
+
+def rows_of(
+    x: Tensor,  # (N, columns), or (S, R, columns) with S R = N
+) -> int:
+    return x.shape[:-1].numel()
+
+
+def same_rows(
+    name: str,
+    x: Tensor,  # (n, columns), or (S, R, columns) with S R = n
+    n: int,
+    columns: int | None = None,
+) -> None:
+    """Refuses another number of rows, and another number of columns where one is given."""
+    columns = x.shape[-1] if columns is None else columns
+    if rows_of(x) != n or x.shape[-1] != columns:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {(n, columns)}, or slabs of so many rows")
 
 
 def same_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
