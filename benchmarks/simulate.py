@@ -39,7 +39,10 @@ OTHER_LATENCY = 20  # of the special units, and of double precision where it hol
 
 
 def path(sass: Sass, turns: dict[int, int]) -> list[int]:
-    """The instructions in the order in which a warp issues them. `turns` are those of the loop that a branch closes."""
+    """The instructions in the order in which a warp issues them. `turns` are those of the loop that a branch closes.
+
+    A branch back to what has not run yet closes no loop: code that seldom runs is laid out behind the end.
+    """
     instructions = sass.instructions
     left: dict[int, int] = {}
     visited: set[int] = set()
@@ -53,7 +56,7 @@ def path(sass: Sass, turns: dict[int, int]) -> list[int]:
             return steps
         if target is None:
             i += 1
-        elif target in visited:
+        elif target <= i and target in visited:
             left[i] = left.get(i, turns.get(i, 1)) - 1
             if left[i] == 0:
                 del left[i]
@@ -117,14 +120,14 @@ def run(
     while ready:
         now, warp = ready[0]
         program, at, boards = warp // warps, step[warp], scoreboards[warp]
-        units, pace, latency, width, arriving, control, is_barrier = kinds[steps[at]]
+        kind, pace, latency, width, arriving, control, is_barrier = kinds[steps[at]]
         mine = warp % SCHEDULERS
-        when = max(now, scheduler[mine], unit[mine][units], *(boards[i] for i in control.waits))
+        when = max(now, scheduler[mine], unit[mine][kind], *(boards[i] for i in control.waits))
         if when > now:
             heapq.heapreplace(ready, (when, warp))
             continue
         scheduler[mine] = now + 1
-        unit[mine][units] = now + pace
+        unit[mine][kind] = now + pace
         done = read = now + latency
         if width:
             memory_unit = max(memory_unit, now) + width

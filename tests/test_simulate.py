@@ -34,6 +34,10 @@ def kernel(*lines: str) -> Sass:
     return Sass.parse("\n".join(text))
 
 
+def loop(label: str, *body: str) -> list[str]:
+    return [f".L_{label}", *body, f"@P0 BRA `(.L_{label})"]
+
+
 def test_control_codes_of_a_compiled_kernel() -> None:
     """Encodings of select_kernel: a result on a scoreboard, a wait for one, operands on one."""
     assert Control.decode(0x000EA20000002100) == Control(stall=1, result=2)  # S2R
@@ -82,6 +86,16 @@ def test_of_two_ways_that_meet_again_the_longer_is_followed(short_first: bool) -
     sass = kernel("@P0 BRA `(.L_x_1)", *first, "BRA `(.L_x_2)", ".L_x_1", *second, ".L_x_2", "EXIT")
     followed = [name for name in (sass.names[i] for i in path(sass, {})) if name != "BRA"]
     assert followed == ["DFMA", "DFMA", "DFMA", "EXIT"]
+
+
+def test_every_turn_takes_the_same_way() -> None:
+    slow, both = (
+        ["@P6 BRA P5, `(.L_x_1)", "CALL", ".L_x_1"],
+        ["DFMA", "DADD", "BRA `(.L_x_3)", ".L_x_2", "FSEL", ".L_x_3"],
+    )
+    sass = kernel(*loop("x_0", *slow, "@P0 BRA `(.L_x_2)", *both, "MOV"), "EXIT")
+    once = [0, 2, 3, 4, 5, 7, 8]
+    assert path(sass, {8: 2}) == [*once, *once, 9]
 
 
 def test_a_call_is_skipped_and_a_masked_load_is_not() -> None:
@@ -165,10 +179,6 @@ class Case(NamedTuple):
 STREAM = ["LDG.E.128 | result=0", "HMNMX2 | waits=1", "STG.E.U16"]
 SEARCH = ["BAR.SYNC", "POPC", "LDS"]
 PICK = ["STG.E", "IADD3"]
-
-
-def loop(label: str, *body: str) -> list[str]:
-    return [f".L_{label}", *body, f"@P0 BRA `(.L_{label})"]
 
 
 def test_turns_by_what_a_loop_does() -> None:
