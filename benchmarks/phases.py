@@ -100,8 +100,8 @@ def _scans(sass: Sass) -> list[range]:
 
 def _searches(sass: Sass) -> list[range]:
     """Loops that touch no global memory. What follows the end of a program jumps to itself."""
-    names = [(loop, sass.names[loop.start : loop.stop]) for loop in sass.ranges if len(loop) > 1]
-    return [loop for loop, inside in names if "LDG" not in inside and "STG" not in inside]
+    touching = {"LDG", "STG", "ATOMG"}
+    return [loop for loop in sass.ranges if len(loop) > 1 and touching.isdisjoint(sass.names[loop.start : loop.stop])]
 
 
 def _far(sass: Sass) -> set[int]:
