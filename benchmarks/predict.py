@@ -58,7 +58,9 @@ ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Cost = dict[str, Any]  # a row of compiled_cost.json
 
 
-def expected(kernel: str, dtype: str, vocab: int, k: int, width: int, card_name: str) -> float | None:
+def expected(
+    kernel: str, dtype: str, vocab: int, k: int, width: int, card_name: str, n: int = ROWS
+) -> float | None:  # fmt: skip
     """The share of `share`, from the committed row of that size; None where there is none.
 
     The card goes by its key in CARDS or by the name of a device, "NVIDIA H100 80GB HBM3".
@@ -68,7 +70,7 @@ def expected(kernel: str, dtype: str, vocab: int, k: int, width: int, card_name:
     if card is None or words & {"PCIe", "NVL"}:  # boards of other cores and bandwidths
         return None
     cost = _committed().get((card.target, kernel, dtype, vocab, k, width))
-    return share(cost, card) if cost else None
+    return share(cost, card, n) if cost else None
 
 
 def share(cost: Cost, card: Card, n: int = ROWS) -> float | None:

@@ -144,6 +144,8 @@ def test_expected_reads_the_committed_record() -> None:
     found = expected(*sizes, "H200")
     assert found is not None and found == share(record, CARDS["H200"])
     assert expected(*sizes, "NVIDIA H200") == found != expected(*sizes, "NVIDIA H100 80GB HBM3")
+    few = expected(*sizes, "H100", 64)
+    assert few is not None and few == share(record, CARDS["H100"], 64) < 0.5 * found
     assert expected("select_loss", "bfloat16", 151_936, 65, 0, "H100") is None
     assert expected(*sizes, "NVIDIA H100 PCIe") is None and expected(*sizes, "NVIDIA A100-SXM4-80GB") is None
 
