@@ -61,7 +61,8 @@ def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
     else:
         counts = [case.vocab // launch["BLOCK"]] * len(streams)
         outer_counts = [1] * len(outer)  # of a program that goes from row to row
-    found = dict.fromkeys((loop.stop - 1 for loop in sass.ranges), PICKS)
+    picks = [loop for loop in sass.ranges if "STG" in sass.names[loop.start : loop.stop]]
+    found = dict.fromkeys((loop.stop - 1 for loop in picks), PICKS)
     for loops, n in ((streams, counts), (outer, outer_counts), (searches, bisections)):
         found |= {loop.stop - 1: max(1, turn) for loop, turn in zip(loops, n, strict=True)}
     return found

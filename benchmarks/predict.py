@@ -58,9 +58,7 @@ ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Cost = dict[str, Any]  # a row of compiled_cost.json
 
 
-def expected(
-    kernel: str, dtype: str, vocab: int, k: int, width: int, card_name: str, n: int = ROWS
-) -> float | None:  # fmt: skip
+def expected(kernel: str, dtype: str, vocab: int, k: int, width: int, card_name: str, n: int = ROWS) -> float | None:
     """The share of `share`, from the committed row of that size; None where there is none.
 
     The card goes by its key in CARDS or by the name of a device, "NVIDIA H100 80GB HBM3".

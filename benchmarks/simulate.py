@@ -160,7 +160,7 @@ def _kind(instruction: Instruction, load_latency: int) -> tuple[int, int, int, i
     name, code = instruction.name, instruction.code
     unit, pace = KINDS.get(name, ("uniform" if name.startswith("U") else "integer", 2))
     bits = load_bits(code)
-    latency = load_latency if bits else LATENCY.get(name, OTHER_LATENCY)
+    latency = load_latency if bits or name == "ATOMG" else LATENCY.get(name, OTHER_LATENCY)
     width = 0
     if unit == "memory":
         width = 2 if name == "REDUX" else max(1, moved_bits(code) // 32)

@@ -187,6 +187,9 @@ def test_turns_by_what_a_loop_does() -> None:
     )
     assert phases.turns(Case("select"), {"BLOCK": 100}, select) == {3: 10, 7: 16, 10: 2, 14: 16}
     assert phases.turns(Case("select", torch.float32), {"BLOCK": 100}, select)[7] == 32
+    waiting = loop("wait", "ATOMG.E.CAS", "BAR.SYNC")  # for scratch memory, which is there in the first turn
+    claiming = kernel(*waiting, *loop("scan", *STREAM), *loop("first", *SEARCH), *loop("second", *SEARCH), "EXIT")
+    assert phases.turns(Case("select"), {"BLOCK": 100}, claiming) == {6: 10, 10: 16, 14: 16}
     head = kernel(*loop("slots", *loop("columns", *STREAM)), *loop("spans", *loop("terms", *STREAM)), "EXIT")
     blocks = {"SLOTS": 16, "BLOCK": 256, "TERMS": 4, "SPAN": 512}
     assert phases.turns(Case("sparse_head"), blocks, head) == {3: 4, 4: 3, 8: 10, 9: 2}
