@@ -213,5 +213,5 @@ def test_phases_add_up_and_programs_share_a_core() -> None:
 
 def test_what_takes_minutes_is_not_simulated(monkeypatch) -> None:
     sass = kernel(*loop("scan", *STREAM), *loop("first", *SEARCH), *loop("second", *SEARCH), "EXIT")
-    monkeypatch.setattr(phases, "LONGEST", 100)
+    monkeypatch.setattr(phases, "LONGEST", 50)
     assert phases.measure(Case("select"), {"BLOCK": 100, "num_warps": 8}, sass, 1) is None
