@@ -4,7 +4,8 @@
 
 The launchers are called on CPU tensors under a driver that compiles and never launches, so every block size, option
 and argument specialisation is the one a real call gets. `--cases table --json benchmarks/results/compiled_cost.json` is
-what is committed; the tests compile `small` and `few`, which are parts of it, and allow a tenth more.
+what is committed; the tests compile `small` and `few`, which are parts of it, and allow a tenth more. Records of other
+targets stay in the file. For sm_90 and sm_100 the cycles of kernels are simulated besides (`phases`).
 """
 
 import argparse
@@ -26,6 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import phases
+from benchmarks.phases import SELECTS, Cycles
+from benchmarks.sass import Loop, Sass
 from topk_rkl.backends.triton import (
     mass_loss,
     rest,
@@ -45,7 +49,6 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS = 2
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SELECTS = ("select", "normalize", "select_loss")
 SLOTS = ("support_loss", "scatter", "scatter_repeated")
 FORMS = {
     "support_loss": REVERSE_KL,
@@ -75,10 +78,12 @@ CASES = {
     ],
     "table": [
         (SELECTS, (BF16, FP16, FP32), (151936,), (16, 64, 256, 1024)),
+        (SELECTS, (BF16,), (151936,), (32,)),
         (SELECTS, (BF16, FP16, FP32), (50257,), (64,)),
         ((*SLOTS, *MASSES), (BF16, FP16, FP32), (151936,), (64, 1024)),
         (tuple(FORMS), (BF16,), (151936,), (64, 1024)),
         (HEADS, (BF16, FP16, FP32), (151936,), (64, 1024), (4096,)),
+        (HEADS, (BF16,), (151936,), (32,), (4096,)),
     ],
     "full": [
         (SELECTS, (BF16, FP16, FP32), (4099, 32000, 49152, 151936, 262144), (1, 16, 64, 256, 1024)),
@@ -97,17 +102,6 @@ class Case(NamedTuple):
     vocab: int
     k: int
     width: int = 0
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop of SASS instructions. Its elements are those that one turn of all threads loads, or if none, stores."""
-
-    instructions: int
-    load_bits: int  # the widest load from global memory; 0 if there is none
-    store_bits: int
-    loaded_bytes: int  # a thread and turn
-    per_element: float | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +128,7 @@ class Cost:
     instructions: int | None
     loops: list[Loop]
     scan_per_element: float | None
+    cycles: Cycles | None
 
 
 @dataclass(frozen=True)
@@ -166,63 +161,6 @@ CORES = {
     "sm_120": Core(65_536, 48, 100 << 10, 24, 8, 1024),
     "gfx942": Core(4 * 512 * 64, 32, 64 << 10, 32, 8, 1),
 }
-
-
-@dataclass(frozen=True)
-class Sass:
-    """A disassembled kernel: its instructions with their suffixes, and each loop as a range of them."""
-
-    codes: list[str]
-    ranges: list[range]
-
-    @classmethod
-    def parse(cls, text: str) -> "Sass":
-        codes, ranges, labels = [], [], {}
-        for line in text.splitlines():
-            if label := re.match(r"\s*(\.L_\w+):", line):
-                labels[label[1]] = len(codes)
-            elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([\w.]+)(.*);", line):
-                codes.append(instruction[1])
-                branch = re.search(r"`\((\.L_\w+)\)", instruction[2])
-                if instruction[1].split(".")[0] == "BRA" and branch and branch[1] in labels:
-                    ranges.append(range(labels[branch[1]], len(codes)))
-        return cls(codes, ranges)
-
-    @property
-    def names(self) -> list[str]:
-        return [code.split(".")[0] for code in self.codes]
-
-    @property
-    def spills(self) -> int:
-        return sum(name in ("STL", "LDL") for name in self.names)
-
-    @property
-    def scan_length(self) -> int | None:
-        """Instructions in the first loop that reads global memory."""
-        return next((len(loop) for loop in self.ranges if "LDG" in self.names[loop.start : loop.stop]), None)
-
-    def loops(self, itemsize: int) -> list[Loop]:
-        """A single instruction that jumps to itself is what follows the end of a program."""
-        return [self._loop(self.codes[part.start : part.stop], itemsize) for part in self.ranges if len(part) > 1]
-
-    @staticmethod
-    def _loop(codes: list[str], itemsize: int) -> Loop:
-        loads = [bits for code in codes if (bits := load_bits(code))]
-        stores = [_bits(code) for code in codes if code.startswith("STG.")]
-        elements = sum(loads or stores) / 8 / itemsize
-        per_element = round(len(codes) / elements, 3) if elements else None
-        return Loop(len(codes), max(loads, default=0), max(stores, default=0), sum(loads) // 8, per_element)
-
-
-def load_bits(code: str) -> int:
-    """That an instruction loads from global memory for a thread; 0 of another."""
-    return _bits(code) if code.split(".")[0] in ("LDG", "LDGSTS") else 0
-
-
-def _bits(code: str) -> int:
-    """That a thread moves with LDG.E.128, LDG.E.U16 and the like; without a width it is a register."""
-    widths = [int(suffix.lstrip("US")) for suffix in code.split(".") if re.fullmatch(r"[US]?(8|16|32|64|128)", suffix)]
-    return widths[-1] if widths else 32
 
 
 class CompileOnlyDriver:
@@ -298,18 +236,18 @@ def compile_call(call: Callable[[], None], target: GPUTarget) -> list[tuple[Any,
     return compiled
 
 
-def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
+def nvidia_tool(name: str, *options: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(NVIDIA_TOOLS / name), option, file.name]
+        command = [str(NVIDIA_TOOLS / name), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def nvidia_cost(cubin: bytes) -> tuple[int, Sass]:
     """Registers and instructions, by the disassemblers that come with Triton."""
-    usage = nvidia_tool("cuobjdump", "-res-usage", cubin)
-    return int(re.search(r"\bREG:(\d+)", usage)[1]), Sass.parse(nvidia_tool("nvdisasm", "-c", cubin))
+    usage = nvidia_tool("cuobjdump", "-res-usage", cubin=cubin)
+    return int(re.search(r"\bREG:(\d+)", usage)[1]), Sass.parse(nvidia_tool("nvdisasm", "-c", "-hex", cubin=cubin))
 
 
 def measure(case: Case, target_name: str) -> Iterator[Cost]:
@@ -323,17 +261,21 @@ def measure(case: Case, target_name: str) -> Iterator[Cost]:
 def measure_kernel(
     case: Case, name: str, kernel: Any, launch: dict[str, Any], target: GPUTarget, target_name: str
 ) -> Cost:
-    scalars, per_element, instructions = 0, None, None
+    scalars, per_element, instructions, cycles = 0, None, None, None
     loops: list[Loop] = []
+    warps, shared = launch["num_warps"], kernel.metadata.shared
     if target.backend == "cuda":
         registers, sass = nvidia_cost(kernel.asm["cubin"])
         spills, instructions, loops = sass.spills, len(sass.codes), sass.loops(case.dtype.itemsize)
         if case.kernel in (*SELECTS, *HEADS):
             tile = launch["BLOCK"] * launch.get("SLOTS", launch.get("PAIRS", 1))
-            per_element = sass.scan_length * launch["num_warps"] * target.warp_size / tile
+            per_element = sass.scan_length * warps * target.warp_size / tile
     else:
         counts = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
         registers, spills, scalars = (counts[name] for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))
+    programs = CORES[target_name].holds(warps, target.warp_size, registers, shared)
+    if target_name in phases.TARGETS and name in phases.KERNELS:
+        cycles = phases.measure(case, launch, sass, programs)
     return Cost(
         triton=triton.__version__,
         target=target_name,
@@ -342,15 +284,16 @@ def measure_kernel(
         vocab=case.vocab,
         k=case.k,
         width=case.width,
-        warps=launch["num_warps"],
+        warps=warps,
         registers=registers,
         spills=spills,
         spilled_scalars=scalars,
-        shared_bytes=kernel.metadata.shared,
-        programs=CORES[target_name].holds(launch["num_warps"], target.warp_size, registers, kernel.metadata.shared),
+        shared_bytes=shared,
+        programs=programs,
         instructions=instructions,
         loops=loops,
         scan_per_element=per_element,
+        cycles=cycles,
     )
 
 
@@ -370,10 +313,16 @@ def print_row(cost: Cost) -> None:
     )
 
 
-def write(costs: Iterable[Any], file: Path) -> None:
+def write(costs: Iterable[dict[str, Any]], file: Path) -> None:
     """A line each, so that what changed shows in a diff."""
-    lines = ",\n".join(json.dumps(asdict(cost)) for cost in costs)
+    lines = ",\n".join(map(json.dumps, costs))
     file.write_text(f"[\n{lines}\n]\n")
+
+
+def kept(file: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
+    """The records of other targets in a file that may not be there yet."""
+    records = json.loads(file.read_text()) if file.exists() else []
+    return [record for record in records if record["target"] not in targets]
 
 
 def main() -> None:
@@ -392,7 +341,9 @@ def main() -> None:
         print_row(cost)
         costs.append(cost)
     if args.json:
-        write(costs, args.json)
+        records = [*kept(args.json, args.targets), *map(asdict, costs)]
+        order = {target: i for i, target in enumerate(TARGETS)}
+        write(sorted(records, key=lambda record: order.get(record["target"], len(order))), args.json)
 
 
 if __name__ == "__main__":

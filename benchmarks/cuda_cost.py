@@ -12,10 +12,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.compiled_cost import NVIDIA_TOOLS, Sass, load_bits, write
+from benchmarks.compiled_cost import NVIDIA_TOOLS, write
+from benchmarks.sass import Sass, load_bits
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
@@ -109,7 +110,7 @@ def main() -> None:
             print(f"{target:<7} {name:<34} {cost.dtype:<9} {cost.registers:>4} regs {cost.spills:>3} spills {scan:>5}")
             costs.append(cost)
     if args.json:
-        write(costs, args.json)
+        write(map(asdict, costs), args.json)
 
 
 if __name__ == "__main__":

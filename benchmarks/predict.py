@@ -1,74 +1,151 @@
-"""From instructions and bytes to a share of the bandwidth that a card's memory reaches: a model, not a measurement.
+"""From compiled code to milliseconds and a share of the bandwidth of a card: a model, not a measurement.
 
-A program moves its bytes and issues its instructions, and so do the programs beside it. The time of a row is the
-longest of three:
+    serial phases      `compiled_cost` simulates a program alone on a core, and as many as fit on one (`simulate`)
+    bytes              what must move, and what this algorithm moves besides, less what the second-level cache holds
+    the whole card     a closed queue: all resident programs in turn ask one memory for the bytes of a job, and spend
+                       the cycles of the job elsewhere before they ask again
 
-    bytes / bandwidth                    what must move, and what this algorithm moves besides
-    instructions / issue rate            four warps' instructions a cycle and core
-    bytes * latency / bytes in flight    Little's law, with what the resident programs ask for in a turn of a loop
+A job is a row, or the part of one that a program of `scatter` writes. The queue is solved by exact mean-value analysis:
+with D the time of a job's bytes at full bandwidth, Z that of its cycles, and Q(0) = 0,
 
-The instructions of a row are those of its streaming loop times its turns, those of a loop without a load once for every
-bit of a key (the two bisections of a selection), and all others once. Left out: the second-level cache, the barriers
-within a program, the tail of the last wave.
+    R(n) = D (1 + Q(n - 1))        X(n) = n / (Z + R(n))        Q(n) = X(n) R(n)
+
+The programs of a launch start together, so their first jobs read together and then leave the memory idle together;
+with the second job they are taken to have drifted apart. The last ones leave the card half empty for one job. Left out:
+the start of a launch, instruction caches, address translation, and a memory that is slower for lines at random.
+
+Nobody has measured the latencies here. A fifth more on all of them takes 7 % from the share of select_loss at K = 256,
+which waits for its serial phases, 0 at K = 64 on an H100 and 3 % on an H200, whose memory is faster.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from math import ceil
 from typing import Any
 
-from topk_rkl.backends.triton.launch import plan_select
+from benchmarks.phases import SELECTS
+from benchmarks.results import FOLDER
+from topk_rkl.backends.triton.launch import SCRATCH_BYTES, plan_scatter, plan_select
 
-LATENCY = 0.8e-6  # seconds, to memory under load
-REACHED = 0.86  # of the nominal bandwidth, by a plain read on an H100 (quack); taken for the others too
+REACHED = 0.86  # of the nominal bandwidth, by a plain read on an H100 (quack); taken for writes and the others too
+LINE = 64  # bytes that a load of one element moves
+ROWS = 16_384
 
 
 @dataclass(frozen=True)
 class Card:
-    """Of the SXM boards. Bandwidths are the vendor's; clocks are about what a card under load holds."""
+    """Of the SXM boards. Bandwidths and caches are the vendor's; clocks are about what a card under load holds."""
 
     target: str
     cores: int
     ghz: float
-    terabytes_a_second: float
+    terabytes_per_second: float
+    cache_megabytes: int
 
     @property
-    def bytes_a_second(self) -> float:
-        return self.terabytes_a_second * 1e12 * REACHED
-
-    @property
-    def instructions_a_second(self) -> float:
-        """Of threads, on one core."""
-        return 4 * 32 * self.ghz * 1e9
+    def bytes_per_second(self) -> float:
+        return self.terabytes_per_second * 1e12 * REACHED
 
 
 CARDS = {
-    "H100": Card("sm_90", 132, 1.755, 3.35),
-    "H200": Card("sm_90", 132, 1.755, 4.8),
-    "B200": Card("sm_100", 148, 1.85, 8.0),
+    "H100": Card("sm_90", 132, 1.755, 3.35, 50),
+    "H200": Card("sm_90", 132, 1.755, 4.8, 50),
+    "B200": Card("sm_100", 148, 1.85, 8.0, 126),
 }
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-STREAMING = ("select", "normalize", "select_loss", "sparse_head")
+
+Cost = dict[str, Any]  # a row of compiled_cost.json
 
 
-def share(cost: dict[str, Any], card: Card) -> float | None:
-    """Of the reached bandwidth over the bytes that must move, predicted; None for a kernel that streams nothing."""
-    if cost["kernel"] not in STREAMING or cost["target"] != card.target:
+def expected(kernel: str, dtype: str, vocab: int, k: int, width: int, card_name: str, n: int = ROWS) -> float | None:
+    """The share of `share`, from the committed row of that size; None where there is none.
+
+    The card goes by its key in CARDS or by the name of a device, "NVIDIA H100 80GB HBM3".
+    """
+    words = set(card_name.split())
+    card = next((card for name, card in CARDS.items() if name in words), None)
+    if card is None or words & {"PCIe", "NVL"}:  # boards of other cores and bandwidths
         return None
-    loop = next(loop for loop in cost["loops"] if loop["load_bits"])
-    itemsize, threads = ITEMSIZES[cost["dtype"]], 32 * cost["warps"]
+    cost = _committed().get((card.target, kernel, dtype, vocab, k, width))
+    return share(cost, card, n) if cost else None
+
+
+def share(cost: Cost, card: Card, n: int = ROWS) -> float | None:
+    """Of the reached bandwidth over the bytes that must move in n rows; None for what was not simulated."""
+    time = milliseconds(cost, card, n)
+    return time and n * needed_bytes(cost) / card.bytes_per_second / (time / 1e3)
+
+
+def milliseconds(cost: Cost, card: Card, n: int = ROWS) -> float | None:
+    """Of n rows; None for what was not simulated, and for a card of another target."""
+    if cost["target"] != card.target or not cost.get("cycles"):
+        return None
+    per_row, launches = jobs_per_row(cost), launches_for(cost, n)
+    jobs = per_row * n / launches
+    programs = min(ceil(jobs), card.cores * cost["programs"])
+    transfer = moved_bytes(cost, card, programs) / per_row / card.bytes_per_second
+    cycle = 1e-9 / card.ghz
+    free = job_cycles(cost, programs / card.cores) * cycle  # of a job that never waits for other bytes than its own
+    together = programs * needed_bytes(cost) / per_row / card.bytes_per_second
+    first = free + max(0.0, together - cost["cycles"]["scan"] * cycle)
+    later = programs / throughput(programs, transfer, max(0.0, free - transfer))
+    return 1e3 * launches * (first + later * (max(1.0, jobs / programs - 0.5) if jobs > programs else 0.0))
+
+
+def job_cycles(cost: Cost, resident: float) -> float:
+    """Of a program that shares its core with resident - 1 others."""
+    cycles, most = cost["cycles"], cost["programs"]
+    beside: float = cycles["beside"] - cycles["alone"]
+    return cycles["alone"] + beside * max(0.0, resident - 1) / max(1, most - 1)
+
+
+def throughput(programs: int, transfer: float, elsewhere: float) -> float:
+    """Jobs per second, by mean-value analysis."""
+    waiting = rate = 0.0
+    for n in range(1, programs + 1):
+        residence = transfer * (1 + waiting)
+        rate = n / (elsewhere + residence)
+        waiting = rate * residence
+    return rate
+
+
+def needed_bytes(cost: Cost) -> int:
+    """Per row: of the matrix that is read or written, once."""
+    itemsize: int = ITEMSIZES[cost["dtype"]]
+    return itemsize * (cost["k"] * cost["width"] if cost["kernel"] == "sparse_head" else cost["vocab"])
+
+
+def moved_bytes(cost: Cost, card: Card, programs: int) -> float:
+    """Per row, to and from memory, with so many rows under way: the cache keeps as much of them as it holds."""
+    needed, k, itemsize = needed_bytes(cost), cost["k"], ITEMSIZES[cost["dtype"]]
+    missed = max(0.0, 1 - card.cache_megabytes * 1e6 / (programs * needed))  # of what is read a second time
+    if cost["kernel"] == "scatter":
+        return needed + 8 * k
     if cost["kernel"] == "sparse_head":
-        needed = cost["k"] * cost["width"] * itemsize
-        moved = needed  # the second reading of the rows is taken to come from the cache
-        turns = needed / itemsize * cost["scan_per_element"] / (loop["instructions"] * threads)
-    else:
-        needed = cost["vocab"] * itemsize
-        group = plan_select(cost["vocab"], cost["k"], itemsize, wide=True).group
-        moved = needed * (1 + 2 / group) + cost["k"] * group * itemsize  # the maxima of groups, and K groups again
-        turns = needed / (loop["loaded_bytes"] * threads)
-    bits = 8 * itemsize
-    in_loops = sum(loop["instructions"] for loop in cost["loops"])
-    searching = sum(loop["instructions"] for loop in cost["loops"] if not loop["load_bits"] and not loop["store_bits"])
-    issued = (turns * loop["instructions"] + bits * searching + max(0, cost["instructions"] - in_loops)) * threads
-    in_flight = cost["programs"] * threads * loop["loaded_bytes"]
-    bandwidth = card.bytes_a_second / card.cores
-    seconds = max(moved / bandwidth, issued / card.instructions_a_second, moved * LATENCY / in_flight)
-    return needed / bandwidth / seconds
+        hidden = cost["width"] * (itemsize + 4)  # read, and its gradient written
+        return needed * (1 + missed) + hidden + 12 * k
+    group = plan_select(cost["vocab"], k, itemsize, wide=True).group
+    maxima = needed / group * (1 + missed)  # written, and read
+    student = k * (LINE + 4) if cost["kernel"] == "select_loss" else 0
+    return needed + maxima + k * group * itemsize * missed + 8 * k + student
+
+
+def jobs_per_row(cost: Cost) -> int:
+    return ceil(cost["vocab"] / plan_scatter(cost["vocab"], unique=True).span) if cost["kernel"] == "scatter" else 1
+
+
+def launches_for(cost: Cost, n: int) -> int:
+    """A selection has scratch memory for the maxima of so many rows at a time."""
+    if cost["kernel"] not in SELECTS:
+        return 1
+    itemsize = ITEMSIZES[cost["dtype"]]
+    group = plan_select(cost["vocab"], cost["k"], itemsize, wide=True).group
+    return ceil(n * ceil(cost["vocab"] / group / 16) * 16 * itemsize / SCRATCH_BYTES)
+
+
+@cache
+def _committed() -> dict[tuple[str | int, ...], Cost]:
+    sizes = ("target", "kernel", "dtype", "vocab", "k", "width")
+    costs = json.loads((FOLDER / "compiled_cost.json").read_text())
+    return {tuple(cost[size] for size in sizes): cost for cost in costs}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contestants, entries, fit, measure, predict, problems, report, results, run
+from benchmarks import contestants, entries, fit, measure, problems, report, results, run
 from benchmarks.cases import CPU, Case, Moved
 from benchmarks.contestants import Contestant, Entry, taking_part
 from benchmarks.measure import Floor, Passes, Stage, contest, summary
@@ -306,27 +306,6 @@ def test_a_table_follows_its_results(tmp_path: Path, monkeypatch) -> None:
     row += "torch.topk 12.3 ms (6.0); verl missing |\n"
     text = report.filled("<!-- cases cpu: select -->\nold\n<!-- end -->")
     assert text.startswith("<!-- cases cpu: select -->\n| work |") and text.endswith(row + "<!-- end -->")
-
-
-COST = {
-    "target": "sm_90", "kernel": "select", "dtype": "bfloat16", "vocab": 151_936, "k": 64, "width": 0, "warps": 8,
-    "instructions": 100, "programs": 4, "scan_per_element": 1.0,
-    "loops": [{"instructions": 64, "load_bits": 128, "store_bits": 0, "loaded_bytes": 128}],
-}  # fmt: skip
-
-
-def test_a_prediction_by_hand() -> None:
-    card = predict.CARDS["H100"]
-    useful = 1 / (1 + 2 / 64 + 64 * 64 / 151_936)
-    assert predict.share(COST, card) == pytest.approx(useful)  # the memory is what it waits for
-    dear = {**COST, "loops": [{**COST["loops"][0], "instructions": 6_400}]}
-    issue = 128 * 1.755e9 / 100  # elements a second and core, a hundred instructions each
-    memory = 3.35e12 * 0.86 / 132 / 2
-    assert predict.share(dear, card) == pytest.approx(issue / memory, rel=1e-2)
-    few = {**COST, "programs": 1, "warps": 1}
-    assert predict.share(few, card) == pytest.approx(useful * 32 * 128 / 0.8e-6 / (memory * 2), rel=1e-6)
-    assert predict.share({**COST, "kernel": "scatter"}, card) is None
-    assert predict.share(COST, predict.CARDS["B200"]) is None  # of another target
 
 
 def test_the_command_writes_lines_with_their_setting(tmp_path: Path) -> None:

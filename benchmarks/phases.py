@@ -1,0 +1,111 @@
+"""The cycles of a compiled kernel by its phases, which `compiled_cost` records and `predict` reads.
+
+How often a loop turns cannot be read off the code. It is said here, from the launcher's block sizes and from what the
+kernel searches for.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.sass import Sass, load_bits
+from benchmarks.simulate import path, run
+from topk_rkl.backends.triton.launch import IDLE_BITS
+
+SELECTS = ("select", "normalize", "select_loss")
+KERNELS = (*SELECTS, "sparse_head", "scatter")
+TARGETS = ("sm_90", "sm_100")
+PICKS = 2  # turns of the loop that places what was picked: as many as one of its rows of sixteen keys holds
+LONGEST = 60_000  # steps of a warp: what is longer takes minutes to simulate
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Of one row, or of the part of a row that a program of `scatter` writes."""
+
+    alone: int  # by a program that has a core for itself
+    scan: int  # of these, in loops that stream from memory, and in what is left of the row behind one
+    search: int  # of these, in bisections
+    beside: int  # per row of a program, with as many programs on the core as fit
+
+
+def measure(case: Any, launch: dict[str, Any], sass: Sass, programs: int) -> Cycles | None:
+    """Of a `compiled_cost.Case`, with the keywords of its launch; None where a simulation would take too long."""
+    steps = path(sass, turns(case, launch, sass))
+    if len(steps) > LONGEST:
+        return None
+    warps, far = launch["num_warps"], _far(sass)
+    [issued] = run(sass, steps, warps, far=far)
+    spent = [(i, after - before) for i, (before, after) in zip(steps, pairwise(issued), strict=False)]
+    scan, search = (
+        sum(cycles for i, cycles in spent if any(i in loop for loop in loops))
+        for loops in (_scans(sass), _searches(sass))
+    )
+    alone = beside = issued[-1]
+    if programs > 1:
+        # Three rows each, one after the other started: during the second of each all others are there.
+        starts = [alone * i // programs for i in range(programs)]
+        many = run(sass, steps * 3, warps, starts, far)
+        beside = sum(last[2 * len(steps) - 1] - last[len(steps) - 1] for last in many) // programs
+    return Cycles(alone, scan, search, beside)
+
+
+def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
+    """By the branch that closes a loop."""
+    streams, searches = _streams(sass), _searches(sass)
+    bisections = search_turns(case)[2 - len(searches) :]  # a first one of few keys per thread is unrolled
+    outer = [loop for loop in sass.ranges if any(_inside(stream, loop) for stream in streams)]
+    if case.kernel == "sparse_head":
+        counts = [-(-case.width // launch["BLOCK"]), -(-case.k // launch["TERMS"])]
+        outer_counts = [-(-case.k // launch["SLOTS"]), -(-case.width // launch["SPAN"])]
+    else:
+        counts = [case.vocab // launch["BLOCK"]] * len(streams)
+        outer_counts = [1] * len(outer)  # of a program that goes from row to row
+    picks = [loop for loop in sass.ranges if "STG" in sass.names[loop.start : loop.stop]]
+    found = dict.fromkeys((loop.stop - 1 for loop in picks), PICKS)
+    for loops, n in ((streams, counts), (outer, outer_counts), (searches, bisections)):
+        found |= {loop.stop - 1: max(1, turn) for loop, turn in zip(loops, n, strict=True)}
+    return found
+
+
+def search_turns(case: Any) -> list[int]:
+    """Of the two bisections of a selection: one for every bit of a key."""
+    return [32 - IDLE_BITS[case.dtype]] * 2 if case.kernel in SELECTS else []
+
+
+def _loaded_bytes(sass: Sass, part: range) -> int:
+    return sum(map(load_bits, sass.codes[part.start : part.stop])) // 8
+
+
+def _inside(inner: range, outer: range) -> bool:
+    return inner != outer and outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def _streams(sass: Sass) -> list[range]:
+    """The innermost loops of which a turn loads 16 bytes per thread or more."""
+    wide = [loop for loop in sass.ranges if _loaded_bytes(sass, loop) >= 16]
+    return [loop for loop in wide if not any(_inside(other, loop) for other in wide)]
+
+
+def _scans(sass: Sass) -> list[range]:
+    """Streaming loops, and behind them what is skipped where nothing of the row is left."""
+    streams = _streams(sass)
+    left = [
+        range(i, target)
+        for loop in streams
+        for i in range(loop.stop, min(loop.stop + 8, len(sass.instructions)))
+        if (target := sass.instructions[i].target) and target > i and _loaded_bytes(sass, range(i, target)) >= 16
+    ]
+    return streams + left[:1]
+
+
+def _searches(sass: Sass) -> list[range]:
+    """Loops that touch no global memory. What follows the end of a program jumps to itself."""
+    touching = {"LDG", "STG", "ATOMG"}
+    return [loop for loop in sass.ranges if len(loop) > 1 and touching.isdisjoint(sass.names[loop.start : loop.stop])]
+
+
+def _far(sass: Sass) -> set[int]:
+    """Loads that the second-level cache does not hold: of 8 bytes or more, and all of a streaming loop without such."""
+    wide = {i for i, code in enumerate(sass.codes) if load_bits(code) >= 64}
+    return wide | {i for loop in _streams(sass) if wide.isdisjoint(loop) for i in loop}
