@@ -6,6 +6,8 @@ from topk_rkl.backends.triton.select import select, select_loss
 from topk_rkl.backends.triton.sparse_head import sparse_head, sparse_head_weight_grad
 from topk_rkl.backends.triton.support_loss import support_loss
 
+SLABS = True  # see topk_rkl/rows.py
+
 __all__ = [
     "mass_loss",
     "rest",

@@ -1,19 +1,17 @@
 """Launch sizes: the one place that turns a vocabulary, a K and a dtype into block sizes and warps."""
 
 import ctypes
-import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
 
 from topk_rkl.divergence import REVERSE
 
 MAX_K = 1024
 MAX_VOCAB = 1 << 20
+RESIDENT_WARPS = 64  # of one core, at most
+HELD_BYTES = 1 << 16  # of the head, a program: four programs on each core of an H100 fill two thirds of its L2
 SCRATCH_BYTES = 48 << 20
 """Scratch memory held at a time; a launch covers as much as fits."""
 
@@ -41,21 +39,28 @@ class SelectPlan:
     groups_pad: int  # groups in a row, rounded up to a power of two
     block: int  # columns read at a time
     num_warps: int
+    registers: int  # of a thread, at most
 
 
-def plan_select(vocab: int, k: int, itemsize: int, wide: bool) -> SelectPlan:
+def plan_select(vocab: int, k: int, itemsize: int, wide: bool, form: int = REVERSE) -> SelectPlan:
     """Balances the two sets a program bisects: one maximum a group, and the columns of K groups."""
     k_pad = pad_k(k)
     group = 16
     while triton.next_power_of_2(triton.cdiv(vocab, group)) > k_pad * group:
         group *= 2
     groups_pad = max(16, triton.next_power_of_2(triton.cdiv(vocab, group)))
-    num_warps = 16 if k_pad * group > 4096 else 8
+    keys = max(groups_pad, k_pad * group)
+    num_warps = max(8, slot_warps(k, form), keys // (32 * 64))
+    # With these limits no kernel of the committed table spills: for four programs on a core, three, two, or one.
+    per_thread = keys // (32 * num_warps)
+    registers = 120 if num_warps == 8 and itemsize == 2 else 128
+    if wide and per_thread <= 32 and num_warps == 8:
+        registers = 64 if per_thread <= 16 else 72
     # 128 bytes in flight a thread cover the latency of memory with two programs on a core. Exponentials, and rows that
     # no 16-byte load fits, keep more numbers an element in registers.
     in_flight = num_warps * 32 * (128 // itemsize if wide else 16)
     block = min(in_flight, max(16 * group, triton.next_power_of_2(vocab)))
-    return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps)
+    return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps, registers)
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,18 @@ class SparseHeadPlan:
     num_warps: int
 
 
-def plan_sparse_head(k: int, width: int, form: int = REVERSE) -> SparseHeadPlan:
-    """A warp multiplies whole rows and a thread adds up its own columns: what threads share they add after the loop."""
+def plan_sparse_head(k: int, width: int, itemsize: int, form: int = REVERSE) -> SparseHeadPlan:
+    """A warp multiplies whole rows and a thread adds up its own columns: what threads share they add after the loop.
+
+    Two large programs on a core have half as many rows under way as four small ones: L2 keeps more for the second read.
+    They need as many bytes in flight.
+    """
     columns = max(16, triton.next_power_of_2(width))
-    num_warps = max(8 if k > 512 else 4, slot_warps(k, form))  # the loss of so many slots takes all registers of four
-    return SparseHeadPlan(slots=16, block=min(256, columns), terms=4, span=min(1024, columns), num_warps=num_warps)
+    large = k > 512 or k * width * itemsize > HELD_BYTES  # the loss of 512 slots takes all registers of four warps
+    num_warps = max(8 if large else 4, slot_warps(k, form))
+    block, terms = (1024 // itemsize, 16 // itemsize) if large else (256, 4)
+    span = 32 * num_warps * 32 // itemsize  # two vectors of 16 bytes per thread
+    return SparseHeadPlan(16, min(block, columns), terms, min(span, columns), num_warps)
 
 
 @dataclass(frozen=True)
@@ -122,30 +134,15 @@ def plan_weight_grad(width: int) -> WeightGradPlan:
     return WeightGradPlan(pairs=4, block=min(512, max(16, triton.next_power_of_2(width))), num_warps=2)
 
 
-def compile_options(hip: bool) -> dict[str, int]:
+def cores(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units; of a CPU, where the interpreter runs, one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def compile_options(hip: bool, registers: int = 128) -> dict[str, int]:
     # Without a limit ptxas aims at more programs on a core and spills a few registers to get there. Fusion is the
     # default that Triton 3.10 turns off, and 3.9 warns of.
-    return {"enable_fp_fusion": True} | ({} if hip else {"maxnreg": 128})
-
-
-# Set before this module is imported, as Triton itself reads it when a kernel is decorated.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"))
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 -> dtype, to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # where the cast cuts the low half off instead
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        return tl.where(x == x, nearest, x).to(dtype)
-    else:
-        return x.to(dtype)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one; nothing on the CPU, where the interpreter runs."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return {"enable_fp_fusion": True} | ({} if hip else {"maxnreg": registers})
 
 
 def float32_halves(x: float) -> tuple[float, float]:

@@ -9,15 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_rkl.backends.triton.divergence import TAIL, encoded, slots_loss
-from topk_rkl.backends.triton.launch import (
-    compile_options,
-    float32_halves,
-    on_device_of,
-    pad_k,
-    plan_rest,
-    plan_scatter,
-    rounded,
-)
+from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_rest, plan_scatter
+from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, rounded, row_of
 from topk_rkl.divergence import MASSES, Code
 
 
@@ -58,8 +51,7 @@ def _rest_of_row(
 @triton.jit
 def rest_kernel(
     logits,  # (N, V)
-    stride,
-    step,
+    layout,
     vocab,
     ids,  # (N, K)
     inv_t_high,
@@ -69,8 +61,9 @@ def rest_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    x = row_of(logits, layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
-    peak, total = _rest_of_row(logits + row * stride, step, vocab, ids + row * k, k, inv_t_high, BLOCK, GROUP)
+    peak, total = _rest_of_row(x, layout[3], vocab, ids + row * k, k, inv_t_high, BLOCK, GROUP)
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     tl.store(out + row, peak.to(tl.float64) + tl.log(total) / inv_t)
 
@@ -78,8 +71,7 @@ def rest_kernel(
 @triton.jit
 def mass_loss_kernel(
     student,  # (N, V)
-    student_stride,
-    student_step,
+    student_layout,
     student_vocab,
     ids,  # (N, K)
     values,  # (N, K)
@@ -98,9 +90,9 @@ def mass_loss_kernel(
     FORM: tl.constexpr,
     MASS: tl.constexpr,
 ):
+    student = row_of(student, student_layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K_PAD)  # [K]
-    student += row * student_stride
     ids += row * k
     values += row * k
     g += row * k
@@ -113,12 +105,12 @@ def mass_loss_kernel(
             tl.store(g + slot, 0.0, mask=slot < k)
             tl.store(others + tl.arange(0, 2), 0.0)
             return
-    peak, total = _rest_of_row(student, student_step, student_vocab, ids, k, inv_t_high, BLOCK, GROUP)
+    peak, total = _rest_of_row(student, student_layout[3], student_vocab, ids, k, inv_t_high, BLOCK, GROUP)
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     column = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int64)  # [K]
     w = tl.load(values + slot, mask=slot < k, other=float("-inf")).to(tl.float64)  # [K]
     live = (column >= 0) & (column < student_vocab) & (w != float("-inf"))  # [K]
-    z = tl.load(student + column * student_step, mask=live, other=float("-inf")).to(tl.float64)  # [K]
+    z = tl.load(student + column * student_layout[3], mask=live, other=float("-inf")).to(tl.float64)  # [K]
     # The slot after the last is the rest. Where the teacher leaves nothing, there is nothing to compare.
     rest = slot == k
     z = tl.where(rest, peak.to(tl.float64) + tl.log(total) / inv_t, z)
@@ -145,19 +137,18 @@ def spread_kernel(
     others,  # (N, 2) float64
     grad_output,  # (N,)
     student,  # (N, V), which may be out
-    student_stride,
-    student_step,
+    student_layout,
     out,  # (N, V)
-    out_stride,
-    out_step,
+    out_layout,
     vocab,
     inv_t,
     k,
     K_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    student = row_of(student, student_layout, tl.program_id(0))
+    out = row_of(out, out_layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
-    out += row * out_stride
     first = tl.program_id(1) * BLOCK
     last = tl.minimum(first + BLOCK, vocab)
     column = first + tl.arange(0, BLOCK)  # [BLOCK]
@@ -165,16 +156,16 @@ def spread_kernel(
     scale = tl.load(grad_output + row)
     peak = tl.load(others + row * 2).to(tl.float32)
     factor = (tl.load(others + row * 2 + 1) * scale).to(tl.float32)
-    x = tl.load(student + row * student_stride + at * student_step, mask=column < last, other=0.0).to(tl.float32)
+    x = tl.load(student + at * student_layout[3], mask=column < last, other=0.0).to(tl.float32)
     value = tl.where(factor == 0.0, 0.0, factor * tl.exp((x - peak) * inv_t))
-    tl.store(out + at * out_step, rounded(value, out.dtype.element_ty), mask=column < last)
+    tl.store(out + at * out_layout[3], rounded(value, out.dtype.element_ty), mask=column < last)
 
     slot = tl.arange(0, K_PAD)  # [K]
     column = tl.load(ids + row * k + slot, mask=slot < k, other=-1)  # [K]
     value = tl.load(g + row * k + slot, mask=slot < k, other=0.0)  # [K]
-    tl.debug_barrier()
+    fence()
     value = rounded(value * scale, out.dtype.element_ty)
-    tl.store(out + column.to(tl.int64) * out_step, value, mask=(column >= first) & (column < last))
+    tl.store(out + column.to(tl.int64) * out_layout[3], value, mask=(column >= first) & (column < last))
 
 
 def rest(
@@ -186,10 +177,10 @@ def rest(
     out = torch.empty(n, dtype=torch.float64, device=logits.device)
     if n == 0:
         return out
-    plan = plan_rest(logits.shape[1], k)
+    plan = plan_rest(logits.shape[-1], k)
     with on_device_of(logits):
         rest_kernel[(n,)](
-            logits, *logits.stride(), logits.shape[1], ids, *float32_halves(1.0 / temperature), out, k,
+            logits, layout_of(logits), logits.shape[-1], ids, *float32_halves(1.0 / temperature), out, k,
             BLOCK=plan.block, GROUP=plan.group, num_warps=plan.num_warps,
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
@@ -213,10 +204,10 @@ def mass_loss(
     if n == 0:
         return loss, g, others
     form, numbers = encoded(divergence)
-    plan = plan_rest(student.shape[1], k, form)
+    plan = plan_rest(student.shape[-1], k, form)
     with on_device_of(student):
         mass_loss_kernel[(n,)](
-            student, *student.stride(), student.shape[1], ids, values, tail, weights,
+            student, layout_of(student), student.shape[-1], ids, values, tail, weights,
             *float32_halves(1.0 / temperature), numbers, loss, g, others, k,
             K_PAD=pad_k(k + 1), BLOCK=plan.block, GROUP=plan.group, FORM=form, MASS=MASSES.index(mass),
             num_warps=plan.num_warps, **compile_options(hip=torch.version.hip is not None),
@@ -233,14 +224,14 @@ def spread(
     out: Tensor,  # (N, V), overwritten
     temperature: float,
 ) -> None:
-    (n, k), vocab = ids.shape, out.shape[1]
+    (n, k), vocab = ids.shape, out.shape[-1]
     if n == 0:
         return
     student = out if student is None else student
     plan = plan_scatter(vocab, unique=True)
     with on_device_of(out):
         spread_kernel[(n, triton.cdiv(vocab, plan.block))](
-            g, ids, others, grad_output, student, *student.stride(), out, *out.stride(), vocab, 1.0 / temperature, k,
+            g, ids, others, grad_output, student, layout_of(student), out, layout_of(out), vocab, 1.0 / temperature, k,
             K_PAD=pad_k(k), BLOCK=plan.block, num_warps=plan.num_warps,
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip

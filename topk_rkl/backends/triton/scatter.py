@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.launch import compile_options, on_device_of, pad_k, plan_scatter, rounded
+from topk_rkl.backends.triton.launch import compile_options, pad_k, plan_scatter
+from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, rounded, row_of
 
 
 @triton.jit
@@ -14,8 +15,7 @@ def scatter_kernel(
     ids,  # (N, K)
     grad_output,  # (N,)
     out,  # (N, V)
-    out_stride,
-    out_step,
+    layout,
     vocab,
     k,
     K_PAD: tl.constexpr,
@@ -23,15 +23,15 @@ def scatter_kernel(
     SPAN: tl.constexpr,
     UNIQUE: tl.constexpr,
 ):
+    out = row_of(out, layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
     g += row * k
     ids += row * k
-    out += row * out_stride
     first = tl.program_id(1) * SPAN
     last = tl.minimum(first + SPAN, vocab)
     for start in range(first, last, BLOCK):
         column = start + tl.arange(0, BLOCK)  # [BLOCK]
-        tl.store(out + column.to(tl.int64) * out_step, tl.zeros([BLOCK], out.dtype.element_ty), mask=column < last)
+        tl.store(out + column.to(tl.int64) * layout[3], tl.zeros([BLOCK], out.dtype.element_ty), mask=column < last)
 
     slot = tl.arange(0, K_PAD)  # [K]
     column = tl.load(ids + slot, mask=slot < k, other=-1)  # [K]
@@ -43,9 +43,9 @@ def scatter_kernel(
             same = column == tl.load(ids + other)
             value += tl.where(same, tl.load(g + other), 0.0)
             mine = mine & ((slot <= other) | ~same)
-    tl.debug_barrier()
+    fence()
     value = rounded(value * tl.load(grad_output + row), out.dtype.element_ty)
-    tl.store(out + column.to(tl.int64) * out_step, value, mask=mine)
+    tl.store(out + column.to(tl.int64) * layout[3], value, mask=mine)
 
 
 def scatter(
@@ -55,13 +55,13 @@ def scatter(
     out: Tensor,  # (N, V), overwritten
     unique: bool,
 ) -> None:
-    (n, k), vocab = ids.shape, out.shape[1]
+    (n, k), vocab = ids.shape, out.shape[-1]
     if n == 0:
         return
     plan = plan_scatter(vocab, unique)
     with on_device_of(out):
         scatter_kernel[(n, triton.cdiv(vocab, plan.span))](
-            g, ids, grad_output, out, *out.stride(), vocab, k,
+            g, ids, grad_output, out, layout_of(out), vocab, k,
             K_PAD=pad_k(k), BLOCK=plan.block, SPAN=plan.span, UNIQUE=unique, num_warps=plan.num_warps,
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip

@@ -14,13 +14,13 @@ from torch import Tensor
 from topk_rkl.backends.triton.divergence import encoded
 from topk_rkl.backends.triton.launch import (
     IDLE_BITS,
-    INTERPRETED,
-    SCRATCH_BYTES,
+    RESIDENT_WARPS,
     compile_options,
+    cores,
     float32_halves,
-    on_device_of,
     plan_select,
 )
+from topk_rkl.backends.triton.memory import INTERPRETED, fence, layout_of, on_device_of, row_of
 from topk_rkl.backends.triton.support_loss import store_loss_row
 from topk_rkl.divergence import REVERSE_KL, Code
 
@@ -50,19 +50,43 @@ def _order_key(x, IDLE: tl.constexpr):
     bits = x.to(tl.int32, bitcast=True)
     key = tl.where(x == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     key = tl.where(x == float("-inf"), LOWEST, tl.where(x != x, HIGHEST, key))
-    return (key >> IDLE) << IDLE
+    return key >> IDLE << IDLE
 
 
 @triton.jit
-def _store_largest(key, k, out, R: tl.constexpr, IDLE: tl.constexpr):
-    """Writes the indices of the k largest of [R, 16] keys to out, ascending, and returns how many they are.
+def _kth_largest(
+    key,  # [R, 16]
+    low,
+    high,  # the largest key
+    k,
+    IDLE: tl.constexpr,
+):
+    """The largest number up to high that k keys reach; low if none above it is reached by k.
+
+    The search ends as soon as exactly k keys reach a number: behind it they are the same k.
+    """
+    low = low >> IDLE
+    high = high >> IDLE
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
+        reached = tl.sum((key >= (middle << IDLE)).to(tl.int32))
+        high = tl.where(reached > k, high, tl.where(reached == k, middle, middle - 1))
+        low = tl.where(reached >= k, middle, low)
+    return low << IDLE
+
+
+@triton.jit
+def _store_largest(
+    key,  # [R, 16]
+    threshold,  # that at least k keys reach, unless there are fewer above LOWEST; none above it is reached by k
+    k,
+    out,
+    R: tl.constexpr,
+):
+    """Writes the indices of the k largest keys to out, ascending, and returns how many they are.
 
     Equal keys go by their row-major index, the lower first; LOWEST is never taken.
     """
-    threshold = tl.full([], LOWEST, tl.int32)  # ends as the k-th largest key, found from the top bit down
-    for i in range(32 - IDLE):
-        trial = threshold ^ (tl.full([], 1, tl.int32) << (31 - i))
-        threshold = tl.where(tl.sum((key >= trial).to(tl.int32)) >= k, trial, threshold)
     # A row in one integer: one bit a column in the low half, their number in the high half.
     column = (1 << tl.arange(0, 16))[None, :] + 65536
     above = tl.sum(tl.where(key > threshold, column, 0), 1)  # [R]
@@ -103,21 +127,67 @@ def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
     return peak, mass
 
 
-@triton.jit(do_not_specialize=["first_row"])
-def select_kernel(
-    first_row,
-    logits,  # (N, V)
-    stride,
+@triton.jit
+def _scan(
+    logits,  # (V,) one row
     step,
     vocab,
+    group_max,  # (groups,)
+    groups,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """The only full read of the row: one maximum a group -> the log of the sum of exponentials, if asked for."""
+    TILE: tl.constexpr = BLOCK // GROUP
+    tile = tl.arange(0, TILE)  # [TILE]
+    column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
+    whole = vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        x = tl.load(logits + (start + column).to(tl.int64) * step)  # [TILE, GROUP]
+        peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
+    if whole < vocab:
+        inside = whole + column < vocab
+        x = tl.load(logits + (whole + column).to(tl.int64) * step, mask=inside, other=float("-inf"))
+        first = whole // GROUP
+        peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
+    log_total = 0.0
+    if NORMALIZE:
+        highest = tl.max(peak, 0)
+        log_total = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
+    return log_total
+
+
+@triton.jit
+def _claim(
+    taken,  # (places,) int32: 1 where a running program has the place
+    places,
+):
+    """A place that no other running program has."""
+    place = tl.program_id(0) % places
+    before = tl.atomic_cas(taken + place, 0, 1, sem="acquire")
+    while before != 0:
+        place = (place + 1) % places
+        before = tl.atomic_cas(taken + place, 0, 1, sem="acquire")
+    return place
+
+
+@triton.jit
+def select_kernel(
+    logits,  # (N, V)
+    layout,
+    vocab,
     k,
-    group_max,  # (rows of this launch, groups) scratch, in the dtype of the logits
+    group_max,  # (places, groups) scratch, in the dtype of the logits
     groups,  # ceil(V / GROUP), rounded up to a multiple of 16
+    taken,  # (places,) int32 zeros, or None: a place for every row
+    places,
     ids,  # (N, K) int32
     values,  # (N, K) float32
     student,  # (N, V_student), or None: select only
-    student_stride,
-    student_step,
+    student_layout,
     student_vocab,
     weights,  # (N,) or None
     inv_t_high,
@@ -134,9 +204,9 @@ def select_kernel(
     NORMALIZE: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    row = first_row + tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    group_max += tl.program_id(0).to(tl.int64) * groups
+    row = tl.program_id(0).to(tl.int64)
+    logits = row_of(logits, layout, tl.program_id(0))
+    step = layout[3]
     ids += row * k
     values += row * k
     slot = tl.arange(0, K_PAD)  # [K]
@@ -151,48 +221,45 @@ def select_kernel(
                 tl.store(g + slot, 0.0, mask=slot < k)
                 tl.store(ids + slot, -1, mask=slot < k)
                 return
+    place = tl.program_id(0)
+    if taken is not None:
+        place = _claim(taken, places)
+    group_max += place.to(tl.int64) * groups
 
     # 1. The only full read of the row: one maximum a group.
-    TILE: tl.constexpr = BLOCK // GROUP
-    tile = tl.arange(0, TILE)  # [TILE]
-    column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
-    peak = tl.full([TILE], float("-inf"), tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
-    whole = vocab // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        x = tl.load(logits + (start + column).to(tl.int64) * step)  # [TILE, GROUP]
-        peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
-    if whole < vocab:
-        inside = whole + column < vocab
-        x = tl.load(logits + (whole + column).to(tl.int64) * step, mask=inside, other=float("-inf"))
-        first = whole // GROUP
-        peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
-    if NORMALIZE:
-        highest = tl.max(peak, 0)
-        log_total = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
-    tl.debug_barrier()
+    log_total = _scan(logits, step, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
+    fence()
 
     # 2. The K best groups. Until the end the output rows hold what was picked: groups in values, columns in ids.
     picked = values.to(tl.pointer_type(tl.int32), bitcast=True)
     group = tl.arange(0, GROUPS_PAD // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]  # [GROUPS / 16, 16]
     x = tl.load(group_max + group, mask=group < groups, other=float("-inf"))
-    count = _store_largest(_order_key(x, IDLE), k, picked, GROUPS_PAD // 16, IDLE)
-    tl.debug_barrier()
+    key = _order_key(x, IDLE)
+    high = tl.max(key)
+    low = tl.min(tl.where(key > LOWEST, key, HIGHEST))
+    threshold = _kth_largest(key, low, high, k, IDLE)
+    count = _store_largest(key, threshold, k, picked, GROUPS_PAD // 16)
+    fence()
+    if taken is not None:  # all have read their maxima
+        tl.atomic_xchg(taken + place, 0, sem="release")
 
-    # 3. The K best columns of those groups.
+    # 3. The K best columns of those groups. If there are K groups, K columns reach the threshold of the groups.
+    low = tl.where(count < k, LOWEST, threshold)
     PARTS: tl.constexpr = GROUP // 16
     part = tl.arange(0, PICKED_PAD * PARTS)  # sixteen columns each
     group = tl.load(picked + part // PARTS, mask=part // PARTS < count, other=groups)  # [PICKED * PARTS]
     column = (group * GROUP + part % PARTS * 16)[:, None] + tl.arange(0, 16)[None, :]  # [PICKED * PARTS, 16]
     x = tl.load(logits + column.to(tl.int64) * step, mask=column < vocab, other=float("-inf"))
-    count = _store_largest(_order_key(x, IDLE), k, ids, PICKED_PAD * PARTS, IDLE)
-    tl.debug_barrier()
+    key = _order_key(x, IDLE)
+    threshold = _kth_largest(key, low, high, k, IDLE)
+    count = _store_largest(key, threshold, k, ids, PICKED_PAD * PARTS)
+    fence()
 
     # 4. In order: value descending, id ascending.
     candidate = tl.load(ids + slot, mask=slot < count, other=0)
     column = tl.load(picked + candidate // GROUP, mask=slot < count, other=0) * GROUP + candidate % GROUP
     x = tl.load(logits + column.to(tl.int64) * step, mask=slot < count, other=float("-inf"))
-    tl.debug_barrier()
+    fence()
     order = (_order_key(x, IDLE).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     column = 0x7FFFFFFF - (tl.sort(order, descending=True) & 0x7FFFFFFF).to(tl.int32)  # [K]
     filled = slot < count
@@ -205,11 +272,11 @@ def select_kernel(
 
     # 5. The loss on those slots.
     if student is not None:
-        student += row * student_stride
+        student = row_of(student, student_layout, tl.program_id(0))
         inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
-        column = column.to(tl.int64)
         store_loss_row(
-            student, student_step, student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FORM
+            student, student_layout[3], student_vocab, column.to(tl.int64), w, weight, inv_t, numbers, loss, g, slot, k,
+            FORM,
         )  # fmt: skip
 
 
@@ -243,32 +310,32 @@ def _launch(
     temperature: float = 1.0,
     divergence: Code = REVERSE_KL,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # ids, values, loss, g
-    n, vocab = logits.shape
+    n, vocab = logits.shape[:-1].numel(), logits.shape[-1]
     ids = torch.empty((n, k), dtype=torch.int32, device=logits.device)
     values = torch.empty((n, k), dtype=torch.float32, device=logits.device)
-    loss = g = None
-    student_layout: tuple[int, ...] = (0, 1, 0)
+    loss = g = student_layout = None
     if student is not None:
         loss = torch.empty(n, dtype=torch.float32, device=logits.device)
         g = torch.empty((n, k), dtype=torch.float32, device=logits.device)
-        student_layout = (*student.stride(), student.shape[1])
+        student_layout = layout_of(student)
     if n == 0:
         return ids, values, loss, g
 
-    whole_vectors = logits.stride(1) == 1 and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
-    plan = plan_select(vocab, k, logits.element_size(), wide=whole_vectors and not normalize)
-    groups = triton.cdiv(vocab, 16 * plan.group) * 16
-    launches = triton.cdiv(n * groups * logits.element_size(), SCRATCH_BYTES)
-    rows = triton.cdiv(n, launches)
-    group_max = torch.empty((rows, groups), dtype=logits.dtype, device=logits.device)
+    layout = layout_of(logits)
+    whole_vectors = layout[3] == 1 and all(x % 16 == 0 for x in (*layout[1:3], logits.data_ptr()))
     form, numbers = encoded(divergence)
+    plan = plan_select(vocab, k, logits.element_size(), wide=whole_vectors and not normalize, form=form)
+    groups = triton.cdiv(vocab, 16 * plan.group) * 16
+    places = min(n, RESIDENT_WARPS // plan.num_warps * cores(logits.device))
+    group_max = torch.empty((places, groups), dtype=logits.dtype, device=logits.device)
+    taken = None if places == n else torch.zeros(places, dtype=torch.int32, device=logits.device)
     with on_device_of(logits):
-        for first_row in range(0, n, rows):
-            select_kernel[(min(rows, n - first_row),)](
-                first_row, logits, *logits.stride(), vocab, k, group_max, groups, ids, values,
-                student, *student_layout, weights, *float32_halves(1.0 / temperature), numbers, loss, g,
-                K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
-                BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FORM=form,
-                num_warps=plan.num_warps, **compile_options(hip=torch.version.hip is not None),
-            )  # fmt: skip
+        select_kernel[(n,)](
+            logits, layout, vocab, k, group_max, groups, taken, places, ids, values,
+            student, student_layout, 0 if student is None else student.shape[-1], weights,
+            *float32_halves(1.0 / temperature), numbers, loss, g,
+            K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
+            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FORM=form,
+            num_warps=plan.num_warps, **compile_options(torch.version.hip is not None, plan.registers),
+        )  # fmt: skip
     return ids, values, loss, g

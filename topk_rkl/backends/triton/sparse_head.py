@@ -19,12 +19,11 @@ from topk_rkl.backends.triton.launch import (
     SCRATCH_BYTES,
     compile_options,
     float32_halves,
-    on_device_of,
     pad_k,
     plan_sparse_head,
     plan_weight_grad,
-    rounded,
 )
+from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, rounded, row_of
 from topk_rkl.divergence import REVERSE_KL, Code
 
 WINDOW = 256
@@ -64,8 +63,7 @@ def _capped(
 @triton.jit
 def sparse_head_kernel(
     hidden,  # (N, H)
-    hidden_stride,
-    hidden_step,
+    hidden_layout,
     width,  # H
     head,  # (V, H)
     head_stride,
@@ -94,9 +92,9 @@ def sparse_head_kernel(
     SPAN: tl.constexpr,
     FORM: tl.constexpr,
 ):
+    hidden = row_of(hidden, hidden_layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K_PAD)  # [K]
-    hidden += row * hidden_stride
     ids += row * k
     values += row * k
     loss += row
@@ -124,7 +122,7 @@ def sparse_head_kernel(
             h = start + tl.arange(0, BLOCK)  # [BLOCK]
             inside = h < width
             h = h.to(tl.int64)
-            x = tl.load(hidden + h * hidden_step, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(hidden + h * hidden_layout[3], mask=inside, other=0.0).to(tl.float32)
             at = column[:, None] * head_stride + h[None, :] * head_step  # [SLOTS, BLOCK]
             y = tl.load(head + at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
             products += x[None, :] * y
@@ -132,12 +130,12 @@ def sparse_head_kernel(
         if bias is not None:
             raw += tl.load(bias + column * bias_step, mask=live, other=0.0).to(tl.float32)
         tl.store(g + some, raw, mask=some < k)
-    tl.debug_barrier()
+    fence()
 
     # 2. The loss of those logits, and its gradient.
     column, w, live = _load_slots(ids, values, slot, k, vocab)  # [K]
     z = tl.load(g + slot, mask=slot < k, other=0.0).to(tl.float64)  # [K]
-    tl.debug_barrier()  # all have read g before one writes it
+    fence()  # all have read g before one writes it
     scale = tl.cast(scale_high, tl.float64) + tl.cast(scale_low, tl.float64)
     z *= scale
     slope = scale
@@ -153,21 +151,24 @@ def sparse_head_kernel(
     # A slot without gradient has +0, whatever its slope.
     tl.store(g + slot, tl.where(dz == 0.0, 0.0, dz * slope).to(tl.float32), mask=slot < k)
 
-    # 3. The gradient of the hidden state: the same rows of the head again, those of slots with gradient.
+    # 3. The gradient of the hidden state: the rows of the head again, the last first, since L2 still holds those.
     if dhidden is not None:
-        tl.debug_barrier()
+        fence()
         for start in range(0, width, SPAN):
             h = start + tl.arange(0, SPAN)  # [SPAN]
-            inside = h < width
-            terms = tl.zeros([TERMS, SPAN], tl.float32)
-            for first in range(0, k, TERMS):
-                some = first + tl.arange(0, TERMS)  # [TERMS]
-                chosen = tl.load(ids + some, mask=some < k, other=0).to(tl.int64)
-                factor = tl.load(g + some, mask=some < k, other=0.0)
-                at = chosen[:, None] * head_stride + h.to(tl.int64)[None, :] * head_step  # [TERMS, SPAN]
-                y = tl.load(head + at, mask=(factor != 0.0)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                terms += factor[:, None] * y
-            tl.store(dhidden + h, tl.sum(terms, 0), mask=inside)
+            total = tl.zeros([SPAN], tl.float32)
+            for done in range(0, k, TERMS):
+                terms = tl.zeros([SPAN], tl.float32)
+                for i in tl.static_range(TERMS):
+                    j = k - 1 - done - i
+                    factor = tl.load(g + j, mask=j >= 0, other=0.0)
+                    chosen = tl.load(ids + j, mask=j >= 0, other=0).to(tl.int64)
+                    at = chosen * head_stride + h.to(tl.int64) * head_step  # [SPAN]
+                    columns = tl.where(factor == 0.0, 0, width)  # of a row without gradient, none
+                    y = tl.load(head + at, mask=h < columns, other=0.0)
+                    terms += factor * y.to(tl.float32)
+                total += terms
+            tl.store(dhidden + h, total, mask=h < width)
 
 
 @triton.jit
@@ -279,10 +280,10 @@ def sparse_head(
     if n == 0:
         return loss, g, dhidden
     form, numbers = encoded(divergence)
-    plan = plan_sparse_head(k, width, form)
+    plan = plan_sparse_head(k, width, head.element_size(), form)
     with on_device_of(hidden):
         sparse_head_kernel[(n,)](
-            hidden, *hidden.stride(), width, head, *head.stride(), vocab, bias, 0 if bias is None else bias.stride(0),
+            hidden, layout_of(hidden), width, head, *head.stride(), vocab, bias, 0 if bias is None else bias.stride(0),
             ids, values, weights, *float32_halves(1.0 / temperature), *float32_halves(logit_scale),
             *((None, None) if softcap is None else float32_halves(softcap)), numbers,
             loss, g, dhidden if want_dhidden else None, k,

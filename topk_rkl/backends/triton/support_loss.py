@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss
-from topk_rkl.backends.triton.launch import compile_options, float32_halves, on_device_of, pad_k, slot_warps
+from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, slot_warps
+from topk_rkl.backends.triton.memory import layout_of, on_device_of, row_of
 from topk_rkl.divergence import REVERSE_KL, Code
 
 
@@ -37,8 +38,7 @@ def store_loss_row(
 @triton.jit
 def support_loss_kernel(
     student,  # (N, V)
-    student_stride,
-    student_step,
+    student_layout,
     student_vocab,
     ids,  # (N, K)
     values,  # (N, K)
@@ -52,9 +52,10 @@ def support_loss_kernel(
     K_PAD: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     slot = tl.arange(0, K_PAD)  # [K]
-    student += row * student_stride
+    student = row_of(student, student_layout, row)
+    row = row.to(tl.int64)
     ids += row * k
     values += row * k
     g += row * k
@@ -69,11 +70,11 @@ def support_loss_kernel(
     column = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int64)  # [K]
     w = tl.load(values + slot, mask=slot < k, other=float("-inf"))  # [K]
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
-    store_loss_row(student, student_step, student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FORM)
+    store_loss_row(student, student_layout[3], student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FORM)
 
 
 def support_loss(
-    student: Tensor,  # (N, V)
+    student: Tensor,  # (N, V), or in slabs
     ids: Tensor,  # (N, K)
     values: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
@@ -88,7 +89,7 @@ def support_loss(
     form, numbers = encoded(divergence)
     with on_device_of(student):
         support_loss_kernel[(n,)](
-            student, student.stride(0), student.stride(1), student.shape[1],
+            student, layout_of(student), student.shape[-1],
             ids, values, weights, *float32_halves(1.0 / temperature), numbers,
             loss, g, k, K_PAD=pad_k(k), FORM=form, num_warps=slot_warps(k, form),
             **compile_options(hip=torch.version.hip is not None),

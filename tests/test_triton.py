@@ -1,0 +1,84 @@
+"""How the Triton kernels are launched, and what their programs agree on in memory."""
+
+import importlib
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to run")
+
+import torch
+import triton
+import triton.language as tl
+from conftest import DEVICE
+from torch import Tensor
+
+from tests.test_select import assert_selects, stable_sort
+
+file = importlib.import_module("topk_rkl.backends.triton.select")  # whose name in the package is its function
+backend = importlib.import_module("topk_rkl.backends.triton")
+claim = file._claim
+
+
+@triton.jit
+def claim_kernel(
+    taken,  # (places,)
+    places,
+    out,  # (programs,)
+):
+    tl.store(out + tl.program_id(0), claim(taken, places))
+
+
+@pytest.fixture
+def two_places(monkeypatch) -> list[Tensor]:
+    """Scratch for two programs at a time -> the tensors that said which of it is taken."""
+    made: list[Tensor] = []
+    zeros = torch.zeros
+
+    def kept(*args, **kwargs) -> Tensor:
+        made.append(zeros(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(file, "cores", lambda _device: 1)
+    monkeypatch.setattr(file, "RESIDENT_WARPS", 16)
+    monkeypatch.setattr(file.torch, "zeros", kept)
+    return made
+
+
+def test_a_program_claims_the_next_place_that_is_free() -> None:
+    taken = torch.tensor([1, 1, 0, 1, 0], dtype=torch.int32, device=DEVICE)
+    out = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
+    claim_kernel[(2,)](taken, 5, out)
+    assert sorted(out.tolist()) == [2, 4] and taken.tolist() == [1] * 5
+
+
+def test_every_place_is_given_back(two_places: list[Tensor]) -> None:
+    """If one were not, the fifth row would wait for ever. A row of weight 0 claims none."""
+    logits = torch.randn(5, 700, device=DEVICE)
+    assert_selects(backend, logits, 20)
+    loss, ids, _ = backend.select_loss(logits.roll(1, 0), logits, 20, torch.arange(5.0, device=DEVICE), 1.0)
+    assert torch.equal(ids[1:], stable_sort(logits, 20)[0][1:]) and (ids[0] == -1).all()
+    assert loss[0] == 0 and (loss[1:] > 0).all()
+    assert [taken.tolist() for taken in two_places] == [[0, 0], [0, 0]]
+
+
+def test_few_rows_claim_nothing(two_places: list[Tensor]) -> None:
+    assert_selects(backend, torch.randn(2, 700, device=DEVICE), 20)
+    assert two_places == []
+
+
+@pytest.mark.parametrize(("k", "most"), [(64, 6 << 20), (1_024, 22 << 20)])
+def test_one_launch_of_little_scratch_whatever_the_number_of_rows(monkeypatch, k: int, most: int) -> None:
+    """On a GPU of 132 cores."""
+    launched = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **_: launched.append((grid, args))
+
+    monkeypatch.setattr(file, "select_kernel", Recorder())
+    monkeypatch.setattr(file, "cores", lambda _device: 132)
+    row = torch.empty(1, 151_936, dtype=torch.bfloat16, device=DEVICE)
+    backend.select(row.expand(100_000, -1), k)
+    ((grid, args),) = launched
+    scratch = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.shape[0] == 132 * 8]
+    assert grid == (100_000,) and len(scratch) == 1 and 0 < scratch[0].nbytes < most
