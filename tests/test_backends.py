@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,24 @@ def test_auto_takes_the_fastest_that_fits_and_the_reference_otherwise() -> None:
     for x, k in ((torch.empty(1, 1).expand(1, 2**21), 5), (torch.empty(1, 5_000), 2_000)):
         limited = "reference" if name == "triton" else name
         assert backends.choose("auto", k, x.to(DEVICE)).__name__ == f"topk_rkl.backends.{limited}"
+
+
+def test_auto_takes_cuda_from_the_k_that_was_measured(monkeypatch) -> None:
+    """On a GPU; where its kernels refuse, Triton is next."""
+    on_gpu, refused = SimpleNamespace(is_cuda=True), set()
+    monkeypatch.setattr(backends, "_load", lambda name: name)
+    monkeypatch.setattr(backends, "_refusal", lambda name, _k, _x: "no" if name in refused else None)
+    assert backends.choose("auto", 1_024, on_gpu) == backends.choose("auto", 1_024, on_gpu, head=True) == "triton"
+    monkeypatch.setattr(backends, "CUDA_FROM_K", 128)
+    monkeypatch.setattr(backends, "CUDA_HEAD_FROM_K", 8)
+    assert [backends.choose("auto", k, on_gpu) for k in (127, 128)] == ["triton", "cuda"]
+    assert [backends.choose("auto", k, on_gpu, head=True) for k in (7, 8)] == ["triton", "cuda"]
+    assert backends.choose("auto", 128, on_gpu, mass="tail") == "triton"
+    refused.add("cuda")
+    assert backends.choose("auto", 128, on_gpu) == "triton"
+    refused.add("triton")
+    assert backends.choose("auto", 128, on_gpu) == "reference"
+    assert backends.choose("auto", 128, SimpleNamespace(is_cuda=False)) == "native"
 
 
 def test_auto_needs_every_tensor_to_fit() -> None:

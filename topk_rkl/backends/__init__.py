@@ -26,6 +26,11 @@ _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # From K = V / DENSE_FROM on, the dense product of the head is taken to be cheaper.
 DENSE_FROM = 4
 
+# From these K on "auto" takes "cuda" before "triton": of the selection and its loss, and of the head. None is never,
+# since no GPU has shown yet from where; `python -m gpu` times both.
+CUDA_FROM_K: int | None = None
+CUDA_HEAD_FROM_K: int | None = None
+
 # A plain global: torch.compile guards on it, and autograd's threads see the one that the forward pass captured.
 _requested = os.environ.get("TOPK_RKL_BACKEND", "auto")
 
@@ -66,18 +71,20 @@ def choose(
     *logits: Tensor,  # (..., V) each
     divergence: Code | Terms = REVERSE_KL,
     mass: str = "renormalized",
+    head: bool = False,
 ) -> ModuleType:
-    """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all."""
+    """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all.
+
+    With `head` they are hidden states, which meet K rows of the head.
+    """
     _check_name(name, "TOPK_RKL_BACKEND")
-    wanted = ("triton" if logits[0].is_cuda else "native") if name == "auto" else name
-    reasons = [reason for x in logits if (reason := _refusal(wanted, k, x))]
-    if reason := _objective_refusal(wanted, divergence, mass):
-        reasons.append(reason)
-    if name == "auto":
-        name = "reference" if reasons else wanted
-    elif reasons:
-        raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reasons[0]}")
-    return _load(name)
+    if name != "auto":
+        if reason := _first_refusal(name, k, logits, divergence, mass):
+            raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reason}")
+        return _load(name)
+    fastest = _fastest(k, logits[0], CUDA_HEAD_FROM_K if head else CUDA_FROM_K)
+    able = (name for name in fastest if not _first_refusal(name, k, logits, divergence, mass))
+    return _load(next(able, "reference"))
 
 
 def choose_head(
@@ -93,7 +100,7 @@ def choose_head(
     the processor. They break even between K = V / 12, where the head is far larger than the caches, and V / 2, where it
     fits. Only where that was measured, on CPUs, and where float32 products have not been allowed fewer bits.
     """
-    module = choose(name, k, hidden, divergence=divergence)
+    module = choose(name, k, hidden, divergence=divergence, head=True)
     dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES
     if name == "auto" and dense_pays and torch.get_float32_matmul_precision() == "highest":
         return _load("dense_head")
@@ -117,6 +124,18 @@ def unavailable(name: str) -> str | None:
     if name == "cuda" and not module.HOST and not torch.cuda.is_available():
         return "there is no GPU that torch can use; use 'native' or 'reference'"
     return None
+
+
+def _fastest(k: int, like: Tensor, cuda_from_k: int | None) -> tuple[str, ...]:
+    """What "auto" tries before the reference, in this order."""
+    if not like.is_cuda:
+        return ("native",)
+    return ("triton",) if cuda_from_k is None or k < cuda_from_k else ("cuda", "triton")
+
+
+def _first_refusal(name: str, k: int, logits: tuple[Tensor, ...], divergence: Code | Terms, mass: str) -> str | None:
+    reasons = (_refusal(name, k, x) for x in logits)
+    return next(filter(None, reasons), None) or _objective_refusal(name, divergence, mass)
 
 
 def _refusal(name: str, k: int, logits: Tensor) -> str | None:
@@ -150,7 +169,8 @@ def _native_refusal(_k: int, logits: Tensor) -> str | None:
 
 def _triton_refusal(k: int, logits: Tensor) -> str | None:
     launch = importlib.import_module("topk_rkl.backends.triton.launch")
-    if not logits.is_cuda and not (logits.is_cpu and launch.INTERPRETED):
+    memory = importlib.import_module("topk_rkl.backends.triton.memory")
+    if not logits.is_cuda and not (logits.is_cpu and memory.INTERPRETED):
         return (
             f"the logits are on {logits.device}; move them to a GPU, set TRITON_INTERPRET=1 before topk_rkl is "
             "imported to interpret the kernels on a CPU, or use 'reference'"
