@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -41,12 +41,12 @@ from topk_rkl.backends.triton import (
     spread,
     support_loss,
 )
-from topk_rkl.backends.triton.launch import INTERPRETED
+from topk_rkl.backends.triton.memory import INTERPRETED
 from topk_rkl.divergence import REVERSE_KL, AlphaBeta, JensenShannon
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS = 2
+ROWS = 9  # more than a core has places for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SLOTS = ("support_loss", "scatter", "scatter_repeated")
@@ -109,7 +109,8 @@ class Cost:
     """What one compiled kernel uses.
 
     A spill goes to memory: instructions that do so on sm targets, registers on gfx targets. There a scalar register
-    that does not fit goes to a lane of a vector register instead, which costs an instruction and no memory.
+    that does not fit goes to a lane of a vector register instead, which costs an instruction and no memory. Only on gfx
+    targets does a barrier not wait for stores.
     """
 
     triton: str
@@ -128,6 +129,7 @@ class Cost:
     instructions: int | None
     loops: list[Loop]
     scan_per_element: float | None
+    loose_barriers: int  # of the kernel's own, those that do not wait for stores
     cycles: Cycles | None
 
 
@@ -161,6 +163,22 @@ CORES = {
     "sm_120": Core(65_536, 48, 100 << 10, 24, 8, 1024),
     "gfx942": Core(4 * 512 * 64, 32, 64 << 10, 32, 8, 1),
 }
+
+
+def loose_barriers(ttir: str, amdgcn: str) -> int:
+    """Barriers that the source asks for, less those in front of which `fence` waits for stores."""
+    fences, waited = 0, False
+    lines = [line.split(";", 1)[0].strip() if "#ASM" not in line else "#ASM" for line in amdgcn.splitlines()]
+    codes = [line for line in lines if line and not line.startswith((".", "//"))]
+    for before, code in pairwise(codes):
+        if before == "#ASM" and code == "s_waitcnt vmcnt(0)":
+            waited = True
+        elif "store" in code:
+            waited = False
+        elif code == "s_barrier":
+            fences += waited
+            waited = False
+    return len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", ttir)) - fences
 
 
 class CompileOnlyDriver:
@@ -250,18 +268,18 @@ def nvidia_cost(cubin: bytes) -> tuple[int, Sass]:
     return int(re.search(r"\bREG:(\d+)", usage)[1]), Sass.parse(nvidia_tool("nvdisasm", "-c", "-hex", cubin=cubin))
 
 
-def measure(case: Case, target_name: str) -> Iterator[Cost]:
+def measure(case: Case, target_name: str, simulate: bool = True) -> Iterator[Cost]:
     target = gpu_target(target_name)
     kernels = compile_call(lambda: call_launcher(case), target)
     for kernel, launch in kernels:
         name = case.kernel if len(kernels) == 1 else kernel.metadata.name.removesuffix("_kernel")
-        yield measure_kernel(case, name, kernel, launch, target, target_name)
+        yield measure_kernel(case, name, kernel, launch, target, target_name, simulate)
 
 
 def measure_kernel(
-    case: Case, name: str, kernel: Any, launch: dict[str, Any], target: GPUTarget, target_name: str
+    case: Case, name: str, kernel: Any, launch: dict[str, Any], target: GPUTarget, target_name: str, simulate: bool
 ) -> Cost:
-    scalars, per_element, instructions, cycles = 0, None, None, None
+    scalars, loose, per_element, instructions, cycles = 0, 0, None, None, None
     loops: list[Loop] = []
     warps, shared = launch["num_warps"], kernel.metadata.shared
     if target.backend == "cuda":
@@ -273,8 +291,9 @@ def measure_kernel(
     else:
         counts = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
         registers, spills, scalars = (counts[name] for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))
+        loose = loose_barriers(kernel.asm["ttir"], kernel.asm["amdgcn"])
     programs = CORES[target_name].holds(warps, target.warp_size, registers, shared)
-    if target_name in phases.TARGETS and name in phases.KERNELS:
+    if simulate and target_name in phases.TARGETS and name in phases.KERNELS:
         cycles = phases.measure(case, launch, sass, programs)
     return Cost(
         triton=triton.__version__,
@@ -293,14 +312,15 @@ def measure_kernel(
         instructions=instructions,
         loops=loops,
         scan_per_element=per_element,
+        loose_barriers=loose,
         cycles=cycles,
     )
 
 
-def measure_all(cases: str, targets: list[str]) -> Iterator[Cost]:
+def measure_all(cases: str, targets: list[str], simulate: bool) -> Iterator[Cost]:
     grids = [*CASES[cases], *CASES["small"], *CASES["few"]] if cases == "table" else CASES[cases]
     for target, case in product(targets, dict.fromkeys(case for grid in grids for case in product(*grid))):
-        yield from measure(Case(*case), target)
+        yield from measure(Case(*case), target, simulate)
 
 
 def print_row(cost: Cost) -> None:
@@ -330,6 +350,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="sm_NN or gfxNNN (default: %(default)s)")
     parser.add_argument("--cases", choices=list(CASES), default="small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records here")
+    parser.add_argument("--no-cycles", action="store_true", help="without the simulation, which takes half of the time")
     args = parser.parse_args()
     if INTERPRETED.value:
         sys.exit("TRITON_INTERPRET is set, so the kernels were built for the interpreter: unset it to compile them.")
@@ -337,7 +358,7 @@ def main() -> None:
     head = "target  kernel           dtype       vocab     K     H  registers  spills (scalar)  shared programs"
     print(f"{head} instr/element")
     costs = []
-    for cost in measure_all(args.cases, args.targets):
+    for cost in measure_all(args.cases, args.targets, simulate=not args.no_cycles):
         print_row(cost)
         costs.append(cost)
     if args.json:

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.sass import Sass, load_bits
 from benchmarks.simulate import path, run
-from topk_rkl.backends.triton.launch import IDLE_BITS
+from topk_rkl.backends.triton.launch import IDLE_BITS, plan_select
 
 SELECTS = ("select", "normalize", "select_loss")
 KERNELS = (*SELECTS, "sparse_head", "scatter")
 TARGETS = ("sm_90", "sm_100")
+DTYPES = (torch.bfloat16, torch.float32)  # float16 compiles to the code of bfloat16 but for conversions
 PICKS = 2  # turns of the loop that places what was picked: as many as one of its rows of sixteen keys holds
 LONGEST = 60_000  # steps of a warp: what is longer takes minutes to simulate
 
@@ -31,6 +35,8 @@ class Cycles:
 
 def measure(case: Any, launch: dict[str, Any], sass: Sass, programs: int) -> Cycles | None:
     """Of a `compiled_cost.Case`, with the keywords of its launch; None where a simulation would take too long."""
+    if case.dtype not in DTYPES:
+        return None
     steps = path(sass, turns(case, launch, sass))
     if len(steps) > LONGEST:
         return None
@@ -69,8 +75,43 @@ def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
 
 
 def search_turns(case: Any) -> list[int]:
-    """Of the two bisections of a selection: one for every bit of a key."""
-    return [32 - IDLE_BITS[case.dtype]] * 2 if case.kernel in SELECTS else []
+    """Of the two bisections of a selection, from normal logits."""
+    if case.kernel not in SELECTS:
+        return []
+    plan, idle = plan_select(case.vocab, case.k, case.dtype.itemsize, wide=True), IDLE_BITS[case.dtype]
+    logits = torch.randn(case.vocab, generator=torch.Generator().manual_seed(0)).to(case.dtype)
+    groups = torch.nn.functional.pad(logits, (0, -case.vocab % plan.group), value=-torch.inf).view(-1, plan.group)
+    maxima = groups.max(1).values
+    best = maxima.topk(min(case.k, len(maxima))).indices
+    low, first = bisected(keys(maxima, idle), None, case.k)
+    return [first, bisected(keys(groups[best].flatten(), idle), low, case.k)[1]]
+
+
+def keys(
+    x: Tensor,  # (n,)
+    idle: int,
+) -> Tensor:  # (n,) int32
+    """As `_order_key` of the kernel has them, of numbers that are finite or -inf."""
+    bits = x.float().view(torch.int32)
+    return (
+        torch.where(x == -torch.inf, torch.tensor(-(2**31), dtype=torch.int32), bits ^ (bits >> 31 & 0x7FFFFFFF))
+        >> idle
+    )
+
+
+def bisected(
+    found: Tensor,  # (n,) int32
+    low: int | None,
+    k: int,
+) -> tuple[int, int]:
+    """What `_kth_largest` of the kernel finds, and in how many turns."""
+    low, high, taken = int(found.min()) if low is None else low, int(found.max()), 0
+    while low < high:
+        middle = -(-(low + high) // 2)
+        reached = int((found >= middle).sum())
+        low, high = (middle if reached >= k else low), (high if reached > k else middle - (reached < k))
+        taken += 1
+    return low, taken
 
 
 def _loaded_bytes(sass: Sass, part: range) -> int:

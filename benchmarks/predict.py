@@ -14,8 +14,8 @@ The programs of a launch start together, so their first jobs read together and t
 with the second job they are taken to have drifted apart. The last ones leave the card half empty for one job. Left out:
 the start of a launch, instruction caches, address translation, and a memory that is slower for lines at random.
 
-Nobody has measured the latencies here. A fifth more on all of them takes 7 % from the share of select_loss at K = 256,
-which waits for its serial phases, 0 at K = 64 on an H100 and 3 % on an H200, whose memory is faster.
+Nobody has measured the latencies here. Their error matters where serial phases decide: from
+K = 256 on, and with faster memory.
 """
 
 import json
@@ -24,9 +24,8 @@ from functools import cache
 from math import ceil
 from typing import Any
 
-from benchmarks.phases import SELECTS
 from benchmarks.results import FOLDER
-from topk_rkl.backends.triton.launch import SCRATCH_BYTES, plan_scatter, plan_select
+from topk_rkl.backends.triton.launch import plan_scatter, plan_select
 
 REACHED = 0.86  # of the nominal bandwidth, by a plain read on an H100 (quack); taken for writes and the others too
 LINE = 64  # bytes that a load of one element moves
@@ -81,16 +80,16 @@ def milliseconds(cost: Cost, card: Card, n: int = ROWS) -> float | None:
     """Of n rows; None for what was not simulated, and for a card of another target."""
     if cost["target"] != card.target or not cost.get("cycles"):
         return None
-    per_row, launches = jobs_per_row(cost), launches_for(cost, n)
-    jobs = per_row * n / launches
-    programs = min(ceil(jobs), card.cores * cost["programs"])
+    per_row = jobs_per_row(cost)
+    jobs = per_row * n
+    programs = min(jobs, card.cores * cost["programs"])
     transfer = moved_bytes(cost, card, programs) / per_row / card.bytes_per_second
     cycle = 1e-9 / card.ghz
     free = job_cycles(cost, programs / card.cores) * cycle  # of a job that never waits for other bytes than its own
     together = programs * needed_bytes(cost) / per_row / card.bytes_per_second
     first = free + max(0.0, together - cost["cycles"]["scan"] * cycle)
     later = programs / throughput(programs, transfer, max(0.0, free - transfer))
-    return 1e3 * launches * (first + later * (max(1.0, jobs / programs - 0.5) if jobs > programs else 0.0))
+    return 1e3 * (first + later * (max(1.0, jobs / programs - 0.5) if jobs > programs else 0.0))
 
 
 def job_cycles(cost: Cost, resident: float) -> float:
@@ -126,22 +125,13 @@ def moved_bytes(cost: Cost, card: Card, programs: int) -> float:
         hidden = cost["width"] * (itemsize + 4)  # read, and its gradient written
         return needed * (1 + missed) + hidden + 12 * k
     group = plan_select(cost["vocab"], k, itemsize, wide=True).group
-    maxima = needed / group * (1 + missed)  # written, and read
+    maxima = needed / group * 2 * missed  # written and read, in a place that the next row takes over
     student = k * (LINE + 4) if cost["kernel"] == "select_loss" else 0
     return needed + maxima + k * group * itemsize * missed + 8 * k + student
 
 
 def jobs_per_row(cost: Cost) -> int:
     return ceil(cost["vocab"] / plan_scatter(cost["vocab"], unique=True).span) if cost["kernel"] == "scatter" else 1
-
-
-def launches_for(cost: Cost, n: int) -> int:
-    """A selection has scratch memory for the maxima of so many rows at a time."""
-    if cost["kernel"] not in SELECTS:
-        return 1
-    itemsize = ITEMSIZES[cost["dtype"]]
-    group = plan_select(cost["vocab"], cost["k"], itemsize, wide=True).group
-    return ceil(n * ceil(cost["vocab"] / group / 16) * 16 * itemsize / SCRATCH_BYTES)
 
 
 @cache

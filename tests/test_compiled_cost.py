@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to compile")
 
 from benchmarks import cuda_cost
-from benchmarks.compiled_cost import CORES, FORMS, TARGETS, kept, write
+from benchmarks.compiled_cost import CORES, FORMS, TARGETS, kept, loose_barriers, write
 from benchmarks.sass import Loop, Sass
 
 ROOT = Path(__file__).parent.parent
@@ -61,13 +61,15 @@ def instruction_limit(record: dict[str, Any]) -> int:
 @pytest.mark.parametrize(("cases", "targets"), [("small", ["sm_90"]), ("few", [t for t in TARGETS if t != "sm_90"])])
 def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
-    done = run("--cases", cases, "--targets", *targets, "--json", str(out), cache=tmp_path / "cache")
+    quick = ["--no-cycles"] if cases == "small" else []  # of some, a simulation is enough
+    done = run("--cases", cases, "--targets", *targets, "--json", str(out), *quick, cache=tmp_path / "cache")
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     records = json.loads(out.read_text())
     assert {record["target"] for record in records} == set(targets)
     # A scalar register that does not fit goes to a lane of a vector register, on gfx targets.
     assert [record for record in records if record["spills"] or record["spilled_scalars"]] == []
+    assert [record for record in records if record["loose_barriers"]] == []
     scans = [record for record in records if record["target"] == "sm_90" and record["scan_per_element"] is not None]
     assert bool(scans) == ("sm_90" in targets)
     assert [record for record in scans if record["scan_per_element"] > instruction_limit(record)] == []
@@ -105,6 +107,18 @@ def test_the_cuda_kernels_are_no_dearer() -> None:
     assert {record["kernel"] for record in records} == {"select_kernel", "merge_kernel", "sparse_head_kernel"}
     if committed[0]["nvcc"] == records[0]["nvcc"]:
         assert_no_dearer(records, committed, itemgetter("target", "kernel", "dtype", "variant"))
+
+
+def test_a_barrier_that_does_not_wait_for_stores_is_seen() -> None:
+    fenced = ";;#ASMSTART\n\ts_waitcnt vmcnt(0)\n\t;;#ASMEND\n\t.loc 1 2 3\n\ts_barrier ; memory.py\n"
+    for_shared_memory = "\ts_waitcnt lgkmcnt(0)\n\ts_barrier\n"
+    after_a_load = "\ts_waitcnt vmcnt(0)\n\ts_barrier\n"
+    too_early = fenced.replace("\ts_barrier", "\tglobal_store_dword v0, v1, s[0:1]\n\ts_barrier")
+    ttir = "tt.store %a, %b\nttg.barrier all\n"
+    assert loose_barriers(ttir, for_shared_memory + fenced) == 0
+    for loose in (for_shared_memory, after_a_load, too_early):
+        assert loose_barriers(ttir, loose) == 1
+    assert loose_barriers(ttir * 2, fenced + after_a_load) == 1
 
 
 def test_a_dearer_kernel_is_seen() -> None:

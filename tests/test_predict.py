@@ -93,21 +93,19 @@ def test_bytes_beside_those_that_must_move() -> None:
     card, row = CARDS["H100"], 2 * 151_936
     few = 100  # rows under way, which the cache holds
     group, outputs = 64, 8 * 64
-    assert predict.moved_bytes(cost(), card, few) == row * (1 + 1 / group) + outputs
+    assert predict.moved_bytes(cost(), card, few) == row + outputs
     student = 64 * (64 + 4)
-    assert predict.moved_bytes(cost("select_loss"), card, few) == row * (1 + 1 / group) + outputs + student
+    assert predict.moved_bytes(cost("select_loss"), card, few) == row + outputs + student
     many = 2 * 50e6 / row  # half of it is read again
-    again = row / group / 2 + 64 * group * 2 / 2
-    assert predict.moved_bytes(cost(), card, many) == pytest.approx(row * (1 + 1 / group) + again + outputs)
+    again = row / group + 64 * group * 2 / 2
+    assert predict.moved_bytes(cost(), card, many) == pytest.approx(row + again + outputs)
     head = cost("sparse_head", width=4096)
     rows = 64 * 4096 * 2
     assert predict.moved_bytes(head, card, 2 * 50e6 / rows) == pytest.approx(1.5 * rows + 4096 * 6 + 12 * 64)
 
 
-def test_scratch_memory_decides_on_the_launches() -> None:
-    assert predict.launches_for(cost(), 16_384) == 2  # 2,384 maxima of 2 bytes per row, 48 MiB at a time
-    assert predict.launches_for(cost(), 8_192) == 1
-    assert predict.launches_for(cost("scatter"), 16_384) == 1
+def test_jobs_of_a_row() -> None:
+    assert predict.jobs_per_row(cost()) == 1
     assert predict.jobs_per_row(cost("scatter")) == 19  # of 8,192 columns
 
 

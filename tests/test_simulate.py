@@ -11,8 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed, so there is no ke
 from benchmarks import phases, simulate
 from benchmarks.sass import Control, Sass
 from benchmarks.simulate import BARRIER, FAR, NEAR, PORT, READ, path, run
+from topk_rkl.backends.triton.launch import IDLE_BITS
 
-# Sixteen turns of this loop find a threshold: of select at K = 64 for sm_90, by Triton 3.7.1, before it ended early.
+# Of select at K = 64 for sm_90, by Triton 3.7.1, when it still took a turn for every bit of a key.
 BISECTION = (Path(__file__).parent / "bisection.sass").read_text()
 
 
@@ -185,14 +186,33 @@ def test_turns_by_what_a_loop_does() -> None:
     select = kernel(
         *loop("scan", *STREAM), *loop("first", *SEARCH), *loop("pick", *PICK), *loop("second", *SEARCH), "EXIT"
     )
-    assert phases.turns(Case("select"), {"BLOCK": 100}, select) == {3: 10, 7: 16, 10: 2, 14: 16}
-    assert phases.turns(Case("select", torch.float32), {"BLOCK": 100}, select)[7] == 32
-    waiting = loop("wait", "ATOMG.E.CAS", "BAR.SYNC")  # for scratch memory, which is there in the first turn
-    claiming = kernel(*waiting, *loop("scan", *STREAM), *loop("first", *SEARCH), *loop("second", *SEARCH), "EXIT")
-    assert phases.turns(Case("select"), {"BLOCK": 100}, claiming) == {6: 10, 10: 16, 14: 16}
+    first, second = phases.search_turns(Case("select"))
+    assert phases.turns(Case("select"), {"BLOCK": 100}, select) == {3: 10, 7: first, 10: 2, 14: second}
+    claim = loop("claim", "ATOMG.E.CAS", "BAR.SYNC")  # of a place, which is free in the first turn
+    claiming = kernel(*claim, *loop("scan", *STREAM), *loop("search", *SEARCH), "EXIT")
+    assert phases.turns(Case("select"), {"BLOCK": 100}, claiming) == {6: 10, 10: second}
     head = kernel(*loop("slots", *loop("columns", *STREAM)), *loop("spans", *loop("terms", *STREAM)), "EXIT")
     blocks = {"SLOTS": 16, "BLOCK": 256, "TERMS": 4, "SPAN": 512}
     assert phases.turns(Case("sparse_head"), blocks, head) == {3: 4, 4: 3, 8: 10, 9: 2}
+
+
+def test_a_bisection_by_hand() -> None:
+    keys = torch.tensor([9, 9, 8, 4, 0], dtype=torch.int32)
+    assert phases.bisected(keys, None, 4) == (2, 2)  # three reach 5, and just four reach 2
+    assert phases.bisected(keys, None, 1) == (9, 4)  # 5, 7, 8 and 9, which two share
+    assert phases.bisected(keys, 9, 2) == (9, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [16, 64, 256])
+def test_a_bisection_finds_the_kth_largest_in_few_turns(k: int, dtype: torch.dtype) -> None:
+    case = Case("select", dtype, vocab=20_000, k=k)
+    logits = torch.randn(20_000).to(dtype)
+    keys = phases.keys(logits, IDLE_BITS[dtype])
+    threshold, turns = phases.bisected(keys, None, k)
+    assert (keys >= threshold).sum() >= k >= (keys > threshold).sum()
+    assert 0 < turns <= 8 * dtype.itemsize
+    assert 0 < sum(phases.search_turns(case)) <= 8 * dtype.itemsize  # of both
 
 
 def test_more_loops_than_expected_are_an_error() -> None:
@@ -206,7 +226,7 @@ def test_phases_add_up_and_programs_share_a_core() -> None:
     launch = {"BLOCK": 100, "num_warps": 8}
     one, four = (phases.measure(Case("select"), launch, sass, programs) for programs in (1, 4))
     assert one and four and one.beside == one.alone == four.alone
-    assert one.scan > 10 * FAR and one.search > 32 * BARRIER
+    assert one.scan > 10 * FAR and one.search > sum(phases.search_turns(Case("select"))) * BARRIER
     assert 9 <= one.alone - one.scan - one.search < 9 + 2 * BARRIER
     assert one.alone < four.beside < 4 * one.alone
 
