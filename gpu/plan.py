@@ -12,7 +12,7 @@ from gpu.steps import Step
 # Ordered so that what takes longest begins first.
 TESTED = (
     "gpu", "ops", "loss", "linear", "select", "sparse_head", "cuda", "divergence", "mass", "supports", "composition",
-    "properties", "weighting", "diagnostics", "backends", "compute_sanitizer",
+    "properties", "weighting", "diagnostics", "backends", "slabs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {
@@ -20,18 +20,24 @@ UNTESTED = {
     "checks": "refusals before any launch, on CPU tensors",
     "collect_env": "a report of this machine, not of kernels",
     "compiled_cost": "ptxas counts registers without a GPU",
+    "cuda_launch": "launches on stand-ins for the CUDA run time",
     "cuda_on_host": "the CUDA sources compiled for the host",
     "gpu_checks": "the rehearsal of the smoke test",
+    "gpu_items": "the timed items, in the interpreter",
     "gpu_kit": "the rehearsal of the steps",
     "gpu_plan": "the plans, and how results are told",
+    "gpu_results": "how results are collected and reported",
     "native": "the extension of CPUs",
     "native_sanitized": "the extension of CPUs",
     "objectives": "formulas in float64 on CPU tensors",
+    "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",
     "readme": "the README's blocks on CPU tensors",
     "reference": "the reference in float64 on CPU tensors",
     "rewards": "plain PyTorch on CPU tensors",
     "rollout": "plain PyTorch on CPU tensors",
+    "simulate": "the model of compiled code, by hand",
+    "triton_launch": "launches on a stand-in for the driver",
     "wheel": "builds and installs",
 }
 CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "scaling")  # of the GPU suite

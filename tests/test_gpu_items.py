@@ -27,9 +27,11 @@ from gpu.items.inputs import FULL, SMALL, Inputs
 from gpu.items.records import Records, measured
 from gpu.items.timing import Clock
 from topk_rkl import ops
+from topk_rkl.backends.triton.select import select_kernel
 from topk_rkl.divergence import REVERSE_KL
 
 ROOT = Path(__file__).parent.parent
+SCRATCH_ARGUMENTS = [select_kernel.arg_names.index(name) for name in ("places", "taken")]
 SHARED = {"device": "a CPU", "commit": "0123abc"}
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -37,6 +39,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
@@ -49,7 +52,7 @@ def recorded() -> Iterator[list[Launch]]:
         name: str
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *_, **keywords: launches.append(Launch(self.name, grid, keywords))
+            return lambda *given, **keywords: launches.append(Launch(self.name, grid, given, keywords))
 
     package = topk_rkl.backends.triton
     names = [f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
@@ -85,11 +88,14 @@ def test_an_override_of_a_selection_changes_its_launch(place: int, label: str) -
     assert in_flight[0] == in_flight[1]
 
 
-def test_one_launch_is_one_launch() -> None:
+def test_a_place_per_row_needs_no_claim() -> None:
     x = many_rows(FULL.n)
     call = partial(ops.select_loss, x, x, 64, None, 1.0, list(REVERSE_KL), "triton")
-    planned, trial = (launches_of(call, experiments.LAUNCHES[name]) for name in (AS_PLANNED, "one launch"))
-    assert len(planned) > 1 and [launch.grid for launch in trial] == [(FULL.n,)]
+    (planned,), (trial,) = (launches_of(call, experiments.SCRATCH[name]) for name in (AS_PLANNED, "a place per row"))
+    assert planned.grid == trial.grid == (FULL.n,)
+    places, taken = SCRATCH_ARGUMENTS
+    assert planned.arguments[places] < FULL.n and planned.arguments[taken] is not None
+    assert trial.arguments[places] == FULL.n and trial.arguments[taken] is None
 
 
 @pytest.mark.parametrize("label", [label for label in experiments.HEADS if label != AS_PLANNED])
@@ -279,9 +285,8 @@ def test_a_prediction_stands_beside_what_is_planned_alone() -> None:
     items = {item.name: item for item in registry.registry(Inputs(FULL, "cpu"))}
     times = {"triton": [2.0], "cuda": [2.0], "torch.topk": [40.0]}
     found = measured(items["select K 64"], times, {}, H100)
-    card = predict.CARDS["H100"]
-    cost = records.compiled_costs()["sm_90", "select", "bfloat16", 151_936, 64, 0]
-    assert found["triton"]["predicted_share"] == pytest.approx(predict.share(cost, card), rel=1e-3)
+    want = predict.expected("select", "bfloat16", 151_936, 64, 0, "H100")
+    assert want is not None and found["triton"]["predicted_share"] == pytest.approx(want, rel=1e-3)
     assert "predicted_share" not in found["cuda"] and "predicted_share" not in found["torch.topk"]
     assert "predicted_share" not in measured(items["select K 64"], times, {}, "a CPU")["triton"]
     trial = items["select_loss K 64, warps and registers"]

@@ -6,7 +6,7 @@ and a renamed field a TypeError, so that an experiment that has lost its object 
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,16 +16,15 @@ SELECT = "topk_rkl.backends.triton.select"
 HEAD = "topk_rkl.backends.triton.sparse_head"
 
 DECISIONS = {
-    "backend of a selection": "`auto` takes the CUDA backend from the least K on at which it wins: choose() in "
+    "backend of a selection": "CUDA_FROM_K becomes the least K from which the CUDA backend wins: "
     "topk_rkl/backends/__init__.py.",
-    "backend of the head": "`auto` takes the CUDA backend for the head: choose_head() in "
+    "backend of the head": "CUDA_HEAD_FROM_K becomes the least K from which the CUDA backend wins: "
     "topk_rkl/backends/__init__.py.",
-    "backend of the head's gradient": "`auto` takes the CUDA backend for the head where both passes together win: "
-    "choose_head() in topk_rkl/backends/__init__.py.",
-    "warps and registers of a selection": "plan_select() gives this K the warps, and compile_options() the register "
-    "limit, of the form that wins: topk_rkl/backends/triton/launch.py.",
-    "launches of a selection": "SCRATCH_BYTES holds the scratch of all rows, so that a selection is one launch: "
+    "backend of the head's gradient": "CUDA_HEAD_FROM_K counts both passes together: topk_rkl/backends/__init__.py.",
+    "warps and registers of a selection": "plan_select() gives this K the warps and registers of the form that wins: "
     "topk_rkl/backends/triton/launch.py.",
+    "scratch of a selection": "Every row has scratch of its own, and no program claims a place: _launch() in "
+    "topk_rkl/backends/triton/select.py.",
     "warps of the head": "plan_sparse_head() takes the warps, terms and columns of the form that wins, if it loses "
     "neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
     "block of the head's gradient": "plan_weight_grad() takes the pairs, columns and warps of the form that wins, "
@@ -45,24 +44,18 @@ def returning(module: str, function: str, change: Callable[[Any], Any]) -> Itera
         yield
 
 
-@contextmanager
-def selection(warps: int, registers: int) -> Iterator[None]:
+def selection(warps: int, registers: int) -> AbstractContextManager[object]:
     """As many bytes in flight per thread as planned."""
 
     def plan(planned: Any) -> Any:
-        return replace(planned, num_warps=warps, block=planned.block * warps // planned.num_warps)
+        block = planned.block * warps // planned.num_warps
+        return replace(planned, num_warps=warps, registers=registers, block=block)
 
-    def options(planned: dict[str, int]) -> dict[str, int]:
-        return {**planned, "maxnreg": registers}
-
-    with ExitStack() as both:
-        both.enter_context(returning(SELECT, "plan_select", plan))
-        both.enter_context(returning(SELECT, "compile_options", options))
-        yield
+    return returning(SELECT, "plan_select", plan)
 
 
-def one_launch() -> AbstractContextManager[object]:
-    return mock.patch.object(importlib.import_module(SELECT), "SCRATCH_BYTES", 1 << 40)
+def place_per_row() -> AbstractContextManager[object]:
+    return mock.patch.object(importlib.import_module(SELECT), "RESIDENT_WARPS", 1 << 40)
 
 
 def head(**sizes: int) -> AbstractContextManager[object]:
@@ -81,13 +74,13 @@ def named(overrides: list[tuple[int, int]]) -> dict[str, Override]:
 
 
 # By the place of K in Sizes.ks. What spills by hundreds is left out (Triton 3.7, sm_90), as 8 warps of 80 registers do
-# at K = 1,024.
+# at K = 1,024, and what holds as many programs as planned.
 SELECTIONS: dict[int, dict[str, Override]] = {
-    1: named([(4, 128), (8, 80), (8, 64), (16, 64)]),
-    2: named([(8, 128), (8, 80), (8, 64), (16, 64)]),
-    3: named([(8, 128), (16, 64)]),
+    1: named([(4, 128), (8, 128), (16, 64)]),
+    2: named([(4, 128), (8, 128), (8, 64), (16, 64)]),
+    3: named([(16, 128), (16, 64)]),
 }
-LAUNCHES: dict[str, Override] = {AS_PLANNED: nullcontext, "one launch": one_launch}
+SCRATCH: dict[str, Override] = {AS_PLANNED: nullcontext, "a place per row": place_per_row}
 HEADS: dict[str, Override] = {
     AS_PLANNED: nullcontext,
     "4 warps, 2,048 columns": partial(head, num_warps=4, span=2_048),

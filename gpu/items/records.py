@@ -3,7 +3,6 @@
 import json
 import statistics
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +96,10 @@ def prediction(item: Item, device: str) -> Line:
 
 def predicted(item: Item, device: str) -> float | None:
     """The one place that asks benchmarks/predict.py; None for what it does not predict."""
-    card = next((card for name, card in predict.CARDS.items() if name in device), None)
-    if card is None or not item.kernel:
+    if not item.kernel:
         return None
     size = {"h": 0, **item.sizes}
-    key = (card.target, item.kernel, size["dtype"], size["v"], size["k"], size["h"])
-    return predict.share(compiled_costs()[key], card) if key in compiled_costs() else None
-
-
-@cache
-def compiled_costs() -> dict[tuple[Any, ...], Line]:
-    fields = ("target", "kernel", "dtype", "vocab", "k", "width")
-    costs = json.loads((results.FOLDER / "compiled_cost.json").read_text())
-    return {tuple(cost[field] for field in fields): cost for cost in costs}
+    return predict.expected(item.kernel, size["dtype"], size["v"], size["k"], size["h"], device, size["n"])
 
 
 def quartiles(turns: list[float]) -> list[float]:

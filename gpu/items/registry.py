@@ -35,7 +35,7 @@ def registry(inputs: Inputs) -> list[Item]:
         head(inputs, usual),
         *(head_gradient(inputs, k, hot) for k, hot in ((narrow, False), (narrow, True), (usual, False))),
         *(select_trial(inputs, place) for place in (2, 3, 1)),
-        *(launch_trial(inputs, k) for k in (usual, wide)),
+        *(scratch_trial(inputs, k) for k in (usual, wide)),
         *(head_trial(inputs, narrow, hot) for hot in (False, True)),
         *(head_gradient_trial(inputs, narrow, hot) for hot in (False, True)),
         scatter(inputs, usual, unique=True),
@@ -98,11 +98,11 @@ def select_trial(inputs: Inputs, place: int) -> Item:
     return Item(f"select_loss K {k:,}, warps and registers", forms, "select_loss", size, sizes=sizes, decision=decision)
 
 
-def launch_trial(inputs: Inputs, k: int) -> Item:
+def scratch_trial(inputs: Inputs, k: int) -> Item:
     size, sizes = inputs.sizes.n * inputs.sizes.row, of_logits(inputs, k)
-    forms = by_override(selected_loss(inputs, k), experiments.LAUNCHES)
-    decision = "launches of a selection"
-    return Item(f"select_loss K {k:,}, launches", forms, "select_loss", size, sizes=sizes, decision=decision)
+    forms = by_override(selected_loss(inputs, k), experiments.SCRATCH)
+    decision = "scratch of a selection"
+    return Item(f"select_loss K {k:,}, scratch", forms, "select_loss", size, sizes=sizes, decision=decision)
 
 
 def normalize(inputs: Inputs, k: int) -> Item:
