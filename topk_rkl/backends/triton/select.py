@@ -174,7 +174,7 @@ def _claim(
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places"])  # which goes with N where rows are few
 def select_kernel(
     logits,  # (N, V)
     layout,
