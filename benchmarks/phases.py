@@ -66,7 +66,7 @@ def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
         outer_counts = [-(-case.k // launch["SLOTS"]), -(-case.width // launch["SPAN"])]
     else:
         counts = [case.vocab // launch["BLOCK"]] * len(streams)
-        outer_counts = [1] * len(outer)  # of a program that goes from row to row
+        outer_counts = []  # a program has one row
     picks = [loop for loop in sass.ranges if "STG" in sass.names[loop.start : loop.stop]]
     found = dict.fromkeys((loop.stop - 1 for loop in picks), PICKS)
     for loops, n in ((streams, counts), (outer, outer_counts), (searches, bisections)):
