@@ -28,7 +28,6 @@ from gpu.items.records import Records, measured
 from gpu.items.timing import Clock
 from topk_rkl import ops
 from topk_rkl.backends.triton.select import select_kernel
-from topk_rkl.divergence import REVERSE_KL
 
 ROOT = Path(__file__).parent.parent
 SCRATCH_ARGUMENTS = [select_kernel.arg_names.index(name) for name in ("places", "taken")]
@@ -79,7 +78,7 @@ def many_rows(n: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:  # (N, V) 
 )
 def test_an_override_of_a_selection_changes_its_launch(place: int, label: str) -> None:
     forms, x = experiments.SELECTIONS[place], many_rows(2)
-    call = partial(ops.select_loss, x, x, FULL.ks[place], None, 1.0, list(REVERSE_KL), "triton")
+    call = partial(ops.select_loss, x, x, FULL.ks[place], None, None, "triton")
     (planned,), (launch,) = (launches_of(call, forms[name]) for name in (AS_PLANNED, label))
     warps, _, registers, _ = label.replace(",", "").split()
     assert (launch.keywords["num_warps"], launch.keywords["maxnreg"]) == (int(warps), int(registers))
@@ -90,7 +89,7 @@ def test_an_override_of_a_selection_changes_its_launch(place: int, label: str) -
 
 def test_a_place_per_row_needs_no_claim() -> None:
     x = many_rows(FULL.n)
-    call = partial(ops.select_loss, x, x, 64, None, 1.0, list(REVERSE_KL), "triton")
+    call = partial(ops.select_loss, x, x, 64, None, None, "triton")
     (planned,), (trial,) = (launches_of(call, experiments.SCRATCH[name]) for name in (AS_PLANNED, "a place per row"))
     assert planned.grid == trial.grid == (FULL.n,)
     places, taken = SCRATCH_ARGUMENTS
@@ -102,9 +101,7 @@ def test_a_place_per_row_needs_no_claim() -> None:
 def test_an_override_of_the_head_changes_its_launch(label: str) -> None:
     hidden, values = torch.zeros(2, FULL.h, dtype=torch.bfloat16), torch.zeros(2, 32)
     ids = torch.zeros(2, 32, dtype=torch.int32)
-    call = partial(
-        ops.sparse_head, hidden, hidden, None, ids, values, None, 1.0, 1.0, None, True, list(REVERSE_KL), "triton"
-    )
+    call = partial(ops.sparse_head, hidden, hidden, None, ids, values, None, None, True, "triton")
     (planned,), (launch,) = (launches_of(call, experiments.HEADS[name]) for name in (AS_PLANNED, label))
     assert launch.keywords != planned.keywords, f"{label} is what is planned: leave it out"
     names = {"warps": "num_warps", "columns": "SPAN", "terms": "TERMS"}

@@ -19,8 +19,9 @@ from topk_rkl import (
     topk_reverse_kl,
     use_backend,
 )
+from topk_rkl.settings import pack
 
-CLAMPED = (1.0, -2.0, 0.5)
+CLAMPED = pack(0.7, (1.0, -2.0, 0.5), 0.5, 3.0)
 
 
 def samples() -> dict[str, tuple]:
@@ -33,20 +34,20 @@ def samples() -> dict[str, tuple]:
     others = torch.rand(3, 4, 2, device=DEVICE, dtype=torch.float64)
     return {
         "select": (teacher[:, 1:], 6, True, "reference"),
-        "support_loss": (student, ids, values, weights, 0.7, CLAMPED, "reference"),
-        "select_loss": (student, teacher.bfloat16(), 6, None, 0.7, CLAMPED, "reference"),
-        "rest": (student, ids, 0.7, "reference"),
-        "mass_loss": (student, distinct, values, weights, weights, 0.7, (0,), "tail", "reference"),
-        "spread": (values, distinct, others, weights, student, student.clone(), 0.7, "reference"),
+        "support_loss": (student, ids, values, weights, CLAMPED, "reference"),
+        "select_loss": (student, teacher.bfloat16(), 6, None, CLAMPED, "reference"),
+        "rest": (student, ids, pack(0.7), "reference"),
+        "mass_loss": (student, distinct, values, weights, weights, pack(0.7), "tail", "reference"),
+        "spread": (values, distinct, others, weights, student, student.clone(), pack(0.7), "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
-        "linear_select": (hidden, head, bias, 6, 5, 0.5, 3.0, "reference"),
-        "sparse_head": (hidden, head, bias, ids, values, weights, 0.7, 0.5, 3.0, True, CLAMPED, "reference"),
+        "linear_select": (hidden, head, bias, 6, 5, CLAMPED, "reference"),
+        "sparse_head": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
         "sparse_head_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
         "linear_mass_loss": (
-            hidden, head, bias, distinct, values, weights, weights, 0.7, 0.5, 3.0, (0,), "raw", "reference"
+            hidden, head, bias, distinct, values, weights, weights, None, "raw", "reference"
         ),
         "linear_mass_grad": (
-            values, distinct, others, weights, hidden, head, bias, 0.7, 0.5, 3.0,
+            values, distinct, others, weights, hidden, head, bias, CLAMPED,
             *map(torch.clone, (hidden, head, bias)), "raw", "reference",
         ),
     }  # fmt: skip

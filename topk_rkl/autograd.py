@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from topk_rkl import ops
-from topk_rkl.divergence import Code, Terms
+from topk_rkl.divergence import Terms
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -33,31 +33,30 @@ def differentiable_once(backward: Callable[[Any, Tensor], Gradients]) -> Callabl
 class Options:
     """Everything that is not a tensor."""
 
-    temperature: float
-    divergence: Code | Terms
+    terms: Terms | None
     mass: str
     overwrite_student_logits: bool
     backend: str
 
 
 class _RowLoss(torch.autograd.Function):
-    """What the two losses share: five inputs, of which the first, the student's logits, has a gradient."""
+    """What the two losses share: six inputs, of which the first, the student's logits, has a gradient."""
 
     @staticmethod
     @differentiable_once
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
-    ) -> Gradients:  # (..., V), and nothing for the other four
+    ) -> Gradients:  # (..., V), and nothing for the other five
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         g, ids, student = ctx.saved_tensors
         shape, dtype = ctx.student_like
         out = torch.empty(shape, dtype=dtype, device=g.device) if student is None else student.detach()
         ops.scatter(g, ids, grad_output, out, ctx.unique, ctx.backend)
         if student is not None:
             torch.autograd.graph.increment_version(student)
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 class SupportLoss(_RowLoss):
@@ -70,11 +69,12 @@ class SupportLoss(_RowLoss):
         ids: Tensor,  # (..., K)
         values: Tensor,  # (..., K)
         weights: Tensor | None,  # (...)
+        settings: Tensor | None,  # (numbers,)
         options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        op = ops.carrier(ops.support_loss, options.divergence)
-        loss, g = op(student, ids, values, weights, options.temperature, options.divergence, options.backend)
+        op = ops.carrier(ops.support_loss, options.terms)
+        loss, g = op(student, ids, values, weights, settings, options.backend)
         _save(ctx, student, g, ids, options, unique=False)
         return loss
 
@@ -89,11 +89,12 @@ class SelectLoss(_RowLoss):
         teacher: Tensor,  # (..., V)
         k: int,
         weights: Tensor | None,  # (...)
+        settings: Tensor | None,  # (numbers,)
         options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        op = ops.carrier(ops.select_loss, options.divergence)
-        loss, ids, g = op(student, teacher, k, weights, options.temperature, options.divergence, options.backend)
+        op = ops.carrier(ops.select_loss, options.terms)
+        loss, ids, g = op(student, teacher, k, weights, settings, options.backend)
         _save(ctx, student, g, ids, options, unique=True)
         return loss
 
@@ -120,14 +121,15 @@ class MassLoss(torch.autograd.Function):
         values: Tensor,  # (..., K)
         tail: Tensor,  # (...)
         weights: Tensor | None,  # (...)
+        settings: Tensor | None,  # (numbers,)
         options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        loss, g, others = ops.carrier(ops.mass_loss, options.divergence)(
-            student, ids, values, tail, weights, options.temperature, options.divergence, options.mass, options.backend
+        loss, g, others = ops.carrier(ops.mass_loss, options.terms)(
+            student, ids, values, tail, weights, settings, options.mass, options.backend
         )
         ctx.options = options
-        ctx.save_for_backward(student, g, ids, others)
+        ctx.save_for_backward(student, g, ids, others, settings)
         return loss
 
     @staticmethod
@@ -135,28 +137,24 @@ class MassLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
-    ) -> Gradients:  # (..., V), and nothing for the other five
+    ) -> Gradients:  # (..., V), and nothing for the other six
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
-        student, g, ids, others = ctx.saved_tensors
-        temperature, backend = ctx.options.temperature, ctx.options.backend
+            return None, None, None, None, None, None, None
+        student, g, ids, others, settings = ctx.saved_tensors
         overwrite = ctx.options.overwrite_student_logits
         out = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype, device=g.device)
-        ops.spread(g, ids, others, grad_output, None if overwrite else student, out, temperature, backend)
+        ops.spread(g, ids, others, grad_output, None if overwrite else student, out, settings, ctx.options.backend)
         if overwrite:
             torch.autograd.graph.increment_version(student)
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)
 class HeadOptions:
     """Everything about the entry from hidden states that is not a tensor."""
 
-    temperature: float
-    divergence: Code | Terms
+    terms: Terms | None
     mass: str
-    logit_scale: float
-    softcap: float | None
     weight_grad: str
     backend: str
 
@@ -177,14 +175,14 @@ class SparseHeadLoss(torch.autograd.Function):
         ids: Tensor,  # (..., K)
         values: Tensor,  # (..., K)
         weights: Tensor | None,  # (...)
+        settings: Tensor | None,  # (numbers,)
         options: HeadOptions,
     ) -> Tensor:  # (...)
         loss: Tensor
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        loss, g, dhidden = ops.carrier(ops.sparse_head, options.divergence)(
-            hidden, head, bias, ids, values, weights, options.temperature, options.logit_scale, options.softcap,
-            of_hidden, options.divergence, options.backend,
-        )  # fmt: skip
+        loss, g, dhidden = ops.carrier(ops.sparse_head, options.terms)(
+            hidden, head, bias, ids, values, weights, settings, of_hidden, options.backend
+        )
         ctx.options, ctx.vocab, ctx.dtype = options, len(head), hidden.dtype
         summed = (g, ids, hidden) if of_head or of_bias else (None, None, None)
         ctx.save_for_backward(dhidden if of_hidden else None, *summed)
@@ -195,7 +193,7 @@ class SparseHeadLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
-    ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other four
+    ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
         dhidden, g, ids, hidden = ctx.saved_tensors
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         sparse = of_head and ctx.options.weight_grad == "sparse"
@@ -212,7 +210,7 @@ class SparseHeadLoss(torch.autograd.Function):
             ops.sparse_head_weight_grad(g, ids, hidden, dhead, dbias, ctx.options.backend)
         if sparse:
             dhead = _row_sparse(g, ids, hidden, ctx.vocab, ctx.options.backend)
-        return dhidden, dhead, dbias, None, None, None, None
+        return dhidden, dhead, dbias, None, None, None, None, None
 
 
 class LinearMassLoss(torch.autograd.Function):
@@ -228,15 +226,15 @@ class LinearMassLoss(torch.autograd.Function):
         values: Tensor,  # (..., K)
         tail: Tensor,  # (...)
         weights: Tensor | None,  # (...)
+        settings: Tensor | None,  # (numbers,)
         options: HeadOptions,
     ) -> Tensor:  # (...)
         loss: Tensor
-        loss, g, others = ops.carrier(ops.linear_mass_loss, options.divergence)(
-            hidden, head, bias, ids, values, tail, weights, options.temperature, options.logit_scale, options.softcap,
-            options.divergence, options.mass, options.backend,
-        )  # fmt: skip
+        loss, g, others = ops.carrier(ops.linear_mass_loss, options.terms)(
+            hidden, head, bias, ids, values, tail, weights, settings, options.mass, options.backend
+        )
         ctx.options = options
-        ctx.save_for_backward(g, ids, others, hidden, head, bias)
+        ctx.save_for_backward(g, ids, others, hidden, head, bias, settings)
         return loss
 
     @staticmethod
@@ -244,16 +242,15 @@ class LinearMassLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
-    ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
-        g, ids, others, hidden, head, bias = ctx.saved_tensors
-        asked = zip(ctx.needs_input_grad, (hidden, head, bias), strict=False)
+    ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other six
+        g, ids, others, hidden, head, bias, settings = ctx.saved_tensors
+        asked = zip(ctx.needs_input_grad[:3], (hidden, head, bias))
         outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
         options = ctx.options
         ops.linear_mass_grad(
-            g, ids, others, grad_output, hidden, head, bias, options.temperature, options.logit_scale, options.softcap,
-            *outs, options.mass, options.backend,
-        )  # fmt: skip
-        return *outs, None, None, None, None, None
+            g, ids, others, grad_output, hidden, head, bias, settings, *outs, options.mass, options.backend
+        )
+        return *outs, None, None, None, None, None, None
 
 
 def _row_sparse(

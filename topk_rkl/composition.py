@@ -30,6 +30,7 @@ from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.backends.reference import result_dtype
 from topk_rkl.builders import normalized, values_at
+from topk_rkl.settings import clamped
 from topk_rkl.support import Support
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB a source, however many rows there are
@@ -101,7 +102,7 @@ def residual(
     checks.composed({"partial": partial, "full": full}, k)
 
     def corrected(log_partial: Tensor, log_full: Tensor) -> Tensor:
-        return _where_live(log_partial, log_partial + lam * (log_full - log_partial).clamp(-clip, clip))
+        return _where_live(log_partial, log_partial + lam * clamped(log_full - log_partial, -clip, clip))
 
     return _compose(corrected, (partial, full), k, normalize=True)
 

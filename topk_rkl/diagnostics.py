@@ -1,7 +1,10 @@
-"""What to watch while training, a number a position, detached. In plain PyTorch, some rows at a time."""
+"""What to watch while training, a number per position, detached. In plain PyTorch, some rows at a time.
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+torch.compile gets all rows at once, since a loop over parts would be compiled anew for another number of them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,18 @@ from topk_rkl.rows import row_views
 from topk_rkl.support import Support
 
 CHUNK_BYTES = 64 << 20  # of logits as they are computed with
+
+
+class _once:
+    """functools.cached_property without a lock, which torch.compile cannot trace."""
+
+    def __init__(self, function: Callable[[Any], Tensor]) -> None:
+        self.function = function
+
+    def __get__(self, block: Any, _: type) -> Tensor:
+        value = self.function(block)
+        setattr(block, self.function.__name__, value)
+        return value
 
 
 class Block:
@@ -35,20 +50,20 @@ class Block:
         self.values = values.to(dtype)
         self.y = None if sampled_ids is None else sampled_ids.long()
 
-    @cached_property
+    @_once
     def log_p(self) -> Tensor:  # (n, V)
         return (self.student / self.temperature).log_softmax(1)
 
-    @cached_property
+    @_once
     def log_q(self) -> Tensor:  # (n, V_teacher)
         assert self.teacher is not None
         return (self.teacher / self.temperature).log_softmax(1)
 
-    @cached_property
+    @_once
     def log_p_slots(self) -> Tensor:  # (n, K)
         return self.log_p.gather(1, self.ids)
 
-    @cached_property
+    @_once
     def log_q_slots(self) -> Tensor:  # (n, K)
         return self.values if self.teacher is None else self.log_q.gather(1, self.ids)
 
@@ -60,7 +75,7 @@ class Block:
         """The sum of q over S. Reads the teacher's rows; a Support must hold true log-probs."""
         return torch.where(self.live, self.log_q_slots.exp(), 0).sum(1)
 
-    @cached_property
+    @_once
     def overlap(self) -> Tensor:  # (n, K) bool
         best = self._best(min(self.ids.shape[1], self.student.shape[1]))
         among = torch.zeros_like(self.student, dtype=torch.bool).scatter_(1, best.clamp(min=0).long(), True)
@@ -141,12 +156,18 @@ def measure(
     step = max(1, CHUNK_BYTES // (8 * vocab))
     parts: list[list[Tensor]] = []
     for z, w, row_ids, row_values, y in row_views(student, teacher, ids, values, sampled_ids):
-        for start in range(0, max(1, len(z)), step):
-            some = slice(start, start + step)
+        for some in _parts(len(z), step):
             block = Block(
                 z[some] if logits_of is None else logits_of(z[some]), None if w is None else w[some],
                 row_ids[some], row_values[some], None if y is None else y[some], temperature,
             )  # fmt: skip
             parts.append([getattr(block, name)() for name in names])
     lead = student.shape[:-1]
-    return {name: torch.cat(column).view(lead) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+    return {name: torch.cat(column).view(lead) for name, column in zip(names, zip(*parts))}
+
+
+def _parts(n: int, step: int) -> Iterable[slice]:
+    """At least one, and one alone under torch.compile."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    return (slice(start, start + step) for start in range(0, max(1, n), step))

@@ -31,6 +31,7 @@ from topk_rkl.objective import (
     linear_topk_divergence,
     topk_divergence,
 )
+from topk_rkl.settings import pack
 from topk_rkl.support import Support
 
 __all__ = [
@@ -174,11 +175,8 @@ def linear_teacher_topk(
     checks.logit_options(logit_scale, softcap)
     chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (len(teacher_weight) * teacher_weight.element_size()))
     softcap = None if softcap is None else float(softcap)
-    return Support(
-        *ops.linear_select(
-            teacher_hidden, teacher_weight, bias, k, chunk_rows, float(logit_scale), softcap, requested()
-        )
-    )
+    settings = pack(logit_scale=float(logit_scale), softcap=softcap)
+    return Support(*ops.linear_select(teacher_hidden, teacher_weight, bias, k, chunk_rows, settings, requested()))
 
 
 def linear_topk_reverse_kl(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import ops
+from topk_rkl.settings import pack
 from topk_rkl.support import Support
 
 LAST = torch.iinfo(torch.int32).max
@@ -34,7 +35,7 @@ def classes(
         named = (ids == y).any(-1, keepdim=True) | (y >= min(student_vocab, teacher.shape[-1]))
         ids = torch.cat((ids, torch.where(named, -1, y)), -1)
         values = torch.cat((values, teacher.gather(-1, ids[..., -1:].clamp(min=0).long()).to(values.dtype)), -1)
-    return ids, values, ops.rest(teacher, ids, temperature, backend)
+    return ids, values, ops.rest(teacher, ids, pack(temperature), backend)
 
 
 def _distinct(

@@ -13,6 +13,7 @@ from topk_rkl.backends.linear_mass import all_logits
 from topk_rkl.diagnostics import measure
 from topk_rkl.divergence import Code, Divergence, ReverseKL, Terms
 from topk_rkl.mass import classes
+from topk_rkl.settings import pack
 from topk_rkl.support import Support
 from topk_rkl.weighting import as_factors, reduce
 
@@ -99,15 +100,17 @@ def topk_divergence(
     if overwrite_student_logits:
         checks.overwritable(student_logits)
     _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
-    options = Options(float(temperature), _code(divergence), mass, overwrite_student_logits, requested())
+    temperature = float(temperature)
+    settings = pack(temperature, _code(divergence))
+    options = Options(_terms(divergence), mass, overwrite_student_logits, requested())
     support = _support(teacher, k) if diagnostics or isinstance(teacher, Support) else None
     if mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, _for_mass(sampled_ids, mass), requested())
-        per_token = MassLoss.apply(student_logits, *compared, weights, options)
+        per_token = MassLoss.apply(student_logits, *compared, weights, settings, options)
     elif support is not None:
-        per_token = SupportLoss.apply(student_logits, *support, weights, options)
+        per_token = SupportLoss.apply(student_logits, *support, weights, settings, options)
     else:
-        per_token = SelectLoss.apply(student_logits, teacher, k, weights, options)
+        per_token = SelectLoss.apply(student_logits, teacher, k, weights, settings, options)
     loss = reduce(per_token, weights, reduction, denominator)
     if not diagnostics or support is None:
         return loss
@@ -161,16 +164,20 @@ def linear_topk_divergence(
         checks.dense_weight_grad(weight_grad, mass)
     _check_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
     weights = as_factors(weights, student_hidden)
+    temperature, logit_scale = float(temperature), float(logit_scale)
     softcap = None if softcap is None else float(softcap)
-    options = HeadOptions(
-        float(temperature), _code(divergence), mass, float(logit_scale), softcap, weight_grad, requested()
-    )
+    settings = pack(temperature, _code(divergence), logit_scale, softcap)
+    options = HeadOptions(_terms(divergence), mass, weight_grad, requested())
     support = _support(teacher, k) if diagnostics or mass == "renormalized" else None
     if support is not None and mass == "renormalized":
-        per_token = SparseHeadLoss.apply(student_hidden, student_weight, student_bias, *support, weights, options)
+        per_token = SparseHeadLoss.apply(
+            student_hidden, student_weight, student_bias, *support, weights, settings, options
+        )
     else:
         compared = classes(teacher, k, len(student_weight), temperature, _for_mass(sampled_ids, mass), requested())
-        per_token = LinearMassLoss.apply(student_hidden, student_weight, student_bias, *compared, weights, options)
+        per_token = LinearMassLoss.apply(
+            student_hidden, student_weight, student_bias, *compared, weights, settings, options
+        )
     loss = reduce(per_token, weights, reduction, denominator)
     if not diagnostics or support is None:
         return loss
@@ -212,9 +219,13 @@ def _check_teacher(
         checks.same_positions("teacher", teacher, student, student_name=student_name)
 
 
-def _code(divergence: Divergence | Terms) -> Code | Terms:
-    """As an op takes it: numbers; or the function as it is."""
-    return divergence.code if isinstance(divergence, Divergence) else divergence
+def _code(divergence: Divergence | Terms) -> Code:
+    """The numbers that cross the border of an op; a function, which crosses beside them, has none of its own."""
+    return divergence.code if isinstance(divergence, Divergence) else REVERSE_KL.code
+
+
+def _terms(divergence: Divergence | Terms) -> Terms | None:
+    return None if isinstance(divergence, Divergence) else divergence
 
 
 class TopKDivergenceLoss(nn.Module):

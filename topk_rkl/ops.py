@@ -1,11 +1,12 @@
 """The torch.library ops and their fakes: the one place where an op meets its backend.
 
 Every op takes the name of the backend, so that a backward pass uses what its forward pass used, in whatever thread it
-runs. A divergence crosses as its numbers; for one that is a function, which no op takes, `carrier` gives the
-implementation behind the op. Logits have any leading dimensions and strides; rows are never copied. Only `scatter`,
-`spread` and the two gradients of the head write to an argument.
+runs. Temperature, divergence and logit options cross as one tensor of numbers, see `settings`. A divergence that is a
+function crosses no op: `carrier` gives the implementation behind the op. Logits have any leading dimensions and
+strides; rows are never copied. Only `scatter`, `spread` and the two gradients of the head write to an argument.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from topk_rkl.backends import choose, choose_head, choose_plain
 from topk_rkl.backends.reference import result_dtype
-from topk_rkl.divergence import Code, Terms
+from topk_rkl.divergence import Terms
 from topk_rkl.rows import row_views
+from topk_rkl.settings import unpack
 
 _implementations: dict[Callable, Callable] = {}
 
@@ -35,9 +37,9 @@ def _op(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def carrier(op: Callable, divergence: Code | Terms) -> Callable:
-    """What can be called with this divergence as an argument: the op, or the function that it registers."""
-    return _implementations[op] if callable(divergence) else op
+def carrier(op: Callable, terms: Terms | None) -> Callable:
+    """The op; where the divergence is a function, what is behind the op, with that function."""
+    return op if terms is None else functools.partial(_implementations[op], terms=terms)
 
 
 @_op("(Tensor logits, int k, bool normalize, str backend) -> (Tensor, Tensor)")
@@ -58,22 +60,20 @@ def _(logits: Tensor, k: int, normalize: bool, backend: str) -> tuple[Tensor, Te
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=result_dtype(logits))
 
 
-@_op(
-    "(Tensor student, Tensor ids, Tensor values, Tensor? weights, float temperature, float[] divergence, str backend)"
-    " -> (Tensor, Tensor)"
-)
+@_op("(Tensor student, Tensor ids, Tensor values, Tensor? weights, Tensor? settings, str backend) -> (Tensor, Tensor)")
 def support_loss(
     student: Tensor,  # (..., V)
     ids: Tensor,  # (..., K)
     values: Tensor,  # (..., K)
     weights: Tensor | None,  # (...)
-    temperature: float,
-    divergence: Code | Terms,
+    settings: Tensor | None,
     backend: str,
+    terms: Terms | None = None,
 ) -> tuple[Tensor, Tensor]:  # (...), (..., K)
-    module = choose(backend, ids.shape[-1], student, divergence=divergence)
+    at = unpack(settings, terms)
+    module = choose(backend, ids.shape[-1], student, divergence=at.divergence)
     loss, g = _cat(
-        module.support_loss(*rows, temperature, divergence)
+        module.support_loss(*rows, at.temperature, at.divergence)
         for rows in _views(module, student, ids.contiguous(), values.contiguous(), _contiguous(weights))
     )
     return loss.view(student.shape[:-1]), g.view(ids.shape)
@@ -85,8 +85,7 @@ def _(
     ids: Tensor,
     values: Tensor,
     weights: Tensor | None,
-    temperature: float,
-    divergence: Code,
+    settings: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = result_dtype(student)
@@ -94,7 +93,7 @@ def _(
 
 
 @_op(
-    "(Tensor student, Tensor teacher, int k, Tensor? weights, float temperature, float[] divergence, str backend)"
+    "(Tensor student, Tensor teacher, int k, Tensor? weights, Tensor? settings, str backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
 def select_loss(
@@ -102,14 +101,15 @@ def select_loss(
     teacher: Tensor,  # (..., V)
     k: int,
     weights: Tensor | None,  # (...)
-    temperature: float,
-    divergence: Code | Terms,
+    settings: Tensor | None,
     backend: str,
+    terms: Terms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K) int32, (..., K)
-    module = choose(backend, k, student, teacher, divergence=divergence)
+    at = unpack(settings, terms)
+    module = choose(backend, k, student, teacher, divergence=at.divergence)
     lead = student.shape[:-1]
     loss, ids, g = _cat(
-        module.select_loss(z, w, k, weight, temperature, divergence)
+        module.select_loss(z, w, k, weight, at.temperature, at.divergence)
         for z, w, weight in _views(module, student, teacher, _contiguous(weights))
     )
     return loss.view(lead), ids.view(*lead, k), g.view(*lead, k)
@@ -121,8 +121,7 @@ def _(
     teacher: Tensor,
     k: int,
     weights: Tensor | None,
-    temperature: float,
-    divergence: Code,
+    settings: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead, dtype = student.shape[:-1], result_dtype(student)
@@ -133,26 +132,26 @@ def _(
     )
 
 
-@_op("(Tensor logits, Tensor ids, float temperature, str backend) -> Tensor")
+@_op("(Tensor logits, Tensor ids, Tensor? settings, str backend) -> Tensor")
 def rest(
     logits: Tensor,  # (..., V)
     ids: Tensor,  # (..., K) ascending, none twice in a row, the negative ones last
-    temperature: float,
+    settings: Tensor | None,
     backend: str,
 ) -> Tensor:  # (...) float64
-    module = choose(backend, ids.shape[-1], logits, mass="tail")
+    module, temperature = choose(backend, ids.shape[-1], logits, mass="tail"), unpack(settings).temperature
     (out,) = _cat((module.rest(*rows, temperature),) for rows in _views(module, logits, ids.contiguous()))
     return out.view(logits.shape[:-1])
 
 
 @torch.library.register_fake("topk_rkl::rest")
-def _(logits: Tensor, ids: Tensor, temperature: float, backend: str) -> Tensor:
+def _(logits: Tensor, ids: Tensor, settings: Tensor | None, backend: str) -> Tensor:
     return logits.new_empty(logits.shape[:-1], dtype=torch.float64)
 
 
 @_op(
-    "(Tensor student, Tensor ids, Tensor values, Tensor tail, Tensor? weights, float temperature, float[] divergence,"
-    " str mass, str backend) -> (Tensor, Tensor, Tensor)"
+    "(Tensor student, Tensor ids, Tensor values, Tensor tail, Tensor? weights, Tensor? settings, str mass,"
+    " str backend) -> (Tensor, Tensor, Tensor)"
 )
 def mass_loss(
     student: Tensor,  # (..., V)
@@ -160,14 +159,15 @@ def mass_loss(
     values: Tensor,  # (..., K)
     tail: Tensor,  # (...)
     weights: Tensor | None,  # (...)
-    temperature: float,
-    divergence: Code | Terms,
+    settings: Tensor | None,
     mass: str,
     backend: str,
+    terms: Terms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., 2) float64
-    module = choose(backend, ids.shape[-1], student, divergence=divergence, mass=mass)
+    at = unpack(settings, terms)
+    module = choose(backend, ids.shape[-1], student, divergence=at.divergence, mass=mass)
     loss, g, others = _cat(
-        module.mass_loss(*rows, temperature, divergence, mass)
+        module.mass_loss(*rows, at.temperature, at.divergence, mass)
         for rows in _views(
             module, student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights)
         )
@@ -182,8 +182,7 @@ def _(
     values: Tensor,
     tail: Tensor,
     weights: Tensor | None,
-    temperature: float,
-    divergence: Code,
+    settings: Tensor | None,
     mass: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +195,7 @@ def _(
 
 
 @_op(
-    "(Tensor g, Tensor ids, Tensor others, Tensor grad_output, Tensor? student, Tensor(a!) out, float temperature,"
+    "(Tensor g, Tensor ids, Tensor others, Tensor grad_output, Tensor? student, Tensor(a!) out, Tensor? settings,"
     " str backend) -> ()"
 )
 def spread(
@@ -206,10 +205,10 @@ def spread(
     grad_output: Tensor,  # (...)
     student: Tensor | None,  # (..., V), or None: out holds it
     out: Tensor,  # (..., V), overwritten
-    temperature: float,
+    settings: Tensor | None,
     backend: str,
 ) -> None:
-    module = choose(backend, ids.shape[-1], out, mass="tail")
+    module, temperature = choose(backend, ids.shape[-1], out, mass="tail"), unpack(settings).temperature
     for rows in _views(
         module, g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out
     ):
@@ -224,7 +223,7 @@ def _(
     grad_output: Tensor,
     student: Tensor | None,
     out: Tensor,
-    temperature: float,
+    settings: Tensor | None,
     backend: str,
 ) -> None:
     return None
@@ -250,7 +249,7 @@ def _(g: Tensor, ids: Tensor, grad_output: Tensor, out: Tensor, unique: bool, ba
 
 
 @_op(
-    "(Tensor hidden, Tensor head, Tensor? bias, int k, int chunk_rows, float logit_scale, float? softcap, str backend)"
+    "(Tensor hidden, Tensor head, Tensor? bias, int k, int chunk_rows, Tensor? settings, str backend)"
     " -> (Tensor, Tensor)"
 )
 def linear_select(
@@ -259,12 +258,11 @@ def linear_select(
     bias: Tensor | None,  # (V,)
     k: int,
     chunk_rows: int,
-    logit_scale: float,
-    softcap: float | None,
+    settings: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (..., K) int32, (..., K) float32
     """Logits by the platform's own matrix product, some rows at a time in one buffer, and `select` on those."""
-    lead, vocab = hidden.shape[:-1], head.shape[0]
+    lead, vocab, at = hidden.shape[:-1], head.shape[0], unpack(settings)
     buffer = hidden.new_empty(min(chunk_rows, lead.numel()), vocab)
     module = choose(backend, k, buffer)
     ids = hidden.new_empty((lead.numel(), k), dtype=torch.int32)
@@ -277,10 +275,10 @@ def linear_select(
                 torch.mm(part, head.T, out=logits)
             else:
                 torch.addmm(bias, part, head.T, out=logits)
-            if logit_scale != 1:
-                logits.mul_(logit_scale)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
+            if at.logit_scale != 1:
+                logits.mul_(at.logit_scale)
+            if at.softcap is not None:
+                logits.div_(at.softcap).tanh_().mul_(at.softcap)
             chunk = slice(done, done + len(part))
             ids[chunk], values[chunk] = module.select(logits, k)
             done += len(part)
@@ -294,8 +292,7 @@ def _(
     bias: Tensor | None,
     k: int,
     chunk_rows: int,
-    logit_scale: float,
-    softcap: float | None,
+    settings: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (*hidden.shape[:-1], k)
@@ -303,9 +300,8 @@ def _(
 
 
 @_op(
-    "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor? weights, float temperature,"
-    " float logit_scale, float? softcap, bool want_dhidden, float[] divergence, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
+    "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor? weights, Tensor? settings,"
+    " bool want_dhidden, str backend) -> (Tensor, Tensor, Tensor)"
 )
 def sparse_head(
     hidden: Tensor,  # (..., H)
@@ -314,18 +310,26 @@ def sparse_head(
     ids: Tensor,  # (..., K)
     values: Tensor,  # (..., K)
     weights: Tensor | None,  # (...)
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    settings: Tensor | None,
     want_dhidden: bool,
-    divergence: Code | Terms,
     backend: str,
+    terms: Terms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., H) or (0, H)
-    lead = hidden.shape[:-1]
-    module = choose_head(backend, ids.shape[-1], hidden, len(head), divergence)
+    lead, at = hidden.shape[:-1], unpack(settings, terms)
+    module = choose_head(backend, ids.shape[-1], hidden, len(head), at.divergence)
     loss, g, dhidden = _cat(
         module.sparse_head(
-            rows, head, bias, row_ids, row_values, weight, temperature, logit_scale, softcap, want_dhidden, divergence
+            rows,
+            head,
+            bias,
+            row_ids,
+            row_values,
+            weight,
+            at.temperature,
+            at.logit_scale,
+            at.softcap,
+            want_dhidden,
+            at.divergence,
         )
         for rows, row_ids, row_values, weight in _views(
             module, hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
@@ -342,11 +346,8 @@ def _(
     ids: Tensor,
     values: Tensor,
     weights: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    settings: Tensor | None,
     want_dhidden: bool,
-    divergence: Code,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = result_dtype(hidden)
@@ -381,8 +382,7 @@ def _(g: Tensor, ids: Tensor, hidden: Tensor, dhead: Tensor | None, dbias: Tenso
 
 @_op(
     "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor tail, Tensor? weights,"
-    " float temperature, float logit_scale, float? softcap, float[] divergence, str mass, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
+    " Tensor? settings, str mass, str backend) -> (Tensor, Tensor, Tensor)"
 )
 def linear_mass_loss(
     hidden: Tensor,  # (..., H)
@@ -392,18 +392,16 @@ def linear_mass_loss(
     values: Tensor,  # (..., K)
     tail: Tensor,  # (...)
     weights: Tensor | None,  # (...)
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    divergence: Code | Terms,
+    settings: Tensor | None,
     mass: str,
     backend: str,
+    terms: Terms | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., 2) float64
-    lead, module = hidden.shape[:-1], choose_plain(backend, mass)
+    lead, module, at = hidden.shape[:-1], choose_plain(backend, mass), unpack(settings, terms)
     flat = (ids.reshape(-1, ids.shape[-1]), values.reshape(-1, ids.shape[-1]), tail.reshape(-1))
     loss, g, others = module.linear_mass_loss(
         hidden.reshape(-1, hidden.shape[-1]), head, bias, *flat, None if weights is None else weights.reshape(-1),
-        temperature, logit_scale, softcap, divergence, mass,
+        at.temperature, at.logit_scale, at.softcap, at.divergence, mass,
     )  # fmt: skip
     return loss.view(lead), g.view(ids.shape), others.view(*lead, 2)
 
@@ -417,10 +415,7 @@ def _(
     values: Tensor,
     tail: Tensor,
     weights: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    divergence: Code,
+    settings: Tensor | None,
     mass: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -434,8 +429,7 @@ def _(
 
 @_op(
     "(Tensor g, Tensor ids, Tensor others, Tensor grad_output, Tensor hidden, Tensor head, Tensor? bias,"
-    " float temperature, float logit_scale, float? softcap, Tensor(a!)? dhidden, Tensor(b!)? dhead, Tensor(c!)? dbias,"
-    " str mass, str backend) -> ()"
+    " Tensor? settings, Tensor(a!)? dhidden, Tensor(b!)? dhead, Tensor(c!)? dbias, str mass, str backend) -> ()"
 )
 def linear_mass_grad(
     g: Tensor,  # (..., K)
@@ -445,9 +439,7 @@ def linear_mass_grad(
     hidden: Tensor,  # (..., H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    settings: Tensor | None,
     dhidden: Tensor | None,  # (..., H), overwritten
     dhead: Tensor | None,  # (V, H), overwritten
     dbias: Tensor | None,  # (V,), overwritten
@@ -456,8 +448,9 @@ def linear_mass_grad(
 ) -> None:
     flat = (x.reshape(-1, x.shape[-1]) for x in (g, ids, others, grad_output[..., None], hidden))
     g, ids, others, grad_output, hidden = flat
+    at = unpack(settings)
     choose_plain(backend, mass).linear_mass_grad(
-        g, ids, others, grad_output[:, 0], hidden, head, bias, temperature, logit_scale, softcap,
+        g, ids, others, grad_output[:, 0], hidden, head, bias, at.temperature, at.logit_scale, at.softcap,
         None if dhidden is None else dhidden.view(hidden.shape), dhead, dbias,
     )  # fmt: skip
 
@@ -471,9 +464,7 @@ def _(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    settings: Tensor | None,
     dhidden: Tensor | None,
     dhead: Tensor | None,
     dbias: Tensor | None,

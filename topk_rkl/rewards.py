@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topk_rkl import checks
+from topk_rkl.settings import clamped
 
 
 def log_ratio(
@@ -33,7 +34,7 @@ def log_ratio(
     if clip is not None:
         checks.interval("clip", clip)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
-    return log_q - log_p if clip is None else (log_q - log_p).clamp(*clip)
+    return log_q - log_p if clip is None else clamped(log_q - log_p, *clip)
 
 
 def tanh_log_ratio(
@@ -140,7 +141,7 @@ def return_to_go(
     (total,) = _constants(rewards=rewards)
     kept = torch.ones_like(total, dtype=torch.bool) if mask is None else mask != 0  # (..., T)
     total = torch.where(kept, total, 0)
-    factor = torch.full_like(total, gamma).masked_fill(~kept, 1)  # (..., T) how much of what follows arrives
+    factor = (torch.zeros_like(total) + gamma).masked_fill(~kept, 1)  # (..., T) how much of what follows arrives
     distance = 1
     while gamma > 0 and distance < total.shape[-1]:  # windows double; the gamma^-t of one cumsum would overflow
         later, later_factor = (pad(x[..., distance:], (0, distance)) for x in (total, factor))

@@ -14,7 +14,7 @@ def row_views(first: Tensor, *others: Tensor | None, slabs: bool = False) -> Ite
     """
     tensors, lead = (first, *others), first.dim() - 1
     views = [None if t is None else _row_view(t, lead, slabs) for t in tensors]
-    if all((view is None) == (t is None) for view, t in zip(views, tensors, strict=True)):
+    if all((view is None) == (t is None) for view, t in zip(views, tensors)):
         yield tuple(views)
     else:
         for slab in range(len(first)):
@@ -36,7 +36,7 @@ def _joined(shape: tuple[int, ...], strides: tuple[int, ...], lead: int) -> list
     """The leading sizes, with neighbours multiplied where one stride leads through both."""
     if 0 in shape[:lead]:
         return [0]
-    dims = [(size, stride) for size, stride in zip(shape[:lead], strides, strict=False) if size > 1]
+    dims = [(size, stride) for size, stride in zip(shape[:lead], strides) if size > 1]
     joined = dims[:1] or [(1, 0)]
     for size, stride in dims[1:]:
         outer_size, outer_stride = joined[-1]

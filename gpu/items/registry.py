@@ -11,10 +11,8 @@ from gpu.items.floors import floors, read
 from gpu.items.forms import Form, Item
 from gpu.items.inputs import Inputs
 from topk_rkl import Support, linear_topk_reverse_kl, ops, teacher_topk, topk_reverse_kl, use_backend
-from topk_rkl.divergence import REVERSE_KL
 
 OURS = ("triton", "cuda")
-CODE = list(REVERSE_KL)
 
 ByName = Callable[[str], object]  # the work, by the backend of that name
 
@@ -81,7 +79,7 @@ def select(inputs: Inputs, k: int, rival: bool = False) -> Item:
 
 
 def selected_loss(inputs: Inputs, k: int) -> ByName:
-    return lambda name: ops.select_loss(inputs.student, inputs.teacher, k, None, 1.0, CODE, name)
+    return lambda name: ops.select_loss(inputs.student, inputs.teacher, k, None, None, name)
 
 
 def select_loss(inputs: Inputs, k: int) -> Item:
@@ -126,7 +124,7 @@ def on_few(inputs: Inputs, kernel: str, k: int, rows: int) -> Item:
     calls = {
         "select": lambda part, name: ops.select(inputs.teacher[part], k, False, name),
         "select_loss": lambda part, name: ops.select_loss(
-            inputs.student[part], inputs.teacher[part], k, None, 1.0, CODE, name
+            inputs.student[part], inputs.teacher[part], k, None, None, name
         ),
     }
 
@@ -166,7 +164,7 @@ def support_loss(inputs: Inputs, k: int) -> Item:
 
     def call(i: int, name: str) -> object:
         student = inputs.student_batch.flatten(0, 1)[i % inputs.sizes.batch :][: inputs.sizes.n]
-        return ops.support_loss(student, inputs.ids(k), inputs.values(k), None, 1.0, CODE, name)
+        return ops.support_loss(student, inputs.ids(k), inputs.values(k), None, None, name)
 
     forms = {name: Form(lambda i, name=name: call(i, name), name) for name in OURS}
     slots, sizes = inputs.sizes.n * k, of_logits(inputs, k)
@@ -176,7 +174,7 @@ def support_loss(inputs: Inputs, k: int) -> Item:
 def from_head(inputs: Inputs, k: int, hot: bool, dhidden: bool = True) -> ByName:
     def call(name: str) -> object:
         ids = (inputs.hot_ids if hot else inputs.ids)(k)
-        args = inputs.hidden, inputs.head, None, ids, inputs.values(k), None, 1.0, 1.0, None, dhidden, CODE
+        args = inputs.hidden, inputs.head, None, ids, inputs.values(k), None, None, dhidden
         return ops.sparse_head(*args, name)
 
     return call

@@ -172,7 +172,7 @@ def weight_grad(value: str) -> None:
 
 
 def single_slot(k: int) -> None:
-    if k == 1:
+    if k == 1 and not torch.compiler.is_compiling():  # which traces no warning
         warnings.warn(
             "K = 1: a distribution renormalised over one token is always 1, so loss and gradient are exactly 0; use a "
             "larger K",
@@ -183,8 +183,6 @@ def single_slot(k: int) -> None:
 def _callers_level() -> int:
     """The stacklevel, for the caller of this, of the first frame outside the package."""
     level = 1
-    if torch.compiler.is_compiling():
-        return level
     while sys._getframe(level).f_globals.get("__name__", "").startswith("topk_rkl."):
         level += 1
     return level

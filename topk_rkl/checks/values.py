@@ -84,7 +84,7 @@ def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
 def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {kind(value)}; it must be a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite ends a trace of torch.compile
         raise ValueError(f"{name} is {value}; it must be finite")
 
 
