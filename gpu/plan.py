@@ -11,8 +11,8 @@ from gpu.steps import Step
 
 # Ordered so that what takes longest begins first.
 TESTED = (
-    "gpu", "ops", "loss", "linear", "select", "sparse_head", "cuda", "divergence", "mass", "supports", "composition",
-    "properties", "weighting", "diagnostics", "backends", "slabs", "triton", "compute_sanitizer",
+    "gpu", "ops", "loss", "gradients", "linear", "select", "sparse_head", "cuda", "divergence", "mass", "supports",
+    "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {

@@ -162,6 +162,18 @@ REFUSALS = {
         ValueError,
         "denominator is inf",
     ),
+    "overwriting a leaf": (
+        lambda: topk_reverse_kl(Z.clone().requires_grad_(), W, k=3, overwrite_student_logits=True),
+        ValueError,
+        "overwrite_student_logits=True.*a leaf.*pass a non-leaf",
+    ),
+    "overwriting a view of a leaf": (
+        lambda: topk_divergence(
+            Z.clone().requires_grad_()[:, :-1].t().t(), W, k=3, mass="tail", overwrite_student_logits=True
+        ),
+        ValueError,
+        "overwrite_student_logits=True.*a leaf.*pass a non-leaf",
+    ),
     "overwriting an expanded view": (
         lambda: topk_reverse_kl(Z[:1].expand(3, -1), W, k=3, overwrite_student_logits=True),
         ValueError,

@@ -33,6 +33,7 @@ def samples() -> dict[str, tuple]:
     distinct = torch.arange(6, device=DEVICE).expand(3, 4, 6).clone()
     others = torch.rand(3, 4, 2, device=DEVICE, dtype=torch.float64)
     return {
+        "kept": (ids.mT,),
         "select": (teacher[:, 1:], 6, True, "reference"),
         "support_loss": (student, ids, values, weights, CLAMPED, "reference"),
         "select_loss": (student, teacher.bfloat16(), 6, None, CLAMPED, "reference"),
@@ -131,6 +132,23 @@ def test_compile_without_a_graph_break_at_most_twice_over_changing_n(function) -
             gradients.append((loss.detach(), leaf.grad))
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-7)
     assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager_decomp_partition"])
+def test_compile_with_a_support_made_under_inference_mode(compiler: str) -> None:
+    torch._dynamo.reset()
+    student, teacher = torch.randn(2, 4, 50, device=DEVICE)
+    with torch.inference_mode():
+        made = teacher_topk(teacher, 6, normalize=True)
+    for function in (topk_reverse_kl, lambda z, s: topk_divergence(z, s, mass="tail"), by_head):
+        leaf = student.clone().requires_grad_()
+        (want,) = torch.autograd.grad(function(leaf, teacher_topk(teacher, 6, normalize=True)), leaf)
+        loss = torch.compile(function, backend=compiler, fullgraph=True)(leaf, made)
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], want)
+
+
+def by_head(hidden, support):
+    return linear_topk_reverse_kl(hidden, HEAD * hidden.mean(), support)
 
 
 def test_compile_with_inductor() -> None:

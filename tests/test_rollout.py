@@ -297,7 +297,7 @@ def test_backward_twice_repeats_and_double_backward_raises():
     first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     (grad,) = torch.autograd.grad(loss**2, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
@@ -347,5 +347,5 @@ def test_a_second_derivative_of_the_baseline_raises():
     student = torch.randn(3, 9, requires_grad=True)
     loss = sampled_token_loss(student, torch.randn(3, 9), torch.tensor([1, 2, 3]))
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()

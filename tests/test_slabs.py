@@ -98,8 +98,8 @@ def test_rows_that_start_anywhere(backend, dtype: torch.dtype) -> None:
 
 def with_mass(student: Tensor, teacher: Tensor, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """The loss with the rest of the vocabulary as a class, and the gradient of its sum."""
-    source = student.detach().requires_grad_()
-    logits = source.view_as(source) if overwrite else source
+    source = torch.zeros(student.shape, device=DEVICE, requires_grad=True)
+    logits = (student.detach() if overwrite else student.detach().clone()).add_(source)
     loss = topk_divergence(logits, teacher, k=K, mass="tail", reduction="none", overwrite_student_logits=overwrite)
     loss.sum().backward()
     return loss.detach(), source.grad
@@ -124,7 +124,7 @@ def test_the_students_logits_are_overwritten_and_nothing_beside_them(backend, la
     cut = LAYOUTS[layout](student)
     memory = cut.new_empty(0).set_(cut.untyped_storage())
     before = memory.clone()
-    logits = cut.requires_grad_().view_as(cut)
+    logits = cut.add_(torch.zeros((), device=DEVICE, requires_grad=True))  # no leaf, in the same memory
     loss = topk_reverse_kl(logits, teacher, k=K, reduction="none", overwrite_student_logits=True)
     loss.backward(torch.linspace(-1, 2, 4, device=DEVICE).view(2, 2))
     assert torch.equal(cut, want[1])
@@ -218,7 +218,8 @@ def test_one_call_per_op(module: Any, calls: Counter) -> None:
         calls.clear()  # some selections are a part of that
         support = teacher_topk(teacher, K)
         assert calls.pop("select") == each
-        loss = topk_reverse_kl(student.view_as(student), support, overwrite_student_logits=True)
+        logits = student.detach().add_(torch.zeros((), device=DEVICE, requires_grad=True))  # no leaf
+        loss = topk_reverse_kl(logits, support, overwrite_student_logits=True)
         loss.backward()
         assert calls.pop("support_loss") == calls.pop("scatter") == each
         linear_topk_reverse_kl(

@@ -5,28 +5,67 @@ Only those K numbers and their ids are kept between the two. The incoming gradie
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from topk_rkl import ops
+from topk_rkl.backends.reference import times
 from topk_rkl.divergence import Terms
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def differentiable_once(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
-    """A backward whose own derivative raises; once_differentiable alone lets a constant grad_output pass in silence."""
-    refusing = once_differentiable(backward)
+class _Gradient(torch.autograd.Function):
+    """Stands between a gradient and all it was made of, so that any way to its own derivative meets the refusal."""
 
-    def refusing_always(ctx: Any, grad_output: Tensor) -> Gradients:
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[..., Gradients], name: str, *made_of: Tensor | None) -> Gradients:
+        ctx.name = name
+        return backward(*made_of)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative: its gradient is found in the forward pass. For one, write the loss "
+            "in plain PyTorch over the K gathered logits, as the README's `plain` does"
+        )
+
+
+def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """A backward(ctx, grad_output, *saved) of the first output alone, whose own derivative raises however asked for.
+
+    What is saved has to lead back to each input: the input itself, or an output.
+    """
+
+    def refusing(ctx: Any, grad_output: Tensor | None, *_: None) -> Gradients:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        made_of = grad_output, *ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grad_output = grad_output.detach().requires_grad_()
-        return refusing(ctx, grad_output)
+            gradients: Gradients = _Gradient.apply(partial(backward, ctx), ctx.name(), *made_of)
+            return gradients
+        return backward(ctx, *made_of)
 
-    return refusing_always
+    return refusing
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.set_materialize_grads(False)  # of the outputs that are there only to be saved
+    ctx.save_for_backward(*map(savable, tensors))
+
+
+def savable(x: Tensor | None, copy: bool = True) -> Tensor | None:
+    """What autograd may save: of a tensor made under torch.inference_mode a copy, or its memory under another name."""
+    if x is None:
+        return None
+    if torch.compiler.is_compiling():  # which cannot tell: of ids alone, K numbers a row, there is always a copy
+        return x if x.is_floating_point() else ops.kept(x)
+    if not x.is_inference():
+        return x
+    return x.clone() if copy else x.new_empty(0).set_(x)
 
 
 @dataclass(frozen=True)
@@ -47,10 +86,10 @@ class _RowLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
+        g: Tensor,  # (..., K)
+        ids: Tensor,  # (..., K)
+        student: Tensor | None,  # (..., V), to overwrite
     ) -> Gradients:  # (..., V), and nothing for the other five
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
-        g, ids, student = ctx.saved_tensors
         shape, dtype = ctx.student_like
         out = torch.empty(shape, dtype=dtype, device=g.device) if student is None else student.detach()
         ops.scatter(g, ids, grad_output, out, ctx.unique, ctx.backend)
@@ -71,12 +110,11 @@ class SupportLoss(_RowLoss):
         weights: Tensor | None,  # (...)
         settings: Tensor | None,  # (numbers,)
         options: Options,
-    ) -> Tensor:  # (...)
-        loss: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
         op = ops.carrier(ops.support_loss, options.terms)
         loss, g = op(student, ids, values, weights, settings, options.backend)
         _save(ctx, student, g, ids, options, unique=False)
-        return loss
+        return loss, g
 
 
 class SelectLoss(_RowLoss):
@@ -91,19 +129,18 @@ class SelectLoss(_RowLoss):
         weights: Tensor | None,  # (...)
         settings: Tensor | None,  # (numbers,)
         options: Options,
-    ) -> Tensor:  # (...)
-        loss: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
         op = ops.carrier(ops.select_loss, options.terms)
         loss, ids, g = op(student, teacher, k, weights, settings, options.backend)
         _save(ctx, student, g, ids, options, unique=True)
-        return loss
+        return loss, g
 
 
 def _save(ctx: Any, student: Tensor, g: Tensor, ids: Tensor, options: Options, unique: bool) -> None:
     ctx.student_like = student.shape, student.dtype
     ctx.backend, ctx.unique = options.backend, unique
     # Saved for its version: autograd then refuses a second backward pass, which would find the logits overwritten.
-    ctx.save_for_backward(g, ids, student if options.overwrite_student_logits else None)
+    save(ctx, g, ids, student if options.overwrite_student_logits else None)
 
 
 class MassLoss(torch.autograd.Function):
@@ -129,7 +166,7 @@ class MassLoss(torch.autograd.Function):
             student, ids, values, tail, weights, settings, options.mass, options.backend
         )
         ctx.options = options
-        ctx.save_for_backward(student, g, ids, others, settings)
+        save(ctx, g, ids, others, student, settings)
         return loss
 
     @staticmethod
@@ -137,10 +174,12 @@ class MassLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
+        g: Tensor,  # (..., K)
+        ids: Tensor,  # (..., K)
+        others: Tensor,  # (..., 2)
+        student: Tensor,  # (..., V)
+        settings: Tensor | None,  # (numbers,)
     ) -> Gradients:  # (..., V), and nothing for the other six
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None, None
-        student, g, ids, others, settings = ctx.saved_tensors
         overwrite = ctx.options.overwrite_student_logits
         out = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype, device=g.device)
         ops.spread(g, ids, others, grad_output, None if overwrite else student, out, settings, ctx.options.backend)
@@ -177,31 +216,33 @@ class SparseHeadLoss(torch.autograd.Function):
         weights: Tensor | None,  # (...)
         settings: Tensor | None,  # (numbers,)
         options: HeadOptions,
-    ) -> Tensor:  # (...)
-        loss: Tensor
+    ) -> tuple[Tensor, ...]:  # (...), and for the backward pass (..., K), (..., H)
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         loss, g, dhidden = ops.carrier(ops.sparse_head, options.terms)(
             hidden, head, bias, ids, values, weights, settings, of_hidden, options.backend
         )
         ctx.options, ctx.vocab, ctx.dtype = options, len(head), hidden.dtype
         summed = (g, ids, hidden) if of_head or of_bias else (None, None, None)
-        ctx.save_for_backward(dhidden if of_hidden else None, *summed)
-        return loss
+        save(ctx, dhidden if of_hidden else None, *summed)
+        return loss, g, dhidden
 
     @staticmethod
     @differentiable_once
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
+        dhidden: Tensor | None,  # (..., H)
+        g: Tensor | None,  # (..., K), as the next two where head or bias has a gradient
+        ids: Tensor | None,  # (..., K)
+        hidden: Tensor | None,  # (..., H)
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
-        dhidden, g, ids, hidden = ctx.saved_tensors
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         sparse = of_head and ctx.options.weight_grad == "sparse"
         dhead = dbias = None
         if of_hidden:
-            dhidden = (dhidden * grad_output[..., None]).to(ctx.dtype)
+            dhidden = times(dhidden, grad_output).to(ctx.dtype)
         if of_head or of_bias:
-            g = g * grad_output[..., None]
+            g = times(g, grad_output)
         if of_bias:
             dbias = hidden.new_empty(ctx.vocab)
         if of_head and not sparse:
@@ -234,7 +275,7 @@ class LinearMassLoss(torch.autograd.Function):
             hidden, head, bias, ids, values, tail, weights, settings, options.mass, options.backend
         )
         ctx.options = options
-        ctx.save_for_backward(g, ids, others, hidden, head, bias, settings)
+        save(ctx, g, ids, others, hidden, savable(head, copy=False), bias, settings)
         return loss
 
     @staticmethod
@@ -242,8 +283,14 @@ class LinearMassLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
+        g: Tensor,  # (..., K)
+        ids: Tensor,  # (..., K)
+        others: Tensor,  # (..., 2)
+        hidden: Tensor,  # (..., H)
+        head: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        settings: Tensor | None,  # (numbers,)
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other six
-        g, ids, others, hidden, head, bias, settings = ctx.saved_tensors
         asked = zip(ctx.needs_input_grad[:3], (hidden, head, bias))
         outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
         options = ctx.options

@@ -123,8 +123,8 @@ def topk_reverse_kl(
         denominator: a number or 0-d tensor instead of sum(weights), already global over micro-batches and ranks.
         overwrite_student_logits: writes the gradient into the memory of student_logits during the backward pass,
             instead of new memory of the same size. The logits are lost then, and autograd raises if anything that saved
-            them, a second backward pass included, still needs them. Ignored under torch.compile, which plans memory
-            itself.
+            them, a second backward pass included, still needs them. They must not be a leaf, whose `.grad` would be
+            its own memory. Ignored under torch.compile, which plans memory itself.
 
     Returns:
         float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN

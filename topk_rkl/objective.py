@@ -108,9 +108,9 @@ def topk_divergence(
         compared = classes(teacher, k, student_logits.shape[-1], temperature, _for_mass(sampled_ids, mass), requested())
         per_token = MassLoss.apply(student_logits, *compared, weights, settings, options)
     elif support is not None:
-        per_token = SupportLoss.apply(student_logits, *support, weights, settings, options)
+        per_token, _ = SupportLoss.apply(student_logits, *support, weights, settings, options)
     else:
-        per_token = SelectLoss.apply(student_logits, teacher, k, weights, settings, options)
+        per_token, _ = SelectLoss.apply(student_logits, teacher, k, weights, settings, options)
     loss = reduce(per_token, weights, reduction, denominator)
     if not diagnostics or support is None:
         return loss
@@ -170,7 +170,7 @@ def linear_topk_divergence(
     options = HeadOptions(_terms(divergence), mass, weight_grad, requested())
     support = _support(teacher, k) if diagnostics or mass == "renormalized" else None
     if support is not None and mass == "renormalized":
-        per_token = SparseHeadLoss.apply(
+        per_token, *_ = SparseHeadLoss.apply(
             student_hidden, student_weight, student_bias, *support, weights, settings, options
         )
     else:

@@ -3,7 +3,8 @@
 Every op takes the name of the backend, so that a backward pass uses what its forward pass used, in whatever thread it
 runs. Temperature, divergence and logit options cross as one tensor of numbers, see `settings`. A divergence that is a
 function crosses no op: `carrier` gives the implementation behind the op. Logits have any leading dimensions and
-strides; rows are never copied. Only `scatter`, `spread` and the two gradients of the head write to an argument.
+strides; rows are never copied. Only `scatter`, `spread` and the two gradients of the head write to an argument. A loss
+is resized, not viewed: autograd lets nobody change a view that a Function returns.
 """
 
 import functools
@@ -76,7 +77,7 @@ def support_loss(
         module.support_loss(*rows, at.temperature, at.divergence)
         for rows in _views(module, student, ids.contiguous(), values.contiguous(), _contiguous(weights))
     )
-    return loss.view(student.shape[:-1]), g.view(ids.shape)
+    return loss.resize_(student.shape[:-1]), g.view(ids.shape)
 
 
 @torch.library.register_fake("topk_rkl::support_loss")
@@ -112,7 +113,7 @@ def select_loss(
         module.select_loss(z, w, k, weight, at.temperature, at.divergence)
         for z, w, weight in _views(module, student, teacher, _contiguous(weights))
     )
-    return loss.view(lead), ids.view(*lead, k), g.view(*lead, k)
+    return loss.resize_(lead), ids.view(*lead, k), g.view(*lead, k)
 
 
 @torch.library.register_fake("topk_rkl::select_loss")
@@ -172,7 +173,7 @@ def mass_loss(
             module, student, ids.contiguous(), values.contiguous(), tail.contiguous(), _contiguous(weights)
         )
     )
-    return loss.view(student.shape[:-1]), g.view(ids.shape), others.view(*student.shape[:-1], 2)
+    return loss.resize_(student.shape[:-1]), g.view(ids.shape), others.view(*student.shape[:-1], 2)
 
 
 @torch.library.register_fake("topk_rkl::mass_loss")
@@ -335,7 +336,7 @@ def sparse_head(
             module, hidden, ids.contiguous(), values.contiguous(), _contiguous(weights)
         )
     )
-    return loss.view(lead), g.view(ids.shape), dhidden.view(hidden.shape) if want_dhidden else dhidden
+    return loss.resize_(lead), g.view(ids.shape), dhidden.view(hidden.shape) if want_dhidden else dhidden
 
 
 @torch.library.register_fake("topk_rkl::sparse_head")
@@ -403,7 +404,7 @@ def linear_mass_loss(
         hidden.reshape(-1, hidden.shape[-1]), head, bias, *flat, None if weights is None else weights.reshape(-1),
         at.temperature, at.logit_scale, at.softcap, at.divergence, mass,
     )  # fmt: skip
-    return loss.view(lead), g.view(ids.shape), others.view(*lead, 2)
+    return loss.resize_(lead), g.view(ids.shape), others.view(*lead, 2)
 
 
 @torch.library.register_fake("topk_rkl::linear_mass_loss")
@@ -472,6 +473,17 @@ def _(
     backend: str,
 ) -> None:
     return None
+
+
+@_op("(Tensor x) -> Tensor")
+def kept(x: Tensor) -> Tensor:
+    """A copy that torch.compile saves as it is, and not what it was made of."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("topk_rkl::kept")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topk_rkl import checks
-from topk_rkl.autograd import differentiable_once
+from topk_rkl.autograd import differentiable_once, savable, save
+from topk_rkl.backends.reference import times
 from topk_rkl.weighting import reduce
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB, however many rows there are
@@ -128,7 +129,7 @@ def sampled_token_loss(
         temperature,
     ).view(ids.shape)  # (...)
     if weights is not None:
-        per_token = per_token * weights.to(per_token.dtype)
+        per_token = per_token * savable(weights.to(per_token.dtype))
     return reduce(per_token, weights, reduction, denominator)
 
 
@@ -148,7 +149,7 @@ class _LogRatio(torch.autograd.Function):
         log_p, lse = _token_log_probs(student_logits, ids, temperature)  # (N,), (N,)
         log_q, _ = _token_log_probs(teacher_logits, ids, temperature)  # (N,)
         ratio = (log_p - log_q).to(log_p.dtype).masked_fill_(~kept, 0)  # (N,)
-        ctx.save_for_backward(student_logits, ids, kept, lse, ratio)
+        save(ctx, student_logits, ids, lse, ratio / temperature)
         ctx.temperature = temperature
         return ratio
 
@@ -157,14 +158,17 @@ class _LogRatio(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (N,)
+        student_logits: Tensor,  # (N, V)
+        ids: Tensor,  # (N,)
+        lse: Tensor,  # (N,)
+        slope: Tensor,  # (N,) of the ratio, held constant, times log p
     ) -> tuple[Tensor | None, ...]:
-        student_logits, ids, kept, lse, ratio = ctx.saved_tensors
-        scale = (grad_output * ratio / ctx.temperature).unsqueeze(-1)  # (N, 1)
+        scale = times(slope[:, None], grad_output)  # (N, 1)
         grad = torch.empty_like(student_logits)  # (N, V)
         for rows in _row_chunks(student_logits):
             probs = (_at_least_float32(student_logits[rows]) / ctx.temperature - lse[rows, None]).exp_()  # (n, V)
             dense = probs.mul_(-scale[rows]).scatter_add_(-1, ids[rows, None], scale[rows])
-            grad[rows] = dense.masked_fill_(~kept[rows, None], 0)  # not by a factor: 0 * NaN is NaN
+            grad[rows] = dense.masked_fill_(scale[rows] == 0, 0)  # not by the factor: 0 * NaN is NaN
         return grad, None, None, None, None
 
 

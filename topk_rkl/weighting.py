@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
+from topk_rkl.autograd import savable
 
 Mode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
@@ -68,7 +69,7 @@ def aggregate(
         A 0-d tensor. A division by 0, as when nothing is kept, gives 0, and stays attached to the graph.
     """
     checks.aggregation(per_token, mask, mode, denominator, norm)
-    mask = mask.to(per_token.dtype)
+    mask = savable(mask.to(per_token.dtype))
     per_sequence = torch.where(mask == 0, 0, per_token * mask).sum(-1)  # (B,)
     tokens = mask.sum(-1)  # (B,)
     if mode == "token-sum":

@@ -121,7 +121,7 @@ void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vect
   std::vector<Reader> readers(threads, Reader(student));
   for_each_row(n, threads, grain_of(out.columns), [&](int thread, int64_t row) {
     const double peak = load(others.at(row, 0), Kind::float64), scale = grad_output[row];
-    const auto factor = float(load(others.at(row, 1), Kind::float64) * scale);
+    const float factor = product(load(others.at(row, 1), Kind::float64), scale);
     const auto inv_t = float(1 / temperature);
     readers[thread].visit(isa, row, [&](int64_t start, int64_t size, float* x) {
       if (factor == 0 || factor != factor) std::fill_n(x, size, factor);
@@ -133,7 +133,7 @@ void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vect
     for (int64_t j = 0; j < k; ++j) {
       const int64_t id = load_integer(ids.at(row, j), ids.kind);
       if (id < 0 || id >= out.columns) continue;
-      store(to + id * step, out.kind, float(*reinterpret_cast<const float*>(g.at(row, j)) * scale));
+      store(to + id * step, out.kind, product(*reinterpret_cast<const float*>(g.at(row, j)), scale));
     }
   });
 }

@@ -22,8 +22,8 @@ int64_t sorted_slots(const Matrix& ids, int64_t row, int64_t k, int64_t columns,
 // Gives the sum of one column's slots, and moves on to the next column.
 float next_value(const float* g, float grad_output, const uint64_t* items, int64_t live, int64_t& i) {
   const uint64_t column = items[i] >> 32;
-  float sum = g[uint32_t(items[i])] * grad_output;
-  for (++i; i < live && items[i] >> 32 == column; ++i) sum += g[uint32_t(items[i])] * grad_output;
+  float sum = product(g[uint32_t(items[i])], grad_output);
+  for (++i; i < live && items[i] >> 32 == column; ++i) sum += product(g[uint32_t(items[i])], grad_output);
   return sum;
 }
 
@@ -60,7 +60,7 @@ void add_to_row(const Matrix& g, const Matrix& ids, float grad_output, const Mat
     const int64_t id = load_integer(ids.at(row, j), ids.kind);
     if (id < 0 || id >= out.columns) continue;
     char* to = start + id * step;
-    const float value = *reinterpret_cast<const float*>(g.at(row, j)) * grad_output;
+    const float value = product(*reinterpret_cast<const float*>(g.at(row, j)), grad_output);
     store(to, out.kind, out.kind == Kind::float32 ? float(load(to, out.kind)) + value : value);
   }
 }

@@ -57,6 +57,12 @@ void gather(const Matrix& x, int64_t row, const int64_t* columns, int64_t n, dou
 // To nearest, ties to even; not of float64.
 void store(char* to, Kind kind, float value);
 
+// Rounded once; and +0 where it is 0 or a factor is, even if the other is not finite.
+inline float product(double g, double scale) {
+  const auto value = float(g * scale);
+  return g == 0 || scale == 0 || value == 0 ? 0.0f : value;
+}
+
 // A vector, or nothing where data is null.
 struct Vector {
   void* data;

@@ -40,7 +40,8 @@ __global__ void scatter_kernel(Matrix g,            // (N, K)
         value += from[other * g.step];
       }
     }
-    if (first_of_id) to[id * out.step] = from_float<T>(value * scale);
+    // What counts as nothing stays nothing, even times what is not finite.
+    if (first_of_id) to[id * out.step] = from_float<T>(value == 0 || scale == 0 ? 0.0f : value * scale);
   }
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from topk_rkl.backends.reference import live_slots, mass_slots_loss, result_dtype
+from topk_rkl.backends.reference import live_slots, mass_slots_loss, result_dtype, times
 from topk_rkl.divergence import Code, Terms, capped
 
 ROWS, TOKENS = 512, 4096  # of a block: 8 MiB
@@ -67,9 +67,9 @@ def linear_mass_grad(
     dbias: Tensor | None,  # (V,), overwritten
 ) -> None:
     n, vocab, dtype = len(hidden), len(head), result_dtype(hidden)
-    g = g * grad_output[:, None].to(dtype)
+    g = times(g, grad_output.to(dtype))
     peak, factor = others.unbind(1)
-    factor = (factor * grad_output).to(dtype)[:, None]
+    factor = times(factor[:, None], grad_output).to(dtype)
     sums = [None if out is None else torch.zeros_like(out, dtype=dtype) for out in (dhidden, dhead, dbias)]
     of_hidden, of_head, of_bias = sums
     for rows, tokens in _blocks(n, vocab):

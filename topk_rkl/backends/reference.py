@@ -97,7 +97,7 @@ def scatter(
 ) -> None:
     """out[i] = grad_output[i] * the sum over the slots j of row i of g[i, j] at column ids[i, j], and 0 elsewhere."""
     columns = torch.where((ids >= 0) & (ids < out.shape[1]), ids, -1).long()
-    value = g * grad_output[:, None]
+    value = times(g, grad_output)
     if not unique:
         columns, value = _merge_duplicates(columns, value)
     empty = columns < 0
@@ -208,11 +208,12 @@ def spread(
     n, vocab = out.shape
     columns = torch.where((ids < 0) | (ids >= vocab), vocab, ids).long()
     for rows in _chunks(n, bytes_per_row=32 * vocab):
-        scale = grad_output[rows, None].double()
+        scale = grad_output[rows].double()
         peak, factor = others[rows].split(1, 1)
+        factor = times(factor, scale)
         dense = torch.zeros((len(scale), vocab + 1), dtype=torch.float64, device=out.device)
-        dense[:, :-1] = torch.where(factor == 0, 0, scale * factor * ((student[rows] - peak) / temperature).exp())
-        dense.scatter_(1, columns[rows], g[rows].double() * scale)
+        dense[:, :-1] = torch.where(factor == 0, 0, factor * ((student[rows] - peak) / temperature).exp())
+        dense.scatter_(1, columns[rows], times(g[rows].double(), scale))
         out[rows] = dense[:, :-1].to(out.dtype)
 
 
@@ -312,6 +313,15 @@ def sparse_head_weight_grad(
                 added = torch.where(live[rows, :, None], added[..., None] * factor[rows, None].to(g.dtype), 0)
             total.index_put_((columns[rows],), added, accumulate=True)  # in a fixed order, on a GPU too
         out.copy_(total)
+
+
+def times(
+    g: Tensor,  # (..., X) the gradient of a row
+    grad_output: Tensor,  # (...)
+) -> Tensor:  # (..., X)
+    """The product, and +0 where a factor is 0 even if the other is not finite: what counts as nothing stays nothing."""
+    scale = grad_output[..., None]
+    return (g * scale).masked_fill_((g == 0).logical_or_(scale == 0), 0)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -337,7 +337,12 @@ def dense_weight_grad(value: str, mass: str) -> None:
 
 
 def overwritable(student: Tensor) -> None:
-    """Two elements at one address could not both hold their gradient."""
+    """A leaf's `.grad` would be its own memory; two elements at one address could not both hold their gradient."""
+    if (leaf := _leaf_of(student)) is not None and leaf.untyped_storage()._cdata == student.untyped_storage()._cdata:
+        raise ValueError(
+            "overwrite_student_logits=True, but student_logits is a leaf that requires grad, or a view of one, whose "
+            ".grad would be its own memory; pass a non-leaf, such as the model's output, or leave the option off"
+        )
     reach = 1
     for stride, size in sorted((s, n) for s, n in zip(student.stride(), student.shape, strict=True) if n > 1):
         if stride < reach:
@@ -346,3 +351,13 @@ def overwritable(student: Tensor) -> None:
                 f"{student.stride()} overlap themselves (an expanded view?); pass a copy, or leave the option off"
             )
         reach = stride * (size - 1) + reach
+
+
+def _leaf_of(x: Tensor) -> Tensor | None:
+    """The leaf that requires grad of which x is made without any other input, as its views are."""
+    if x.grad_fn is None:
+        return x if x.requires_grad else None
+    node = x.grad_fn
+    while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)

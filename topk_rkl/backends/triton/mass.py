@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topk_rkl.backends.triton.divergence import TAIL, encoded, slots_loss
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_rest, plan_scatter
-from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, rounded, row_of
+from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, product, rounded, row_of
 from topk_rkl.divergence import MASSES, Code
 
 
@@ -155,7 +155,8 @@ def spread_kernel(
     at = column.to(tl.int64)
     scale = tl.load(grad_output + row)
     peak = tl.load(others + row * 2).to(tl.float32)
-    factor = (tl.load(others + row * 2 + 1) * scale).to(tl.float32)
+    factor = tl.load(others + row * 2 + 1)
+    factor = tl.where((factor == 0.0) | (scale == 0.0), 0.0, factor * scale).to(tl.float32)
     x = tl.load(student + at * student_layout[3], mask=column < last, other=0.0).to(tl.float32)
     value = tl.where(factor == 0.0, 0.0, factor * tl.exp((x - peak) * inv_t))
     tl.store(out + at * out_layout[3], rounded(value, out.dtype.element_ty), mask=column < last)
@@ -164,7 +165,7 @@ def spread_kernel(
     column = tl.load(ids + row * k + slot, mask=slot < k, other=-1)  # [K]
     value = tl.load(g + row * k + slot, mask=slot < k, other=0.0)  # [K]
     fence()
-    value = rounded(value * scale, out.dtype.element_ty)
+    value = product(value, scale, out.dtype.element_ty)
     tl.store(out + column.to(tl.int64) * out_layout[3], value, mask=(column >= first) & (column < last))
 
 

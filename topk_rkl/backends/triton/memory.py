@@ -54,6 +54,17 @@ def fence():
 
 
 @triton.jit
+def product(
+    g,  # [K]
+    scale,
+    dtype: tl.constexpr,
+):
+    """The float32 product as dtype, and +0 where a factor is 0 even if the other is not finite."""
+    scale = tl.broadcast_to(scale, g.shape)  # before it is compared: the interpreter broadcasts no booleans
+    return rounded(tl.where((g == 0.0) | (scale == 0.0), 0.0, g * scale), dtype)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 -> dtype, to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # where the cast cuts the low half off instead

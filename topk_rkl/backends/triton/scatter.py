@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_rkl.backends.triton.launch import compile_options, pad_k, plan_scatter
-from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, rounded, row_of
+from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, product, row_of
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def scatter_kernel(
             value += tl.where(same, tl.load(g + other), 0.0)
             mine = mine & ((slot <= other) | ~same)
     fence()
-    value = rounded(value * tl.load(grad_output + row), out.dtype.element_ty)
+    value = product(value, tl.load(grad_output + row), out.dtype.element_ty)
     tl.store(out + column.to(tl.int64) * layout[3], value, mask=mine)
 
 
