@@ -9,14 +9,12 @@ written: a figure of code that nobody can check out again is no result.
 """
 
 import json
-import re
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.results import FOLDER, Line, load
+from benchmarks.results import FOLDER, Line, is_clean, load
 
-COMMIT = re.compile(r"[0-9a-f]{7,40}")
 FAILED = ("failed", "error")
 
 
@@ -42,7 +40,7 @@ def checked(lines: list[Line], file: str) -> list[Line]:
     """The lines, if each is of a clean commit and of a GPU."""
     for line in lines:
         commit = line.get("commit", "unknown")
-        if not COMMIT.fullmatch(commit):
+        if not is_clean(commit):
             remedy = "measure a committed state; where the repository does not come along, COMMIT= names it"
             raise ValueError(f"{file} has a line of commit {commit!r}; {remedy}")
         if "driver" not in line:

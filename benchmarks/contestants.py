@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.cases import DTYPES, Case
-from benchmarks.problems import FORWARD, TOP_K, WHOLE, Problem, on_slots
-from topk_rkl import linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
+from benchmarks.problems import FORWARD, OF_STATES, TOP_K, WHOLE, Problem, on_slots
+from topk_rkl import linear_teacher_topk, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl, use_backend
 from topk_rkl.backends import unavailable
 
 CHUNK = 32  # positions
@@ -100,9 +100,18 @@ def plain(
     teacher: Tensor,  # (N, V)
     k: int,
 ) -> Tensor:  # ()
-    """The loss as the README's plain form writes it."""
-    w, ids = teacher.float().topk(k, dim=-1)
-    return plain_on_ids(student.float(), w, ids)
+    """The loss as the README's plain form writes it: gathered first, then in float32."""
+    w, ids = teacher.topk(k, dim=-1)
+    return plain_on_ids(student, w.float(), ids)
+
+
+def plain_in_float32(
+    student: Tensor,  # (N, V)
+    teacher: Tensor,  # (N, V)
+    k: int,
+) -> Tensor:  # ()
+    """As trainers that hand their logits over in float32 have it."""
+    return plain(student.float(), teacher.float(), k)
 
 
 def plain_on_ids(
@@ -113,8 +122,8 @@ def plain_on_ids(
     return on_slots(student.gather(-1, ids).float(), w).mean()
 
 
-def loss_plain(p: Problem, compiled: bool = False) -> Entry:
-    function = torch.compile(plain, dynamic=False) if compiled else plain
+def loss_plain(p: Problem, function: Callable[..., Tensor] = plain, compiled: bool = False) -> Entry:
+    function = torch.compile(function, dynamic=False) if compiled else function
     return Entry(lambda: function(p.student, p.teacher, p.case.k), p.leaves)
 
 
@@ -175,9 +184,15 @@ def fast_llm(p: Problem) -> Entry:
     return Entry(loss, gradients=gradients)
 
 
-def linear_ours(p: Problem) -> Entry:
+def linear_ours(p: Problem, from_states: bool = False) -> Entry:
+    """On a support that is there; or with its selection, from the teacher's hidden states."""
     layout = "sparse" if p.case.gradients == "sparse head" else "dense"
-    return Entry(partial(linear_topk_reverse_kl, p.hidden, p.head, p.support, weight_grad=layout), p.leaves)
+
+    def forward() -> Tensor:
+        support = linear_teacher_topk(*p.other_teacher, p.case.k) if from_states else p.support
+        return linear_topk_reverse_kl(p.hidden, p.head, support, weight_grad=layout)
+
+    return Entry(forward, p.leaves)
 
 
 def plain_head(
@@ -243,6 +258,7 @@ def in_cuda(build: Build, p: Problem) -> Entry:
 
 
 CPU, CUDA = ("cpu",), ("cuda",)
+FROM_STATES = "topk_rkl, teacher from its hidden states"
 CONTESTANTS = [
     Contestant("topk_rkl", "select", select_ours),
     Contestant("topk_rkl, CUDA C++", "select", partial(in_cuda, select_ours), devices=CUDA),
@@ -252,6 +268,7 @@ CONTESTANTS = [
     Contestant("topk_rkl", "loss", loss_ours),
     Contestant("topk_rkl, CUDA C++", "loss", partial(in_cuda, loss_ours), devices=CUDA),
     Contestant("plain", "loss", loss_plain),
+    Contestant("plain in float32", "loss", partial(loss_plain, function=plain_in_float32)),
     Contestant("torch.compile", "loss", partial(loss_plain, compiled=True), compiles=True),
     Contestant("ms-swift", "loss", partial(loss_on, peers.ms_swift)),
     Contestant("Fast-LLM", "loss", fast_llm, WHOLE, CUDA),
@@ -264,6 +281,7 @@ CONTESTANTS = [
     Contestant("verl", "loss on ids", partial(ids_peer, peers.verl), FORWARD),
     Contestant("topk_rkl", "linear", linear_ours),
     Contestant("topk_rkl, CUDA C++", "linear", partial(in_cuda, linear_ours), devices=CUDA),
+    Contestant(FROM_STATES, "linear", partial(linear_ours, from_states=True), OF_STATES),
     Contestant("plain", "linear", linear_plain),
     Contestant("torch.compile", "linear", partial(linear_plain, compiled=True), compiles=True),
     Contestant("gathered", "linear", linear_gathered),
@@ -278,7 +296,7 @@ CONTESTANTS = [
 ]
 
 
-PLAIN_TORCH = ("torch.topk", "plain", "gathered", "gathered in chunks")
+PLAIN_TORCH = ("torch.topk", "plain", "plain in float32", "gathered", "gathered in chunks")
 
 
 def taking_part(case: Case, device: str, only_ours: bool = False) -> list[Contestant]:

@@ -22,12 +22,16 @@ NAMES = {
     "topk_rkl": "this package",
     "topk_rkl, overwriting": "ours with `overwrite_student_logits`",
     "topk_rkl, CUDA C++": "ours in CUDA C++",
+    "topk_rkl, teacher from its hidden states": "ours with `linear_teacher_topk`",
     "plain": "plain PyTorch",
+    "plain in float32": "plain PyTorch, all in float32",
     "gathered": "`head[ids]` and `bmm` in PyTorch",
     "gathered in chunks": "the same 32 positions at a time",
     "floor": "only moving the bytes",
 }
 STARS = {"reverse KL of the whole vocabulary": "*", "top-K forward KL, not renormalised": "†"}
+# They make the head's gradient, frozen or not.
+FROZEN_ALL_THE_SAME = ("axolotl", "axolotl, compiled", "Liger", "Liger, compiled")
 SIZES = ("n", "v", "h", "k", "dtype")
 
 Contest = dict[str, list[Line]]  # the lines of each contestant

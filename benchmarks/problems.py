@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, Case
 from tests.cases import ROWS
-from topk_rkl import Support, teacher_topk
+from topk_rkl import Support, linear_teacher_topk, teacher_topk
 
 # Of the largest value. In bfloat16 the logits that a rival makes, and the gradients, carry 8 bits.
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
@@ -61,6 +61,15 @@ class Problem:
         """Hidden states and head of a teacher, for those that compare the whole vocabulary."""
         return torch.randn_like(self.hidden), torch.randn_like(self.head).mul_(self.case.h**-0.5)
 
+    @cached_property
+    def other_support(self) -> Support:
+        """What that teacher ranks highest."""
+        return linear_teacher_topk(*self.other_teacher, self.case.k)
+
+    def slots(self, objective: str, rows: slice) -> tuple[Tensor, Tensor]:  # (n, K) int64, (n, K) float64
+        ids, log_probs = self.other_support if objective == OF_STATES else self.support
+        return ids[rows].long(), log_probs[rows].double()
+
 
 def untie(
     teacher: Tensor,  # (N, V), changed
@@ -85,6 +94,8 @@ def on_slots(
 
 
 TOP_K, FORWARD, WHOLE = "top-K reverse KL", "top-K forward KL, not renormalised", "reverse KL of the whole vocabulary"
+OF_STATES = "top-K reverse KL, selected from the teacher's hidden states"
+RENORMALIZED = (TOP_K, OF_STATES)
 
 
 def per_position(
@@ -94,7 +105,7 @@ def per_position(
     log_probs: Tensor,  # (n, K) float64
     w: Tensor | None,  # (n, V) float64: the teacher's logits
 ) -> Tensor:  # (n,)
-    if objective == TOP_K:
+    if objective in RENORMALIZED:
         return on_slots(z.gather(-1, ids), log_probs)
     log_p = z.log_softmax(-1)
     if objective == FORWARD:
@@ -144,7 +155,7 @@ def chunks(case: Case) -> Iterator[slice]:
 def through_logits(p: Problem, objective: str, rows: slice, _: None) -> tuple[Tensor, Tensor]:  # (), (n, V)
     z = p.student[rows].detach().double().requires_grad_()
     w = p.teacher[rows].double() if objective == WHOLE else None
-    loss = per_position(objective, z, p.ids[rows], p.support.log_probs[rows].double(), w).sum() / p.case.n
+    loss = per_position(objective, z, *p.slots(objective, rows), w).sum() / p.case.n
     (dz,) = torch.autograd.grad(loss, z)
     return loss.detach(), dz
 
@@ -155,23 +166,23 @@ def through_head(
     rows: slice,
     dhead: Tensor | None,  # (V, H), added to
 ) -> tuple[Tensor, Tensor]:  # (), (n, H)
-    hidden, ids = p.hidden[rows].detach().double(), p.ids[rows]
-    w = None
-    if objective == TOP_K:  # only the slots' rows of the head, as if they were the vocabulary
-        head = p.head.detach()[ids].double()  # (n, K, H)
+    hidden, (named, log_probs) = p.hidden[rows].detach().double(), p.slots(objective, rows)
+    ids, w = named, None
+    if objective in RENORMALIZED:  # only the slots' rows of the head, as if they were the vocabulary
+        head = p.head.detach()[named].double()  # (n, K, H)
         z = torch.einsum("nkh,nh->nk", head, hidden).requires_grad_()
-        ids = torch.arange(p.case.k, device=p.device).expand_as(ids)
+        ids = torch.arange(p.case.k, device=p.device).expand_as(named)
     else:
         head = p.head.detach().double()  # (V, H)
         z = (hidden @ head.T).requires_grad_()
         if objective == WHOLE:
             teacher, teacher_head = p.other_teacher
             w = teacher[rows].double() @ teacher_head.double().T
-    loss = per_position(objective, z, ids, p.support.log_probs[rows].double(), w).sum() / p.case.n
+    loss = per_position(objective, z, ids, log_probs, w).sum() / p.case.n
     (dz,) = torch.autograd.grad(loss, z)
-    if objective == TOP_K:
+    if objective in RENORMALIZED:
         if dhead is not None:
-            dhead.index_add_(0, p.ids[rows].flatten(), (dz[..., None] * hidden[:, None]).flatten(0, 1))
+            dhead.index_add_(0, named.flatten(), (dz[..., None] * hidden[:, None]).flatten(0, 1))
         return loss.detach(), torch.einsum("nk,nkh->nh", dz, head)
     if dhead is not None:
         dhead.addmm_(dz.T, hidden)

@@ -19,7 +19,20 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from benchmarks import predict
-from benchmarks.entries import NAMES, SIZES, STARS, WORKS, contests, digits, gap, label, middle, table
+from benchmarks.entries import (
+    FROZEN_ALL_THE_SAME,
+    NAMES,
+    SIZES,
+    STARS,
+    WORKS,
+    Contest,
+    contests,
+    digits,
+    gap,
+    label,
+    middle,
+    table,
+)
 from benchmarks.fit import exponents
 from benchmarks.gpu_report import gpu
 from benchmarks.results import FOLDER, Line, load
@@ -28,11 +41,14 @@ MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->
 
 
 def entry(name: str, lines: list[Line]) -> str:
-    """A rival: its time, how many times ours that is, and its memory. A mark where the objective is another."""
+    """A rival: its time, how many times ours that is, and its memory, with marks that the README explains."""
     label = NAMES.get(name, name)
     if reason := gap(lines):
         return f"{label} {reason.partition(':')[0]}"
-    text = f"{label}{STARS.get(lines[0].get('objective', ''), '')} {digits(middle(lines, 'median_ms'))} ms"
+    marks = STARS.get(lines[0].get("objective", ""), "")
+    if lines[0].get("gradients") == "hidden alone" and name in FROZEN_ALL_THE_SAME:
+        marks += "‡"
+    text = f"{label}{marks} {digits(middle(lines, 'median_ms'))} ms"
     if "over_topk_rkl" in lines[-1]:
         ratio = middle(lines, "over_topk_rkl")
         text += f" ({ratio:.{1 if ratio >= 1 else 2}f})"
@@ -52,7 +68,8 @@ def cases(arguments: str) -> str:
     rows.append(["---", *("---:" for _ in used), "---:", "---:", "---"])
     for case, contest in found:
         ours = contest["topk_rkl"]
-        rivals = [entry(name, lines) for name, lines in contest.items() if name not in ("topk_rkl", "floor")]
+        hidden = {"topk_rkl", "floor", *slower_plain(contest)}
+        rivals = [entry(name, lines) for name, lines in contest.items() if name not in hidden]
         shown = (f"{case[size]:,}" if isinstance(case[size], int) else case[size] or "" for size in used)
         time, share = "refused", ""
         if not gap(ours):
@@ -60,6 +77,12 @@ def cases(arguments: str) -> str:
             share = f"{1 / middle(ours, 'over_floor'):.2f}"
         rows.append([label(case), *shown, time, share, "; ".join(rivals)])
     return table(rows)
+
+
+def slower_plain(contest: Contest) -> list[str]:
+    """Of the plain forms all but the fastest."""
+    timed = {name: lines for name, lines in contest.items() if name.startswith("plain") and not gap(lines)}
+    return sorted(timed, key=lambda name: middle(timed[name], "median_ms"))[1:]
 
 
 def growth(suite: str) -> str:

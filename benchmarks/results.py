@@ -49,6 +49,11 @@ def commit() -> str:
     return head + ("-dirty" if changed else "") if head else os.environ.get("TOPK_RKL_COMMIT") or "unknown"
 
 
+def is_clean(commit: str) -> bool:
+    """Whether it names a state that can be checked out."""
+    return re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
+
+
 def git(*arguments: str) -> str:
     """What it says, or nothing outside a repository."""
     return said("git", "-C", str(FOLDER), *arguments)

@@ -27,6 +27,7 @@ UNTESTED = {
     "gpu_kit": "the rehearsal of the steps",
     "gpu_plan": "the plans, and how results are told",
     "gpu_results": "how results are collected and reported",
+    "memory": "the resident memory of a process; test_gpu.py reads that of a GPU",
     "native": "the extension of CPUs",
     "native_sanitized": "the extension of CPUs",
     "objectives": "formulas in float64 on CPU tensors",

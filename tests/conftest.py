@@ -65,6 +65,13 @@ def module(request: pytest.FixtureRequest) -> Any:
     return backends._load(request.param)
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """-0.0 is not 0.0 here, and a NaN is itself."""
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(
+        *(x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    )
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations create, inputs and their views left out, and their peak."""
 

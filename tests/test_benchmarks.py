@@ -16,7 +16,7 @@ from benchmarks import contestants, entries, fit, measure, problems, report, res
 from benchmarks.cases import CPU, Case, Moved
 from benchmarks.contestants import Contestant, Entry, taking_part
 from benchmarks.measure import Floor, Passes, Stage, contest, summary
-from benchmarks.problems import FORWARD, TOLERANCE, TOP_K, WHOLE, Problem
+from benchmarks.problems import FORWARD, OF_STATES, TOLERANCE, TOP_K, WHOLE, Problem
 
 ROOT = Path(__file__).parent.parent
 TINY = [case for case in CPU if case.name == "tiny"]
@@ -173,7 +173,8 @@ def test_a_refused_result_has_a_place_in_the_tables(tmp_path: Path, monkeypatch)
 def test_only_ours_leaves_out_other_projects_and_torch_compile() -> None:
     kept = {c.name for case in TINY for c in taking_part(replace(case, name="select"), "cuda", only_ours=True)}
     left = {contestant.name for contestant in contestants.CONTESTANTS} - kept
-    assert {"topk_rkl", "topk_rkl, CUDA C++", "topk_rkl, overwriting", *contestants.PLAIN_TORCH} == kept
+    ours = {"topk_rkl", "topk_rkl, CUDA C++", "topk_rkl, overwriting", contestants.FROM_STATES}
+    assert ours | {*contestants.PLAIN_TORCH} == kept
     assert {"torch.compile", "FlashInfer", "TRL", "Liger, compiled", "Fast-LLM", "verl"} < left
 
 
@@ -187,21 +188,65 @@ def test_the_commit_comes_from_outside_where_there_is_no_repository(monkeypatch)
     assert results.commit() == "unknown"
 
 
+def test_results_of_a_changed_tree_are_not_kept_with_the_others(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for commit in ("89f8bb8-dirty", "unknown"):
+        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        with pytest.raises(SystemExit, match=f"of commit {commit}.*commit the changes first, or .*--out"):
+            run.run(options(None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_committed_results_are_of_a_clean_tree() -> None:
+    for file in results.FOLDER.glob("*.jsonl"):
+        assert {line["commit"] for line in results.load(file) if not results.is_clean(line["commit"])} == set()
+
+
 def test_a_command_that_fails_or_is_not_there_says_nothing(tmp_path: Path) -> None:
     assert results.said(sys.executable, "-c", "print(7)") == "7"
     assert results.said(sys.executable, "-c", "print(7); exit(1)") == ""
     assert results.said(str(tmp_path / "nothing")) == ""
 
 
-@pytest.mark.parametrize("objective", [TOP_K, FORWARD, WHOLE])
+def test_who_makes_the_teacher_s_logits_is_beside_ours_that_does(stage: Stage) -> None:
+    """From hidden states; the others find the teacher's K tokens ready."""
+
+    def of_all(p: Problem) -> Entry:
+        hidden, head = p.other_teacher
+        return Entry(lambda: contestants.on_slots(p.hidden @ p.head.T, hidden @ head.T).mean(), p.leaves)
+
+    case, theirs = of("linear", gradients="hidden alone"), Contestant("whole", "linear", of_all, WHOLE)
+    names = ("topk_rkl", contestants.FROM_STATES)
+    ours = [c for c in contestants.CONTESTANTS if c.work == "linear" and c.name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contestants, "CONTESTANTS", [*ours, theirs])
+        lines = {line["contestant"]: line for line in run.measured(case, stage, 3, 0.1, None)}
+    on_ids, of_states, whole = (lines[name] for name in (*names, "whole"))
+    for line, beside in ((of_states, on_ids), (whole, of_states)):
+        assert line["over_topk_rkl"] == pytest.approx(line["median_ms"] / beside["median_ms"], rel=1e-2)
+
+
+def test_the_selection_from_states_is_within_its_clock(stage: Stage, monkeypatch) -> None:
+    calls: list[int] = []
+    select = contestants.linear_teacher_topk
+    monkeypatch.setattr(contestants, "linear_teacher_topk", lambda *given: calls.append(1) or select(*given))
+    p = Problem(of("linear", gradients="hidden alone"), "cpu")
+    entry = contestants.linear_ours(p, from_states=True)
+    for passes in (1, 2):
+        entry.forward()
+        assert len(calls) == passes
+    contestants.linear_ours(p).forward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("objective", [TOP_K, OF_STATES, FORWARD, WHOLE])
 def test_the_truth_from_hidden_states_is_that_of_autograd(objective: str, monkeypatch) -> None:
     monkeypatch.setattr(problems, "CHUNK_NUMBERS", 4_000)  # several chunks
     p = Problem(of("linear", gradients="dense head"), "cpu")
     hidden, head = (leaf.detach().double().requires_grad_() for leaf in p.leaves)
     teacher, teacher_head = (x.double() for x in p.other_teacher)
-    want = problems.per_position(
-        objective, hidden @ head.T, p.ids, p.support.log_probs.double(), teacher @ teacher_head.T
-    ).mean()
+    slots = p.slots(objective, slice(None))
+    want = problems.per_position(objective, hidden @ head.T, *slots, teacher @ teacher_head.T).mean()
     gradients = list(torch.autograd.grad(want, (hidden, head)))
     assert problems.error(p, objective, want.detach(), gradients) < 1e-12
     for i in range(2):
@@ -306,6 +351,20 @@ def test_a_table_follows_its_results(tmp_path: Path, monkeypatch) -> None:
     row += "torch.topk 12.3 ms (6.0); verl missing |\n"
     text = report.filled("<!-- cases cpu: select -->\nold\n<!-- end -->")
     assert text.startswith("<!-- cases cpu: select -->\n| work |") and text.endswith(row + "<!-- end -->")
+
+
+def test_a_table_has_the_faster_plain_form_and_marks_what_a_frozen_head_does_not_save(tmp_path, monkeypatch) -> None:
+    line = {"name": "linear", "work": "linear", "n": 4, "v": 100, "k": 8, "h": 16, "dtype": "float32"}
+    line |= {"rows": "random", "gradients": "hidden alone", "objective": TOP_K, "over_floor": 2.0}
+    times = {"topk_rkl": 1.0, "plain": 3.0, "plain in float32": 2.0, "axolotl": 4.0, "Liger": 5.0}
+    lines = [{**line, "contestant": name, "median_ms": time} for name, time in times.items()]
+    lines[-1]["objective"] = WHOLE
+    trained = [{**x, "gradients": "dense head"} for x in lines]
+    (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, lines + trained)))
+    monkeypatch.setattr(entries, "FOLDER", tmp_path)
+    frozen_row, trained_row = report.cases("cpu: linear").splitlines()[2:]
+    assert frozen_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl‡ 4 ms; Liger*‡ 5 ms |")
+    assert trained_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl 4 ms; Liger* 5 ms |")
 
 
 def test_the_command_writes_lines_with_their_setting(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import itertools
 import numpy
 import pytest
 import torch
-from conftest import DEVICE, LiveBytes
+from conftest import DEVICE, same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,8 +193,9 @@ def test_nan_of_the_student_outside_the_support_is_not_seen(backend) -> None:
     assert torch.equal(loss, clean[0]) and torch.equal(grad, clean[1])
 
 
-def test_duplicates_accumulate(backend) -> None:
-    student = torch.randn(2, 50, device=DEVICE)
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
+def test_duplicates_accumulate(backend, dtype: torch.dtype) -> None:
+    student = torch.randn(2, 50, device=DEVICE).to(dtype)
     ids = torch.randint(0, 12, (2, 40), device=DEVICE)
     ids[:, ::7] = -1
     log_probs = torch.randn(2, 40, device=DEVICE)
@@ -206,7 +207,8 @@ def test_duplicates_accumulate(backend) -> None:
     want = (log_p.exp().masked_fill(empty, 0) * (log_p - log_q)).sum()
     want.backward()
     torch.testing.assert_close(loss, want.detach().float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(grad, leaf.grad.float(), rtol=1e-5, atol=1e-7)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(grad.double(), leaf.grad, rtol=rounding, atol=1e-7)
 
 
 def test_k_1_is_exactly_zero_and_warns_once(backend) -> None:
@@ -287,7 +289,7 @@ def test_gradient_backward_twice_gives_the_same_bits(backend) -> None:
     loss = topk_reverse_kl(student, torch.randn(4, 60, device=DEVICE), k=7)
     (first,) = torch.autograd.grad(loss, student, retain_graph=True)
     (second,) = torch.autograd.grad(loss, student)
-    assert torch.equal(first, second) and (first != 0).any()
+    assert same_bits(first, second) and (first != 0).any()
 
 
 @pytest.mark.parametrize("kind", ["per row", "strided", "expanded", "zero"])
@@ -335,15 +337,28 @@ def test_repeatable(backend) -> None:
         first = run(student, **arguments)
         for _ in range(3):
             again = run(student, **arguments)
-            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+            assert same_bits(first[0], again[0]) and same_bits(first[1], again[1])
 
 
-def test_repeatable_row_by_row(backend) -> None:
-    student, teacher = torch.randn(2, 8, 900, device=DEVICE)
-    loss, grad = run(student, teacher, k=33, reduction="none")
-    for i in range(8):
-        alone = run(student[i : i + 1], teacher[i : i + 1], k=33, reduction="none")
-        assert torch.equal(alone[0][0], loss[i]) and torch.equal(alone[1][0], grad[i])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", ["logits", "support"])
+def test_repeatable_row_by_row(backend, given: str, dtype: torch.dtype) -> None:
+    """Ties, ids given twice, probabilities of 0, a NaN and weights of either sign among them."""
+    student, teacher = (torch.randn(2, 9, 200, device=DEVICE) * 3).to(dtype)
+    student[1] = teacher[1]
+    student[2], student[3, ::2], teacher[4] = torch.nan, -torch.inf, 1
+    weights = torch.tensor([1.0, 2.0, 1.0, 1.0, -3.0, -0.5, 0.0, -0.0, 1.0], device=DEVICE)
+    support = Support(torch.randint(-1, 60, (9, 33), device=DEVICE), torch.randn(9, 33, device=DEVICE))
+
+    def run_rows(rows: slice) -> tuple[Tensor, Tensor]:
+        target, k = (teacher[rows], 33) if given == "logits" else (Support(*(x[rows] for x in support)), None)
+        return run(student[rows], target, k=k, weights=weights[rows], temperature=0.7, reduction="none")
+
+    loss, grad = run_rows(slice(None))
+    for i in range(9):
+        row = slice(i, i + 1)
+        alone = run_rows(row)
+        assert same_bits(alone[0], loss[row]) and same_bits(alone[1], grad[row]), i
 
 
 class NoHostSync(TorchDispatchMode):
@@ -383,16 +398,6 @@ def test_no_host_sync_in_reductions() -> None:
             weights = torch.ones(4, device=DEVICE)
             topk_reverse_kl(student, student.detach(), k=4, weights=weights, denominator=denominator).backward()
     assert (student.grad == 0).all()
-
-
-def test_memory_of_a_loss(module) -> None:
-    n, vocab, k = 40, 2_000, 64
-    if module.__name__.endswith("reference"):
-        n, k = 4_000, 256
-    student, teacher = torch.randn(2, n, vocab, device=DEVICE)
-    with LiveBytes() as memory:
-        module.select_loss(student, teacher, k, None, 1.0)
-    assert 0 < memory.peak <= n * k * 16 + (64 << 20)
 
 
 @pytest.mark.parametrize("k", [16, 300])

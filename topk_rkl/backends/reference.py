@@ -101,8 +101,10 @@ def scatter(
     if not unique:
         columns, value = _merge_duplicates(columns, value)
     empty = columns < 0
+    columns, value = columns.masked_fill(empty, 0), value.masked_fill(empty, 0).to(out.dtype)
     # Added, not stored: an empty slot then adds 0 to column 0, and no column receives two other numbers.
-    out.zero_().scatter_add_(1, columns.masked_fill(empty, 0), value.masked_fill(empty, 0).to(out.dtype))
+    for rows in _chunks(len(out), bytes_per_row=4 * out.shape[1]):  # torch adds 16-bit numbers in a float32 copy
+        out[rows].zero_().scatter_add_(1, columns[rows], value[rows])
 
 
 def rest(
