@@ -1,17 +1,21 @@
 """Which backend serves a call, and what is said when one cannot."""
 
+import asyncio
 import contextlib
 import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from topk_rkl import backends, teacher_topk, use_backend
+from topk_rkl import backends, ops, teacher_topk, topk_reverse_kl, use_backend
 
 
 def test_auto_takes_the_fastest_that_fits_and_the_reference_otherwise() -> None:
@@ -109,6 +113,78 @@ def test_the_innermost_choice_holds_and_ends_with_its_block() -> None:
             raise ZeroDivisionError
         assert backends.requested() == "reference"
     assert backends.requested() == before
+
+
+def test_blocks_of_coroutines_are_their_own() -> None:
+    async def one(name: str, start: float, end: float) -> list[str]:
+        await asyncio.sleep(start)
+        with use_backend(name):
+            here = backends.requested()
+            await asyncio.sleep(end)
+            return [here, backends.requested(), await asyncio.to_thread(backends.requested)]
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(one("reference", 0, 0.02), one("auto", 0.01, 0.03))
+
+    with use_backend("reference"):
+        assert asyncio.run(both()) == [["reference"] * 3, ["auto"] * 3]
+        assert backends.requested() == "reference"
+
+
+def test_blocks_of_generators_may_end_in_any_order() -> None:
+    def block(name: str) -> Iterator[None]:
+        with use_backend(name):
+            yield
+
+    before = backends.requested()
+    first, second = block("reference"), block("auto")
+    assert [next(first), next(second)] == [None, None] and backends.requested() == "auto"
+    first.close()
+    assert backends.requested() == "auto"
+    second.close()
+    assert backends.requested() == before
+
+
+def test_a_thread_starts_from_the_choice_of_the_process() -> None:
+    def outer() -> str:
+        with use_backend("reference"), ThreadPoolExecutor(1) as pool:
+            return pool.submit(backends.requested).result()
+
+    assert outer() == backends.requested()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compile_follows_the_backend_in_force(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for each, in whatever thread or context; the backward pass uses what its forward pass used."""
+    asked, choose = [], ops.choose
+    monkeypatch.setattr(
+        ops, "choose", lambda name, *args, **options: asked.append(name) or choose(name, *args, **options)
+    )
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(compiler)
+    teacher = torch.randn(2, 9, device=DEVICE)
+
+    def loss(student: torch.Tensor) -> torch.Tensor:
+        return topk_reverse_kl(student, teacher, k=3)
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+
+    def step() -> list[str]:
+        asked.clear()
+        student = torch.randn(2, 9, device=DEVICE, requires_grad=True)
+        value = compiled(student)
+        with use_backend("auto"):
+            value.backward()
+        return asked.copy()
+
+    before = [backends.requested()] * 2
+    assert step() == before and counter.frame_count == 1
+    with use_backend("reference"):
+        assert step() == ["reference"] * 2 and counter.frame_count == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(step).result() == before
+        assert step() == ["reference"] * 2
+    assert step() == before and counter.frame_count == 2
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,5 +1,15 @@
 """Promise: errors. Every refusal names the argument, the value seen and what to do, before any launch."""
 
+import contextlib
+import math
+import random
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy
 import pytest
 import torch
 
@@ -7,16 +17,24 @@ from topk_rkl import (
     AlphaBeta,
     ForwardKL,
     JensenShannon,
+    LinearTopKDivergenceLoss,
     LinearTopKReverseKLLoss,
     Mixture,
     ReverseKL,
     SkewForwardKL,
     Support,
+    TopKDivergenceLoss,
     TopKReverseKLLoss,
+    builders,
+    checks,
+    composition,
+    generalized_jsd,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
     ops,
+    rewards,
+    rollout,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
@@ -129,6 +147,11 @@ REFUSALS = {
         lambda: topk_reverse_kl(Z, W, k=3, temperature=0),
         ValueError,
         "temperature is 0; it must be positive",
+    ),
+    "temperature 0 of 16 bits, to which 1e-30 is 0": (
+        lambda: topk_reverse_kl(Z, W, k=3, temperature=numpy.float16(0)),
+        ValueError,
+        "temperature is 0.0; it must be positive",
     ),
     "temperature negative": (lambda: TopKReverseKLLoss(3, temperature=-1.0), ValueError, "temperature is -1.0"),
     "temperature nan": (lambda: topk_reverse_kl(Z, W, k=3, temperature=float("nan")), ValueError, "temperature is nan"),
@@ -414,7 +437,161 @@ def test_errors(name: str) -> None:
         call()
 
 
+H, B, Y = torch.randn(3, 16), torch.randn(50), torch.tensor([1, 2, 3])
+HEAD_16 = torch.randn(50, 16)
+LOSS = {"weights": torch.ones(3), "temperature": 1.0, "reduction": "mean", "denominator": 2.0}
+ANY = {**LOSS, "divergence": ReverseKL(), "mass": "renormalized", "diagnostics": ("student_mass",)}
+DENSE = {"student_logits": Z, "teacher": W, "k": 3, "overwrite_student_logits": False}
+OPTIONS = {"logit_scale": 1.0, "softcap": 30.0, "weight_grad": "dense"}
+LINEAR = {"student_hidden": H, "student_weight": HEAD_16, "student_bias": B, "teacher": W, "k": 3, **OPTIONS}
+SIDES = {"student_log_probs": Z, "teacher_log_probs": W}
+CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
+    "teacher_topk": (teacher_topk, {"teacher_logits": W, "k": 3, "normalize": False}),
+    "topk_reverse_kl": (topk_reverse_kl, LOSS | DENSE),
+    "topk_divergence": (topk_divergence, ANY | DENSE),
+    "topk_divergence on samples": (topk_divergence, ANY | DENSE | {"mass": "ema_pg", "sampled_ids": Y}),
+    "topk_divergence on a support": (topk_divergence, ANY | {"student_logits": Z, "teacher": S}),
+    "linear_teacher_topk": (
+        linear_teacher_topk,
+        {"teacher_hidden": H, "teacher_weight": HEAD_16, "k": 3, "bias": B, "chunk_rows": 2, "softcap": 30.0},
+    ),
+    "linear_topk_reverse_kl": (linear_topk_reverse_kl, LOSS | LINEAR),
+    "linear_topk_divergence": (linear_topk_divergence, ANY | LINEAR),
+    "TopKReverseKLLoss": (
+        TopKReverseKLLoss,
+        {"k": 3, "temperature": 1.0, "reduction": "mean", "overwrite_student_logits": False},
+    ),
+    "LinearTopKReverseKLLoss": (LinearTopKReverseKLLoss, {"k": 3, "temperature": 1.0, "reduction": "mean", **OPTIONS}),
+    "TopKDivergenceLoss": (
+        TopKDivergenceLoss,
+        {"k": 3, "divergence": ReverseKL(), "mass": "tail", "diagnostics": ("student_mass",)},
+    ),
+    "LinearTopKDivergenceLoss": (
+        LinearTopKDivergenceLoss,
+        {"k": 3, "divergence": ReverseKL(), "mass": "tail", "diagnostics": ("student_mass",), **OPTIONS},
+    ),
+    "generalized_jsd": (generalized_jsd, {"beta": 0.5}),
+    "clamp": (lambda clamp: topk_divergence(Z, W, k=3, divergence=ReverseKL(clamp)), {"clamp": (-1, 1)}),
+    "JensenShannon": (lambda beta: topk_divergence(Z, W, k=3, divergence=JensenShannon(beta)), {"beta": 0.5}),
+    "Mixture": (lambda lam: topk_divergence(Z, W, k=3, divergence=Mixture(lam)), {"lam": 0.5}),
+    "SkewForwardKL": (lambda lam: topk_divergence(Z, W, k=3, divergence=SkewForwardKL(lam)), {"lam": 0.5}),
+    "AlphaBeta": (lambda alpha: topk_divergence(Z, W, k=3, divergence=AlphaBeta(alpha, 1)), {"alpha": 0.5}),
+    "ids of a support": (lambda ids: topk_reverse_kl(Z, Support(ids, S.log_probs)), {"ids": IDS}),
+    "log_probs of a support": (lambda log_probs: Support(IDS, log_probs).unique(), {"log_probs": S.log_probs}),
+    "student_topk": (builders.student_topk, {"student_logits": Z, "teacher_logits": W, "k": 3, "normalize": True}),
+    "teacher_top_p": (builders.teacher_top_p, {"teacher_logits": W, "p": 0.9, "k": 3, "normalize": True}),
+    "fixed_ids": (builders.fixed_ids, {"teacher_logits": W, "ids": [1, 2], "normalize": True}),
+    "with_sampled": (builders.with_sampled, {"support": S, "sampled_ids": Y, "teacher": W, "normalize": True}),
+    "union": (builders.union, {"first": S, "second": S}),
+    "intersection": (builders.intersection, {"first": S, "second": S}),
+    "difference": (builders.difference, {"first": S, "second": S}),
+    "remap": (builders.remap, {"support": S, "mapping": {1: 2}, "student_vocab": 40}),
+    "remap by a table": (builders.remap, {"support": S, "mapping": torch.arange(40), "student_vocab": 40}),
+    "mixture": (composition.mixture, {"teachers": [W, Z], "weights": [1, 2], "k": 3}),
+    "a teacher of a mixture": (lambda teachers: composition.mixture([W, teachers], [1, 2], k=3), {"teachers": W}),
+    "a weight of a mixture": (lambda weights: composition.mixture([W, Z], [1, weights], k=3), {"weights": 1.0}),
+    "residual": (composition.residual, {"partial": W, "full": Z, "lam": 1.0, "clip": 2.0, "k": 3}),
+    "extrapolation": (composition.extrapolation, {"teacher": W, "base": Z, "lam": 1.0, "k": 3}),
+    "taid": (composition.taid, {"student_logits": Z, "teacher": W, "t": 0.5, "k": 3}),
+    "veto": (composition.veto, {"student_logits": Z, "teacher": W, "beta": 0.5, "k": 3}),
+    "log_ratio": (rewards.log_ratio, {**SIDES, "clip": (-1, 1)}),
+    "tanh_log_ratio": (rewards.tanh_log_ratio, {**SIDES, "tau": 1.0}),
+    "power_difference": (rewards.power_difference, {**SIDES, "alpha": 1.0}),
+    "box_cox": (rewards.box_cox, {**SIDES, "alpha": 1.0}),
+    "probability_difference": (rewards.probability_difference, SIDES),
+    "extrapolated_log_ratio": (rewards.extrapolated_log_ratio, {**SIDES, "base_log_probs": Z, "lam": 1.0}),
+    "contrast": (rewards.contrast, {"right_log_probs": Z, "wrong_log_probs": [Z, W]}),
+    "return_to_go": (rewards.return_to_go, {"rewards": Z, "mask": torch.ones(3, 40), "gamma": 0.9}),
+    "k1": (rewards.k1, SIDES),
+    "k2": (rewards.k2, SIDES),
+    "k3": (rewards.k3, SIDES),
+    "top_p_filter": (rollout.top_p_filter, {"logits": Z, "top_p": 0.9, "temperature": 1.0}),
+    "sample_top_p": (rollout.sample_top_p, {"logits": Z, "top_p": 0.9, "generator": torch.Generator()}),
+    "sampled_token_loss": (rollout.sampled_token_loss, {**LOSS, "student_logits": Z, "teacher_logits": W, "ids": Y}),
+    "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
+    "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
+    "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
+}
+
+
+def hostile(value: Any) -> dict[str, object]:
+    """What may stand in the place of an argument, the tensors like its own."""
+    x = value if isinstance(value, torch.Tensor) else torch.tensor(2.0)
+    rows, floats = x if x.dim() else x[None], x.float()
+    numbers = {
+        "nan": math.nan, "inf": math.inf, "negative": -1.5, "zero": 0, "huge": 2**60, "beyond float": 10**400,
+        "complex": 2 + 1j, "bool": True, "fraction": Fraction(1, 2), "decimal": Decimal("0.5"),
+        "numpy int": numpy.int64(2), "numpy float": numpy.float32(0.5), "numpy bool": numpy.bool_(True),
+    }  # fmt: skip
+    others = {
+        "None": None, "text": "text", "object": object(), "class": int, "list": [1.5], "empty": [], "dict": {"a": 1},
+        "array": numpy.array([1, 2]), "words": numpy.array(["a", "b"]), "tuple": (x, x), "support": Support(None, None),
+    }  # fmt: skip
+    tensors = {
+        "meta": x.to("meta"), "sparse": rows.to_sparse(), "nested": torch.nested.nested_tensor([rows, rows]),
+        "jagged": torch.nested.nested_tensor([rows, rows], layout=torch.jagged), "0-d": x.flatten()[0],
+        "of another rank": x[..., None].expand(*x.shape, 7), "of other rows": rows.repeat(3, *[1] * (rows.dim() - 1)),
+        "complex tensor": floats * 1j, "float8": floats.to(torch.float8_e4m3fn), "bool tensor": floats > 0,
+        "uint16": floats.abs().to(torch.uint16), "int tensor": floats.long(), "double": floats.double(),
+        "grad": floats.clone().requires_grad_(),
+    }  # fmt: skip
+    return numbers | others | tensors
+
+
+NUMBER = {"zero", "negative", "huge", "numpy int", "numpy float"}
+ROWS = {"of another rank", "of other rows", "meta"}  # of the argument that says how many positions there are
+RIGHT = {  # what else may stand there; every dtype but float8 is right where floats are
+    "k": {"numpy int", "huge", "None"}, "chunk_rows": {"numpy int", "huge", "None"},
+    "student_vocab": {"numpy int", "huge", "None"}, "ids": {"int tensor", "array"}, "sampled_ids": {"int tensor"},
+    "response_ids": ROWS | {"int tensor"}, "token_ids": {"empty", "array", "int tensor"},
+    "mapping": {"of other rows", "int tensor"}, "temperature": NUMBER - {"zero", "negative"},
+    "denominator": NUMBER | {"None", "0-d", "int tensor"}, "norm": NUMBER - {"zero", "negative"} | {"None"},
+    "logit_scale": NUMBER, "softcap": NUMBER - {"zero", "negative"} | {"None"}, "lam": NUMBER, "alpha": NUMBER,
+    "beta": NUMBER - {"negative"}, "tau": NUMBER - {"zero", "negative"}, "t": {"zero", "numpy float"},
+    "clip": NUMBER - {"zero", "negative"} | {"None"}, "clamp": {"None"}, "gamma": {"zero", "numpy float"},
+    "p": {"numpy float"}, "top_p": {"numpy float"}, "normalize": {"bool"}, "overwrite_student_logits": {"bool"},
+    "weights": NUMBER - {"negative"} | {"None", "bool tensor", "int tensor", "0-d", "of other rows", "tuple"},
+    "mask": {"None", "bool tensor", "int tensor", "grad"}, "diagnostics": {"None", "empty"}, "generator": {"None"},
+    "teacher_logits": ROWS, "logits": ROWS | {"grad"}, "teacher_hidden": {"of other rows"}, "bias": {"None"},
+    "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
+    "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
+    "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore:K = 1", "ignore:The PyTorch API of nested tensors")
+def test_every_argument_is_right_or_refused_by_its_name(name: str) -> None:
+    function, arguments = CALLS[name]
+    for argument, value in arguments.items():
+        for label, other in hostile(value).items():
+            message = None
+            try:
+                function(**arguments | {argument: other})
+            except (TypeError, ValueError) as error:
+                message = str(error)
+            except AssertionError:  # an op ran
+                pass
+            if message is None:
+                assert label in RIGHT.get(argument, set()) | {"double"}, f"{argument}: {label} is taken"
+            else:
+                assert re.search(rf"\b{argument}\b", message), f"{argument}: {label} is refused by {message!r}"
+
+
 def test_views_that_do_not_overlap_may_be_overwritten() -> None:
     for view in (Z, Z[:, :-1], Z.t(), Z[::2, ::3], Z[:1].expand(1, -1), torch.randn(2, 3, 4)[:, :, 1:]):
         with pytest.raises(AssertionError, match="an op ran"):
             topk_reverse_kl(view, torch.randn(view.shape), k=2, overwrite_student_logits=True)
+
+
+def test_a_view_overlaps_itself_where_two_elements_have_one_address() -> None:
+    memory, found = torch.arange(4_000), set()
+    for _ in range(500):
+        shape, strides = ([random.randint(low, high) for _ in range(3)] for low, high in ((1, 5), (0, 20)))
+        addresses = memory.as_strided(shape, strides).flatten()
+        overlaps = len(addresses.unique()) < len(addresses)
+        with pytest.raises(ValueError, match="overlap") if overlaps else contextlib.nullcontext():
+            checks.overwritable(memory.as_strided(shape, strides))
+        found.add(overlaps)
+    assert found == {True, False}
+    checks.overwritable(torch.empty_strided((100_000, 150_000), (150_001, 150_000), device="meta")[:149_000])

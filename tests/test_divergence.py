@@ -343,9 +343,70 @@ def test_a_function_from_hidden_states_and_without_grad() -> None:
     )
 
 
-def test_a_function_must_give_a_term_a_slot() -> None:
-    with pytest.raises(ValueError, match=r"divergence gave \(2,\); it must give a term a slot, \(2, 3\)"):
-        topk_divergence(torch.randn(2, 9), torch.randn(2, 9), k=3, divergence=lambda p, q: kl(p, q).sum(1))
+LEARNT = torch.ones(3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+WRONG_FUNCTIONS = {
+    "a term a row": (lambda p, q: kl(p, q).sum(1), r"divergence gave \(2,\); it must give a term a slot, \(2, 3\)"),
+    "nothing": (lambda *_: None, "divergence's result is a NoneType; it must be a torch.Tensor"),
+    "a number": (lambda *_: 1.0, "divergence's result is a float"),
+    "bools": (lambda p, q: p > q, "divergence's result is torch.bool; use one of"),
+    "complex": (lambda p, q: kl(p, q) * 1j, "divergence's result is torch.complex128"),
+    "elsewhere": (lambda p, q: kl(p, q).to("meta"), "divergence's result is on meta"),
+    "constants": (lambda _, q: q.exp(), "divergence gave terms that do not depend on log_p"),
+    "detached": (lambda p, q: kl(p.detach(), q), "divergence gave terms that do not depend on log_p"),
+    "what it learns": (lambda p, q: LEARNT.exp() * kl(p, q), "divergence depends on another tensor that requires grad"),
+    "learnt alone": (lambda _, q: LEARNT * q, "divergence depends on another tensor that requires grad"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FUNCTIONS)
+@pytest.mark.parametrize("entry", ["logits", "hidden", "tail", "hidden tail"])
+def test_a_function_must_give_a_term_a_slot_of_log_p_alone(name: str, entry: str) -> None:
+    function, message = WRONG_FUNCTIONS[name]
+    student = torch.randn(2, 9, device=DEVICE, requires_grad=True)
+    teacher = torch.randn(2, 9, device=DEVICE)
+    mass, k = ("tail", 2) if "tail" in entry else ("renormalized", 3)  # with a tail there is one slot more
+    options = {"k": k, "mass": mass, "divergence": function}
+    call, head = (
+        (linear_topk_divergence, [torch.randn(9, 9, device=DEVICE)]) if "hidden" in entry else (topk_divergence, [])
+    )
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(student, *head, teacher, **options)
+
+
+def test_a_module_that_learns_is_no_divergence() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64, device=DEVICE))
+
+        def forward(self, p: Tensor, q: Tensor) -> Tensor:
+            return self.scale * kl(p, q)
+
+    z, w, module = *torch.randn(2, 2, 9, device=DEVICE), Scaled()
+    for call in (
+        lambda: topk_divergence(z, w, k=3, divergence=module),
+        lambda: TopKDivergenceLoss(3, divergence=module),
+        lambda: LinearTopKDivergenceLoss(3, divergence=module),
+    ):
+        with pytest.raises(ValueError, match=r"divergence is a .*Scaled with parameters.*requires_grad_\(False\)"):
+            call()
+    module.requires_grad_(False)
+    torch.testing.assert_close(topk_divergence(z, w, k=3, divergence=module), topk_divergence(z, w, k=3))
+
+
+@pytest.mark.parametrize(("mass", "slots"), [("renormalized", 3), ("tail", 4)])
+def test_a_function_sees_the_rest_of_the_vocabulary_as_a_slot(mass: str, slots: int) -> None:
+    seen = []
+
+    def divergence(p: Tensor, q: Tensor) -> Tensor:
+        seen.extend((p.detach(), q.detach()))
+        return kl(p, q)
+
+    topk_divergence(*torch.randn(2, 2, 9, device=DEVICE), k=3, divergence=divergence, mass=mass)
+    assert all(x.shape == (2, slots) and x.dtype == torch.float64 for x in seen)
+    torch.testing.assert_close(
+        torch.stack(seen).exp().sum(-1), torch.ones(len(seen), 2, dtype=torch.float64, device=DEVICE)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in HAVE_IT if name != "reference"])

@@ -1,6 +1,7 @@
 """The promises about the loss and its gradient, each by its name, on every backend."""
 
 import itertools
+import re
 
 import numpy
 import pytest
@@ -10,9 +11,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases
-from topk_rkl import Support, TopKReverseKLLoss, teacher_topk, topk_reverse_kl
+from topk_rkl import (
+    AlphaBeta,
+    JensenShannon,
+    Mixture,
+    SkewForwardKL,
+    SkewReverseKL,
+    Support,
+    TopKReverseKLLoss,
+    builders,
+    composition,
+    generalized_jsd,
+    linear_teacher_topk,
+    linear_topk_reverse_kl,
+    rewards,
+    teacher_topk,
+    topk_divergence,
+    topk_reverse_kl,
+    weighting,
+)
 
 LOW = [torch.bfloat16, torch.float16]
+OF_A_SHARE = (JensenShannon, Mixture, SkewReverseKL, SkewForwardKL, generalized_jsd)
 
 
 def plain(
@@ -267,6 +287,67 @@ def test_overwrite_student_logits_leaves_other_gradients_their_own_memory(backen
         logits.detach().fill_(torch.nan)
         assert torch.equal(logits.grad, want)
     assert torch.equal(leaf.grad, want * 4)
+def test_numpy_numbers_are_numbers() -> None:
+    """Neither refused nor computed with in their own type, in which 1 - 2 is 255 and 1 - 0.3 has 11 bits."""
+    student, teacher = torch.randn(2, 3, 40, device=DEVICE)
+    hidden, head = torch.randn(3, 8, device=DEVICE), torch.randn(40, 8, device=DEVICE)
+    support = teacher_topk(teacher, 4)
+    for call in (
+        lambda n: topk_reverse_kl(student, teacher, k=n(4), temperature=n(2), denominator=n(3)),
+        lambda n: TopKReverseKLLoss(n(4))(student, teacher),
+        lambda n: linear_topk_reverse_kl(hidden, head, teacher, k=n(4), logit_scale=n(2), softcap=n(9)),
+        lambda n: linear_teacher_topk(hidden, head, n(4), chunk_rows=n(2)),
+        lambda n: topk_divergence(student, teacher, k=n(4), divergence=AlphaBeta(n(2), n(3))),
+        lambda n: builders.student_topk(student, teacher, n(4)),
+        lambda n: builders.teacher_top_p(teacher, 0.9, n(4)),
+        lambda n: builders.fixed_ids(teacher, [n(3), n(1)]),
+        lambda n: builders.remap(support, {n(3): n(1)}, student_vocab=n(30)),
+        lambda n: composition.extrapolation(teacher, student, k=n(4), lam=n(2)),
+        lambda n: rewards.extrapolated_log_ratio(student, teacher, teacher, lam=n(2)),
+        lambda n: weighting.special_token_mask(support.ids, {n(3), n(1)}),
+    ):
+        want = call(int)
+        for kind in (numpy.int64, numpy.uint8):
+            torch.testing.assert_close(call(kind), want, rtol=0, atol=0)
+    for call in (
+        lambda x: topk_reverse_kl(student, teacher, k=4, temperature=x),
+        *(lambda x, one=one: topk_divergence(student, teacher, k=4, divergence=one(x)) for one in OF_A_SHARE),
+        lambda x: composition.taid(student, teacher, t=x, k=4),
+        lambda x: rewards.log_ratio(student, teacher, clip=(-x, x)),
+        lambda x: rewards.box_cox(student, teacher, alpha=x),
+        lambda x: rewards.tanh_log_ratio(student, teacher, tau=x),
+    ):
+        low = numpy.float16(0.3)
+        torch.testing.assert_close(call(low), call(float(low)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_with_advice_that_works(layout: torch.layout) -> None:
+    """Each refusal says what to pass for that argument; after three of them the loss is that of all positions."""
+    student, teacher, weights = ([torch.randn(t, *v, device=DEVICE) for t in (2, 3)] for v in ((40,), (40,), ()))
+    arguments = {
+        name: torch.nested.nested_tensor(parts, layout=layout)
+        for name, parts in (("student_logits", student), ("teacher", teacher), ("weights", weights))
+    }
+    for name in ("student_logits", "weights", "teacher"):
+        with pytest.raises(TypeError, match=f"{name} is a nested tensor") as error:
+            topk_reverse_kl(**arguments, k=4)
+        advice = re.search("pass (.*), its positions", str(error.value))[1]
+        arguments[name] = eval(advice, {"torch": torch, **arguments})
+    want = topk_reverse_kl(torch.cat(student), torch.cat(teacher), k=4, weights=torch.cat(weights))
+    assert torch.equal(topk_reverse_kl(**arguments, k=4), want)
+
+
+def test_overwrite_student_logits_of_interleaved_strides(backend) -> None:
+    values, teacher = torch.randn(2, 2, 3, device=DEVICE)
+    _, want = run(values, teacher, k=2)
+    leaf = torch.randn(8, device=DEVICE, requires_grad=True)
+    logits = (leaf * 1).as_strided((2, 3), (3, 2))
+    with torch.no_grad():
+        logits.copy_(values)
+    topk_reverse_kl(logits, teacher, k=2, reduction="sum", overwrite_student_logits=True).backward()
+    assert torch.equal(logits, want) and torch.equal(leaf.grad.as_strided((2, 3), (3, 2)), want)
 
 
 def test_overwrite_student_logits_is_refused_a_second_time(backend) -> None:

@@ -320,6 +320,10 @@ def test_top_p_outside_its_range_is_refused(top_p):
         ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
         ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean'"),
         ({"reduction": "sum", "denominator": 3}, ValueError, "denominator is given"),
+        ({"ids": torch.tensor([1, 5])}, ValueError, "ids has 5; where the weight is not 0 it must be from 0 to 4"),
+        ({"ids": torch.tensor([-1, 2])}, ValueError, "ids has -1"),
+        ({"ids": torch.tensor([4, 0]), "teacher_logits": torch.zeros(2, 4)}, ValueError, "ids has 4; .* 0 to 3"),
+        ({"ids": torch.tensor([9, 0]), "weights": torch.tensor([1, 0])}, ValueError, "ids has 9"),
     ],
 )
 def test_sampled_token_loss_refuses(change, error, message):

@@ -1,6 +1,8 @@
 """Builders of supports: every slot against Python sets, float64 log-probs and loops."""
 
 import math
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -46,6 +48,21 @@ def some(ids: list[list[int]], scale: float = -0.1) -> Support:
     ids = torch.tensor(ids, device=DEVICE)
     values = scale * torch.arange(1.0, ids.numel() + 1, device=DEVICE).view(ids.shape)
     return Support(ids, values.masked_fill(ids < 0, -INF))
+
+
+def test_a_saved_support_loads_with_weights_only(tmp_path) -> None:
+    """In a process that has imported the package, alone and among other things."""
+    support = some([[3, -1], [0, 7]])
+    torch.save({"teacher": support, "step": 3}, tmp_path / "teacher.pt")
+    code = (
+        "import sys, torch, topk_rkl\n"
+        "teacher = torch.load(sys.argv[1], weights_only=True)['teacher']\n"
+        "assert type(teacher) is topk_rkl.Support, teacher\n"
+        "print(teacher.ids.tolist(), teacher.log_probs.tolist())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "teacher.pt")]
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert loaded.stdout.strip() == f"{support.ids.tolist()} {support.log_probs.tolist()}", loaded.stderr
 
 
 @pytest.mark.parametrize("normalize", [False, True])

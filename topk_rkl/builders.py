@@ -49,9 +49,10 @@ def student_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.ranking("student_logits", student_logits, k)
+    k = checks.ranking("student_logits", student_logits, k)
     checks.constant_logits("teacher_logits", teacher_logits)
     checks.same_positions("teacher_logits", teacher_logits, student_logits)
+    checks.flag("normalize", normalize)
     ids, _ = ops.select(student_logits.detach(), k, False, requested())
     return Support(ids, values_at(teacher_logits, ids, normalize))
 
@@ -81,8 +82,9 @@ def teacher_top_p(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
+    k = checks.teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
     checks.top_p(p, "p")
+    checks.flag("normalize", normalize)
     ids, log_probs = ops.select(teacher_logits, k, True, requested())
     mass_above = pad(log_probs.double().exp()[..., :-1].cumsum(-1), (1, 0))  # (..., K)
     outside = mass_above >= (p if p < 1 else torch.inf)  # a rounded sum could reach 1 early and cut the tail
@@ -112,7 +114,8 @@ def fixed_ids(
         TypeError, ValueError: an argument is not as above.
     """
     checks.constant_logits("teacher_logits", teacher_logits)
-    checks.id_set(ids, teacher_logits)
+    ids = checks.id_set(ids, teacher_logits)
+    checks.flag("normalize", normalize)
     ids = torch.as_tensor(ids, device=teacher_logits.device)
     ids = ids.expand(*teacher_logits.shape[:-1], ids.shape[-1])
     return Support(ids, values_at(teacher_logits, ids, normalize)).unique()
@@ -219,7 +222,7 @@ def remap(
         TypeError, ValueError: an argument is not as above.
     """
     checks.slots("support", support)
-    checks.mapping(mapping, support, student_vocab)
+    mapping, student_vocab = checks.mapping(mapping, support, student_vocab)
     live = _live_ids(support)
     if isinstance(mapping, Tensor):
         reached = (live >= 0) & (live < len(mapping))

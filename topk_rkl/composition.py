@@ -56,7 +56,7 @@ def mixture(
         TypeError, ValueError: an argument is not as above.
     """
     checks.teachers("teachers", teachers)
-    checks.composed({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
+    k = checks.composed({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
     checks.shares(weights, teachers)
     first = teachers[0] if isinstance(teachers[0], Tensor) else teachers[0].log_probs
     blank = torch.zeros(first.shape[:-1], dtype=result_dtype(first), device=first.device)
@@ -99,10 +99,11 @@ def residual(
     """
     checks.number("lam", lam)
     checks.positive("clip", clip)
-    checks.composed({"partial": partial, "full": full}, k)
+    k = checks.composed({"partial": partial, "full": full}, k)
 
     def corrected(log_partial: Tensor, log_full: Tensor) -> Tensor:
-        return _where_live(log_partial, log_partial + lam * clamped(log_full - log_partial, -clip, clip))
+        added = _times(float(lam), clamped(log_full - log_partial, -float(clip), float(clip)))
+        return _where_live(log_partial, log_partial + added)
 
     return _compose(corrected, (partial, full), k, normalize=True)
 
@@ -132,10 +133,10 @@ def extrapolation(
         TypeError, ValueError: an argument is not as above.
     """
     checks.number("lam", lam)
-    checks.composed({"teacher": teacher, "base": base}, k)
+    k = checks.composed({"teacher": teacher, "base": base}, k)
 
     def extrapolated(w: Tensor, b: Tensor) -> Tensor:
-        return _where_live(w, lam * w + _times(1 - lam, b))
+        return _where_live(w, _times(float(lam), w) + _times(1 - float(lam), b))
 
     return _compose(extrapolated, (teacher, base), k)
 
@@ -163,10 +164,10 @@ def taid(
         TypeError, ValueError: an argument is not as above.
     """
     checks.fraction("t", t)
-    checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
+    k = checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
 
     def between(z: Tensor, w: Tensor) -> Tensor:
-        return _times(t, w) + _times(1 - t, z)
+        return _times(float(t), w) + _times(1 - float(t), z)
 
     return _compose(between, (student_logits, teacher), k)
 
@@ -194,10 +195,10 @@ def veto(
         TypeError, ValueError: an argument is not as above.
     """
     checks.not_negative("beta", beta)
-    checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
+    k = checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
 
     def bridged(z: Tensor, w: Tensor) -> Tensor:
-        return w + _times(beta, z)
+        return w + _times(float(beta), z)
 
     return _compose(bridged, (student_logits, teacher), k)
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from topk_rkl.checks import values as checks
+
 Terms = Callable[[Tensor, Tensor], Tensor]
 Code = Sequence[float]
 
@@ -79,7 +81,8 @@ class JensenShannon(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 1.0 - self.beta, self.beta, self.beta, 1.0 - self.beta)
+        beta = float(self.beta)
+        return (BLENDED, 1.0 - beta, beta, beta, 1.0 - beta)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Mixture(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 1.0 - self.lam, 1.0, self.lam, 1.0) if self.lam else REVERSE_KL
+        lam = float(self.lam)
+        return (BLENDED, 1.0 - lam, 1.0, lam, 1.0) if lam else REVERSE_KL
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class SkewReverseKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 1.0, 1.0 - self.lam, 0.0, 0.0) if self.lam else REVERSE_KL
+        return (BLENDED, 1.0, 1.0 - float(self.lam), 0.0, 0.0) if self.lam else REVERSE_KL
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class SkewForwardKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 0.0, 0.0, 1.0, 1.0 - self.lam)
+        return (BLENDED, 0.0, 0.0, 1.0, 1.0 - float(self.lam))
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class AlphaBeta(Divergence):
 
 def generalized_jsd(beta: float) -> Divergence:
     """GKD's convention: forward KL at beta = 0, reverse KL at beta = 1, and the Jensen-Shannon divergence between."""
+    checks.fraction("beta", beta)
     if beta == 0:
         return ForwardKL()
     return ReverseKL() if beta == 1 else JensenShannon(beta)
@@ -294,8 +299,7 @@ def _autograd(
     with torch.inference_mode(False), torch.enable_grad():
         leaf = log_p.clone().requires_grad_()
         terms = function(leaf, log_q.clone())
-        if terms.shape != leaf.shape:
-            raise ValueError(f"divergence gave {tuple(terms.shape)}; it must give a term a slot, {tuple(leaf.shape)}")
+        checks.terms(terms, function(leaf.detach(), log_q.clone()), leaf)
         terms = torch.where(reachable.clone(), terms, 0)
         (h,) = torch.autograd.grad(terms.sum(), leaf)
     return terms.detach(), h

@@ -86,7 +86,8 @@ def teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.teacher_logits("teacher_logits", teacher_logits, k)
+    k = checks.teacher_logits("teacher_logits", teacher_logits, k)
+    checks.flag("normalize", normalize)
     return Support(*ops.select(teacher_logits, k, normalize, requested()))
 
 
@@ -124,7 +125,8 @@ def topk_reverse_kl(
         overwrite_student_logits: writes the gradient into the memory of student_logits during the backward pass,
             instead of new memory of the same size. The logits are lost then, and autograd raises if anything that saved
             them, a second backward pass included, still needs them. They must not be a leaf, whose `.grad` would be
-            its own memory. Ignored under torch.compile, which plans memory itself.
+            its own memory. To autograd all views of a tensor are one: of logits[:2] and logits[2:] it lets only one be
+            overwritten. Ignored under torch.compile, which plans memory itself.
 
     Returns:
         float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN
@@ -171,7 +173,7 @@ def linear_teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.linear_teacher(teacher_hidden, teacher_weight, bias, k, chunk_rows)
+    k, chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, k, chunk_rows)
     checks.logit_options(logit_scale, softcap)
     chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (len(teacher_weight) * teacher_weight.element_size()))
     softcap = None if softcap is None else float(softcap)

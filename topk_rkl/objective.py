@@ -68,7 +68,8 @@ def topk_divergence(
             and Mixture, the last two for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
             each, that gives a term a slot: plain PyTorch, differentiated by autograd over the slots, on the
             "reference" backend. It is summed over the slots of S where p is not 0, and may see any finite number at
-            the others. Such a function breaks the graph of torch.compile.
+            the others. Such a function breaks the graph of torch.compile. It must depend on log p, and on nothing
+            else that requires grad. With mass="tail" it sees K + 1 slots: the last is the rest of the vocabulary.
         mass: as above. Others than "renormalized" read the student's logits once more forwards and once backwards.
         sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg", which also need
             teacher logits, and for some diagnostics.
@@ -90,16 +91,17 @@ def topk_divergence(
     checks.logits("student_logits", student_logits)
     checks.weights(weights, student_logits)
     checks.temperature(temperature)
-    checks.reduction(reduction, denominator)
+    checks.reduction(reduction, denominator, student_logits)
     checks.objective(divergence, mass)
     checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
+    checks.flag("overwrite_student_logits", overwrite_student_logits)
     if sampled_ids is not None:
         checks.sampled_ids(sampled_ids, student_logits, "sampled_ids")
     weights = as_factors(weights, student_logits)
     overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite_student_logits:
         checks.overwritable(student_logits)
-    _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
+    k = _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
     temperature = float(temperature)
     settings = pack(temperature, _code(divergence))
     options = Options(_terms(divergence), mass, overwrite_student_logits, requested())
@@ -153,7 +155,7 @@ def linear_topk_divergence(
     checks.head("student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias)
     checks.weights(weights, student_hidden, "student_hidden")
     checks.temperature(temperature)
-    checks.reduction(reduction, denominator)
+    checks.reduction(reduction, denominator, student_hidden)
     checks.logit_options(logit_scale, softcap)
     checks.weight_grad(weight_grad)
     checks.objective(divergence, mass)
@@ -162,7 +164,7 @@ def linear_topk_divergence(
         checks.sampled_ids(sampled_ids, student_hidden, "sampled_ids", "student_hidden")
     if mass != "renormalized":
         checks.dense_weight_grad(weight_grad, mass)
-    _check_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
+    k = _check_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
     weights = as_factors(weights, student_hidden)
     temperature, logit_scale = float(temperature), float(logit_scale)
     softcap = None if softcap is None else float(softcap)
@@ -207,16 +209,18 @@ def _check_teacher(
     temperature: float,
     student: Tensor,  # (..., V) or (..., H)
     student_name: str,
-) -> None:
+) -> int | None:
+    """K of teacher logits, as an int."""
     if isinstance(teacher, Support):
         checks.support(teacher, k, mass == "renormalized")
         checks.same_positions("teacher.ids", teacher.ids, student, student_name=student_name)
         if mass != "renormalized":
             checks.full_vocabulary_support(mass, temperature)
-    else:
-        checks.teacher_kind(teacher)
-        checks.teacher_logits("teacher", teacher, k, mass == "renormalized")
-        checks.same_positions("teacher", teacher, student, student_name=student_name)
+        return None
+    checks.teacher_kind(teacher)
+    k = checks.teacher_logits("teacher", teacher, k, mass == "renormalized")
+    checks.same_positions("teacher", teacher, student, student_name=student_name)
+    return k
 
 
 def _code(divergence: Divergence | Terms) -> Code:
@@ -246,6 +250,7 @@ class TopKDivergenceLoss(nn.Module):
         checks.objective(divergence, mass)
         checks.temperature(temperature)
         checks.reduction(reduction, None)
+        k, diagnostics = checks.options(k, diagnostics, overwrite_student_logits)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
             "overwrite_student_logits": overwrite_student_logits, "diagnostics": diagnostics,
@@ -290,6 +295,9 @@ class LinearTopKDivergenceLoss(nn.Module):
         checks.reduction(reduction, None)
         checks.logit_options(logit_scale, softcap)
         checks.weight_grad(weight_grad)
+        if mass != "renormalized":
+            checks.dense_weight_grad(weight_grad, mass)
+        k, diagnostics = checks.options(k, diagnostics)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
             "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad, "diagnostics": diagnostics,

@@ -34,7 +34,7 @@ def log_ratio(
     if clip is not None:
         checks.interval("clip", clip)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
-    return log_q - log_p if clip is None else clamped(log_q - log_p, *clip)
+    return log_q - log_p if clip is None else clamped(log_q - log_p, *map(float, clip))
 
 
 def tanh_log_ratio(
@@ -45,7 +45,7 @@ def tanh_log_ratio(
 ) -> Tensor:  # (...)
     """tanh((log q - log p) / tau), between -1 and 1: positive where the teacher likes the token better."""
     checks.positive("tau", tau)
-    return (log_ratio(student_log_probs, teacher_log_probs) / tau).tanh()
+    return (log_ratio(student_log_probs, teacher_log_probs) / float(tau)).tanh()
 
 
 def power_difference(
@@ -60,7 +60,7 @@ def power_difference(
     """
     checks.positive("alpha", alpha)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
-    return _power_difference(log_p, log_q, alpha)
+    return _power_difference(log_p, log_q, float(alpha))
 
 
 def box_cox(
@@ -72,7 +72,7 @@ def box_cox(
     """(q^alpha - p^alpha) / alpha: positive where the teacher likes the token better; log q - log p at alpha = 0."""
     checks.not_negative("alpha", alpha)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
-    return log_q - log_p if alpha == 0 else _power_difference(log_p, log_q, alpha) / alpha
+    return log_q - log_p if alpha == 0 else _power_difference(log_p, log_q, float(alpha)) / float(alpha)
 
 
 def probability_difference(
@@ -100,7 +100,7 @@ def extrapolated_log_ratio(
     log_p, log_q, log_b = _constants(
         student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs, base_log_probs=base_log_probs
     )
-    return lam * (log_q - log_b) - (log_p - log_b)
+    return float(lam) * (log_q - log_b) - (log_p - log_b)
 
 
 def contrast(

@@ -64,6 +64,7 @@ def sample_top_p(
     Returns:
         (...) int64 ids. The same generator state gives the same ids.
     """
+    checks.sampling(logits, generator)
     probs = top_p_filter(logits, top_p, temperature).softmax(-1)  # (..., V)
     # The first of V exponential clocks with rates `probs` rings at v with probability probs[v]; torch.multinomial
     # does the same but checks its input on the host. A clock at 0 would let a token of probability 0 win as 0 / 0.
@@ -98,7 +99,8 @@ def sampled_token_loss(
     Args:
         student_logits: (..., V) bfloat16, float16, float32 or float64.
         teacher_logits: (..., V_teacher), where the same ids mean the same tokens; must not require grad.
-        ids: (...) int32 or int64, the sampled tokens. They must be below V and V_teacher wherever the weight is not 0.
+        ids: (...) int32 or int64, the sampled tokens. They must be below V and V_teacher wherever the weight is not 0:
+            others are refused on a CPU; on a GPU, and under torch.compile, they make their position NaN.
         weights: (...) bool, integer or float, times which each position counts; None counts all as 1. A position of
             weight 0 contributes exactly 0 whatever it holds, NaN included.
         temperature: divides both sides' logits; use the one that sampled `ids`.
@@ -118,8 +120,9 @@ def sampled_token_loss(
     checks.same_positions("teacher_logits", teacher_logits, student_logits)
     checks.sampled_ids(ids, student_logits)
     checks.weights(weights, student_logits)
+    checks.sampled_within(ids, weights, min(student_logits.shape[-1], teacher_logits.shape[-1]))
     checks.temperature(temperature)
-    checks.reduction(reduction, denominator)
+    checks.reduction(reduction, denominator, student_logits)
     kept = torch.ones_like(ids, dtype=torch.bool) if weights is None else weights != 0  # (...)
     per_token = _LogRatio.apply(
         student_logits.reshape(-1, student_logits.shape[-1]),

@@ -20,8 +20,14 @@ class Support(NamedTuple):
 
     def unique(self) -> "Support":
         """Keeps the first slot of each id of a row and empties the others."""
+        from topk_rkl import checks  # which imports this module
+
+        checks.slots("support", self)
         ids, slots = self.ids.sort(dim=-1, stable=True)
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[..., 1:] = ids[..., 1:] == ids[..., :-1]
         repeated = torch.zeros_like(repeated).scatter(-1, slots, repeated)
         return Support(self.ids.masked_fill(repeated, -1), self.log_probs.masked_fill(repeated, -torch.inf))
+
+
+torch.serialization.add_safe_globals([Support])  # torch.load(weights_only=True) then takes a saved one

@@ -1,6 +1,6 @@
 """Which positions count, and how much: masks, weights, reductions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -85,7 +85,7 @@ def aggregate(
 
 def special_token_mask(
     response_ids: Tensor,  # (..., T) int
-    token_ids: Sequence[int] | Tensor,
+    token_ids: Iterable[int] | Tensor,
     occurrences: Literal["first", "all"] = "first",
 ) -> Tensor:  # (..., T) bool
     """Weights that drop special tokens: False at them, True elsewhere; multiply by the response mask.
@@ -98,7 +98,7 @@ def special_token_mask(
         token_ids: the ids to drop, such as the ids of "<think>" or "<|im_end|>".
         occurrences: "first" drops the first of each id in a response, "all" drops every one.
     """
-    checks.special_tokens(response_ids, token_ids, occurrences)
+    token_ids = checks.special_tokens(response_ids, token_ids, occurrences)
     token_ids = torch.as_tensor(token_ids, device=response_ids.device).flatten()
     found = response_ids[..., None] == token_ids  # (..., T, tokens)
     if occurrences == "first":

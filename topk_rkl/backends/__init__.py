@@ -4,7 +4,9 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -31,13 +33,28 @@ DENSE_FROM = 4
 CUDA_FROM_K: int | None = None
 CUDA_HEAD_FROM_K: int | None = None
 
-# A plain global: torch.compile guards on it, and autograd's threads see the one that the forward pass captured.
-_requested = os.environ.get("TOPK_RKL_BACKEND", "auto")
+# What is in force in this context: the process's choice, then that of each open block, with something that tells it
+# from every other. A block that ends takes out its own, so that blocks may end in any order.
+_open_blocks: ContextVar[tuple[tuple[str, object], ...]] = ContextVar(
+    "topk_rkl_backend", default=((os.environ.get("TOPK_RKL_BACKEND", "auto"), None),)
+)
+_this = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> str:
+    """`innermost`, an attribute: torch.compile reads no context variable, but guards on a module's attribute."""
+    if name != "innermost":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _open_blocks.get()[-1][0]
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Chooses the backend of every call inside the `with` block, in all threads.
+    """Chooses the backend of every call inside the `with` block, and of the backward passes of those calls.
+
+    The choice is a context variable. It reaches the coroutines and tasks that the block starts, and no others. A thread
+    starts from TOPK_RKL_BACKEND, unless it is run in a copy of the context, as asyncio.to_thread does. So do autograd's
+    own threads where they call a loss anew, as activation checkpointing on a GPU does.
 
     Args:
         name: "reference" (plain PyTorch, any device), "triton" (GPU; CPU tensors only under TRITON_INTERPRET=1, set
@@ -49,20 +66,21 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no such backend.
         RuntimeError: it cannot run here; the message has the reason. "auto" never raises.
     """
-    global _requested
     _check_name(name, "use_backend()")
     if name != "auto" and (reason := unavailable(name)):
         raise RuntimeError(f"the {name!r} backend cannot run here: {reason}")
-    before, _requested = _requested, name
+    block = name, object()
+    _open_blocks.set((*_open_blocks.get(), block))
     try:
         yield
     finally:
-        _requested = before
+        _open_blocks.set(tuple(other for other in _open_blocks.get() if other != block))
 
 
 def requested() -> str:
     """The name in force: that of the innermost `use_backend`, else TOPK_RKL_BACKEND, else "auto"."""
-    return _requested
+    name: str = _this.innermost
+    return name
 
 
 def choose(
@@ -198,5 +216,5 @@ def _load(name: str) -> ModuleType:
 
 
 def _check_name(name: str, source: str) -> None:
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{source}: there is no backend {name!r}; use one of {', '.join(NAMES)}")

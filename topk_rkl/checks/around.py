@@ -1,6 +1,6 @@
 """Refusals of what stands around the losses: masks, supports, composed teachers, rewards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,22 @@ from topk_rkl.checks.losses import logits, same_positions, slots
 from topk_rkl.checks.values import (
     FLOATS,
     INTEGERS,
+    LARGEST,
+    NUMBERS,
     constant,
+    count,
     denominator_value,
+    flag,
     fraction,
-    is_int,
+    integer,
+    integers,
     kind,
     not_negative,
     number,
+    one_of,
     same_device,
+    same_reality,
+    seen,
     shape,
     tensor,
     top,
@@ -35,14 +43,14 @@ def aggregation(
     norm: float | None,
 ) -> None:
     tensor("per_token", per_token, FLOATS)
-    tensor("mask", mask, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+    tensor("mask", mask, (torch.bool, *NUMBERS))
     if per_token.dim() != 2 or mask.shape != per_token.shape:
         raise ValueError(f"per_token has shape {shape(per_token)} and mask {shape(mask)}; both must be (B, T)")
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+    same_device("mask", mask, "per_token", per_token)
+    one_of("mode", mode, MODES)
     if denominator is not None and mode == "token-sum":
         raise ValueError("denominator is given with mode='token-sum', which divides by nothing; leave it out")
-    denominator_value(denominator)
+    denominator_value(denominator, per_token)
     if norm is not None:
         if mode != "seq-mean-token-sum-norm":
             raise ValueError(f"norm is given with mode={mode!r}; it only belongs to 'seq-mean-token-sum-norm'")
@@ -53,22 +61,33 @@ def aggregation(
 
 def special_tokens(
     response_ids: Tensor,  # (..., T)
-    token_ids: Sequence[int] | Tensor,
+    token_ids: Iterable[int] | Tensor,
     occurrences: str,
-) -> None:
+) -> list[int] | Tensor:
+    """The ids, as ints."""
     tensor("response_ids", response_ids, INTEGERS)
     if response_ids.dim() == 0:
         raise ValueError("response_ids has no dimension; it must be (..., T)")
-    if isinstance(token_ids, (int, str)) or (isinstance(token_ids, Tensor) and token_ids.is_floating_point()):
-        raise TypeError(f"token_ids is {kind(token_ids)}; it must be a sequence of token ids")
-    if occurrences not in ("first", "all"):
+    if isinstance(token_ids, Tensor):
+        tensor("token_ids", token_ids, INTEGERS)
+        same_reality("token_ids", token_ids, "response_ids", response_ids)
+    elif isinstance(token_ids, str):
+        raise TypeError("token_ids is a str; it must be a sequence of token ids")
+    else:
+        token_ids = integers("token_ids", token_ids)
+        for x in token_ids:
+            if abs(x) > LARGEST:
+                raise ValueError(f"token_ids has {x}; a token id is at most {LARGEST}")
+    if not isinstance(occurrences, str) or occurrences not in ("first", "all"):
         raise ValueError(f"occurrences is {occurrences!r}; use 'first' or 'all'")
+    return token_ids
 
 
 def id_set(
     ids: Sequence[int] | Tensor,  # (K,) or (..., K)
     teacher: Tensor,  # (..., V)
-) -> None:
+) -> list[int] | Tensor:
+    """The ids, as ints."""
     if isinstance(ids, Tensor):
         tensor("ids", ids, INTEGERS)
         if ids.dim() == 0 or ids.shape[-1] == 0 or (ids.dim() > 1 and ids.shape[:-1] != teacher.shape[:-1]):
@@ -76,15 +95,15 @@ def id_set(
                 f"ids has shape {shape(ids)} and teacher_logits {shape(teacher)}; ids must be (K,), or (..., K) with "
                 "the positions of teacher_logits, K at least 1"
             )
-        return same_device("ids", ids, "teacher_logits", teacher)
-    if not isinstance(ids, Sequence) or not all(is_int(x) for x in ids):
-        raise TypeError(f"ids is {ids!r}; it must be a sequence of ints or an integer tensor")
+        same_device("ids", ids, "teacher_logits", teacher)
+        return ids
+    ids = integers("ids", ids)
     outside = [x for x in ids if not 0 <= x < teacher.shape[-1]]
     if outside or len(set(ids)) < len(ids) or not ids:
         raise ValueError(
             f"ids is {ids!r}; it must hold different ids, at least one, from 0 to V - 1 = {teacher.shape[-1] - 1}"
         )
-    return None
+    return ids
 
 
 def sampled(
@@ -98,10 +117,24 @@ def sampled(
     same_positions("sampled_ids", ids, support.ids, value_per_position=True, student_name="support.ids")
     tensor("teacher", teacher, FLOATS)
     constant("teacher", teacher)
+    flag("normalize", normalize)
     values = teacher.dim() == ids.dim()
     same_positions("teacher", teacher, support.ids, value_per_position=values, student_name="support.ids")
     if values and normalize:
         raise ValueError("normalize is True, but teacher holds one value a position; it belongs to (..., V) logits")
+
+
+def sampling(
+    x: Tensor,  # (..., V)
+    generator: torch.Generator | None,
+) -> None:
+    logits("logits", x)
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {kind(generator)}; it must be a torch.Generator, or None")
+    if generator.device.type != x.device.type:
+        raise ValueError(f"generator is on {generator.device} and logits on {x.device}; make one there")
 
 
 def two_supports(first: Support, second: Support) -> None:
@@ -114,7 +147,9 @@ def mapping(
     x: Mapping[int, int] | Tensor,  # (V_teacher,)
     support: Support,
     student_vocab: int | None,
-) -> None:
+) -> tuple[dict[int, int] | Tensor, int | None]:
+    """The mapping and the size of the vocabulary, as ints."""
+    student_vocab = count("student_vocab", student_vocab)
     if isinstance(x, Tensor):
         tensor("mapping", x, INTEGERS)
         if x.dim() != 1 or len(x) == 0:
@@ -122,10 +157,21 @@ def mapping(
                 f"mapping has shape {shape(x)}; a table must be (V_teacher,), the student's id of each token"
             )
         same_device("mapping", x, "support.ids", support.ids)
-    elif not isinstance(x, Mapping) or not all(is_int(y) for pair in x.items() for y in pair):
+        return x, student_vocab
+    if not isinstance(x, Mapping):
         raise TypeError(f"mapping is {kind(x)}; it must be a dict from ids to ids or a (V_teacher,) integer tensor")
-    if student_vocab is not None and (not is_int(student_vocab) or student_vocab < 1):
-        raise ValueError(f"student_vocab is {student_vocab!r}; it must be a positive int, or None")
+    try:
+        pairs = {integer("mapping", old): integer("mapping", new) for old, new in x.items()}
+    except TypeError:
+        raise TypeError(f"mapping is {x!r}; it must be a dict from ids to ids") from None
+    largest = torch.iinfo(support.ids.dtype).max
+    for old, new in pairs.items():
+        if not 0 <= old <= largest or abs(new) > largest:
+            raise ValueError(
+                f"mapping sends {old} to {new}; an id is from 0 to {largest}, that of {support.ids.dtype}, and a "
+                "negative student's id leaves the token out"
+            )
+    return pairs, student_vocab
 
 
 def teachers(name: str, x: Sequence[object]) -> None:
@@ -139,8 +185,8 @@ def composed(
     sources: Mapping[str, Tensor | Support],
     k: int | None,
     trained: str | None = None,
-) -> None:
-    """The sources of one teacher; that named `trained` is logits, and may require grad."""
+) -> int | None:
+    """The sources of one teacher; that named `trained` is logits, and may require grad. Gives K, as an int."""
     supports = {name: x for name, x in sources.items() if isinstance(x, Support) and name != trained}
     leaves: dict[str, Any] = {name: supports[name].ids if name in supports else x for name, x in sources.items()}
     first_name, first = next(iter(leaves.items()))
@@ -159,16 +205,15 @@ def composed(
             "cut logits to the common vocabulary, give supports on the same tokens"
         )
     if not supports:
-        top(k, widths[first_name], first_name)
-    elif k is not None:
+        return top(k, widths[first_name], first_name)
+    if k is not None:
         raise ValueError(f"k is {k}, but {next(iter(supports))} is a Support, whose last dimension is K; leave k out")
+    return None
 
 
 def shares(weights: Sequence[float | Tensor], teachers: Sequence[Tensor | Support]) -> None:
-    if not isinstance(weights, (tuple, list)) or len(weights) != len(teachers):
-        raise ValueError(f"weights is {weights!r}; it must be a list of {len(teachers)}, one a teacher")
-    if not any(isinstance(x, Tensor) or x for x in weights):
-        raise ValueError(f"weights is {weights!r}; at least one must be above 0")
+    if not isinstance(weights, (tuple, list)) or isinstance(weights, Support) or len(weights) != len(teachers):
+        raise ValueError(f"weights is {seen(weights)}; it must be a list of {len(teachers)}, one a teacher")
     first = teachers[0].ids if isinstance(teachers[0], Support) else teachers[0]
     for i, x in enumerate(weights):
         if not isinstance(x, Tensor):
@@ -178,6 +223,9 @@ def shares(weights: Sequence[float | Tensor], teachers: Sequence[Tensor | Suppor
         constant(f"weights[{i}]", x)
         if x.dim() > 0:
             same_positions(f"weights[{i}]", x, first, value_per_position=True, student_name="teachers[0]")
+        same_reality(f"weights[{i}]", x, "teachers[0]", first)
+    if not any(isinstance(x, Tensor) or x for x in weights):
+        raise ValueError(f"weights is {weights!r}; at least one must be above 0")
 
 
 def per_token(log_probs: Mapping[str, Tensor]) -> None:
@@ -200,7 +248,7 @@ def returns(
     if rewards.dim() == 0:
         raise ValueError("rewards has no dimension; it must be (..., T)")
     if mask is not None:
-        tensor("mask", mask, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+        tensor("mask", mask, (torch.bool, *NUMBERS))
         if mask.shape != rewards.shape:
             raise ValueError(f"mask has shape {shape(mask)} and rewards {shape(rewards)}; both must be (..., T)")
         same_device("mask", mask, "rewards", rewards)

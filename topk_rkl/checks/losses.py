@@ -1,19 +1,24 @@
 """Refusals of the arguments of the losses and of the selection."""
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topk_rkl.checks.values import (
     FLOATS,
     INTEGERS,
+    NUMBERS,
     constant,
+    count,
     denominator_value,
+    flag,
     kind,
     number,
+    one_of,
     same_device,
     same_dtype,
     shape,
@@ -60,20 +65,23 @@ def teacher_logits(
     x: Tensor,  # (..., V)
     k: int | None,
     renormalized: bool = True,
-) -> None:
+) -> int:
+    """K, as an int."""
     constant_logits(name, x)
     k = top(k, x.shape[-1], name)
     if renormalized:
         single_slot(k)
+    return k
 
 
 def ranking(
     name: str,
     x: Tensor,  # (..., V)
     k: int | None,
-) -> None:
+) -> int:
+    """K, as an int."""
     logits(name, x)
-    top(k, x.shape[-1], name)
+    return top(k, x.shape[-1], name)
 
 
 def support(
@@ -90,7 +98,7 @@ def support(
 
 def slots(name: str, x: Support) -> None:
     """The two tensors of a support."""
-    if not isinstance(x, tuple) or not hasattr(x, "ids"):
+    if not isinstance(x, Support):
         raise TypeError(f"{name} is {kind(x)}; it must be a Support(ids, log_probs)")
     ids, log_probs = x
     tensor(f"{name}.ids", ids, INTEGERS)
@@ -136,7 +144,10 @@ def head(
         return
     tensor(bias_name, bias, FLOATS)
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{bias_name} has shape {shape(bias)}; it must be (V,), here ({weight.shape[0]},)")
+        raise ValueError(
+            f"{bias_name} has shape {shape(bias)}; it must be (V,), here ({weight.shape[0]},) as "
+            f"{weight_name} has shape {shape(weight)}"
+        )
     same_dtype(bias_name, bias, hidden_name, hidden)
     same_device(bias_name, bias, hidden_name, hidden)
 
@@ -147,15 +158,15 @@ def linear_teacher(
     bias: Tensor | None,  # (V,)
     k: int,
     chunk_rows: int | None,
-) -> None:
+) -> tuple[int, int | None]:
+    """K and chunk_rows, as ints."""
     head("teacher_hidden", hidden, "teacher_weight", weight, "bias", bias)
     for name, x in (("teacher_hidden", hidden), ("teacher_weight", weight), ("bias", bias)):
         if x is not None:
             constant(name, x)
     k = top(k, weight.shape[0], "teacher_hidden @ teacher_weight.T")
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
-        raise ValueError(f"chunk_rows is {chunk_rows!r}; it must be a positive int, or None for a memory budget")
     single_slot(k)
+    return k, count("chunk_rows", chunk_rows)
 
 
 def logit_options(logit_scale: float, softcap: float | None) -> None:
@@ -167,8 +178,18 @@ def logit_options(logit_scale: float, softcap: float | None) -> None:
 
 
 def weight_grad(value: str) -> None:
-    if value not in ("dense", "sparse"):
+    if not isinstance(value, str) or value not in ("dense", "sparse"):
         raise ValueError(f"weight_grad is {value!r}; use 'dense' or 'sparse'")
+
+
+def options(
+    k: int | None,
+    diagnostics: object,
+    overwrite_student_logits: bool = False,
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """What a module can check before it sees a tensor: k and diagnostics, as they are kept."""
+    flag("overwrite_student_logits", overwrite_student_logits)
+    return count("k", k), None if diagnostics is None else diagnostic_names(diagnostics)
 
 
 def single_slot(k: int) -> None:
@@ -220,7 +241,7 @@ def weights(
 ) -> None:
     if x is None:
         return
-    tensor("weights", x, (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS))
+    tensor("weights", x, (torch.bool, *NUMBERS))
     constant("weights", x)
     same_positions("weights", x, student, value_per_position=True, student_name=student_name)
 
@@ -235,22 +256,47 @@ def sampled_ids(
     same_positions(name, ids, student, value_per_position=True, student_name=student_name)
 
 
-def reduction(value: str, denominator: float | Tensor | None) -> None:
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction is {value!r}; use one of {', '.join(REDUCTIONS)}")
+def sampled_within(
+    ids: Tensor,  # (...)
+    weights: Tensor | None,  # (...)
+    vocab: int,
+) -> None:
+    """Of ids on a CPU alone, where a value is read without waiting for a device."""
+    if not ids.is_cpu or torch.compiler.is_compiling():
+        return
+    outside = (ids < 0) | (ids >= vocab)
+    if weights is not None:
+        outside &= weights != 0
+    if outside.any().tolist():
+        raise ValueError(
+            f"ids has {ids[outside][0].tolist()}; where the weight is not 0 it must be from 0 to {vocab - 1}, a token "
+            "of student_logits and teacher_logits"
+        )
+
+
+def reduction(
+    value: str,
+    denominator: float | Tensor | None,
+    student: Tensor | None = None,  # (..., V) or (..., H)
+) -> None:
+    one_of("reduction", value, REDUCTIONS)
     if denominator is not None and value != "mean":
         raise ValueError(f"denominator is given with reduction={value!r}; it only belongs to reduction='mean'")
-    denominator_value(denominator)
+    denominator_value(denominator, student)
 
 
 def objective(value: object, mass: str) -> None:
     """The divergence, the mass, and whether they go together."""
-    if mass not in MASSES:
-        raise ValueError(f"mass is {mass!r}; use one of {', '.join(MASSES)}")
+    one_of("mass", mass, MASSES)
     if isinstance(value, type):
         raise TypeError(f"divergence is the class {value.__name__}; pass an instance, such as {value.__name__}(...)")
-    if isinstance(value, Divergence):
+    if isinstance(value, Divergence) and type(value).code is not Divergence.code:
         _numbers_of(value)
+    elif isinstance(value, nn.Module) and any(x.requires_grad for x in value.parameters()):
+        raise ValueError(
+            f"divergence is {kind(value)} with parameters that require grad, to which a loss gives none; pass "
+            "divergence.requires_grad_(False), or write a loss that trains them in plain PyTorch"
+        )
     elif not callable(value):
         raise TypeError(
             f"divergence is {kind(value)}; use ReverseKL(), another of topk_rkl.divergence, or a function "
@@ -268,13 +314,8 @@ def objective(value: object, mass: str) -> None:
 
 def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: bool) -> None:
     """The names, and whether what they and the mass need is there."""
-    if names is None:
-        names = ()
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"diagnostics is {names!r}; it must be a sequence of names, such as ('student_mass',)")
+    names = () if names is None else diagnostic_names(names)
     for name in names:
-        if name not in DIAGNOSTICS:
-            raise ValueError(f"diagnostics has {name!r}; use some of {', '.join(DIAGNOSTICS)}")
         if name in OF_TEACHER_LOGITS and teacher_is_support:
             raise ValueError(f"diagnostics has {name!r}, but teacher is a Support; pass teacher logits")
     takers = [name for name in names if name in OF_SAMPLED] + [mass] * mass.startswith("ema_pg")
@@ -287,11 +328,23 @@ def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: b
         )
 
 
+def diagnostic_names(names: object) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"diagnostics is {names!r}; it must be a sequence of names, such as ('student_mass',)")
+    for name in names:
+        if name not in DIAGNOSTICS:
+            raise ValueError(f"diagnostics has {name!r}; use some of {', '.join(DIAGNOSTICS)}")
+    return tuple(names)
+
+
 def _numbers_of(value: Divergence) -> None:
     if isinstance(value, ReverseKL) and value.clamp is not None:
         if not isinstance(value.clamp, (tuple, list)) or len(value.clamp) != 2:
             raise TypeError(f"divergence.clamp is {value.clamp!r}; it must be (low, high), or None")
         low, high = value.clamp
+        for x in value.clamp:
+            if not (isinstance(x, float) and abs(x) == math.inf):
+                number("divergence.clamp", x)
         if not low <= high:
             raise ValueError(f"divergence.clamp is {value.clamp}; it must be (low, high) with low <= high")
     elif isinstance(value, AlphaBeta):
@@ -343,14 +396,42 @@ def overwritable(student: Tensor) -> None:
             "overwrite_student_logits=True, but student_logits is a leaf that requires grad, or a view of one, whose "
             ".grad would be its own memory; pass a non-leaf, such as the model's output, or leave the option off"
         )
-    reach = 1
-    for stride, size in sorted((s, n) for s, n in zip(student.stride(), student.shape, strict=True) if n > 1):
-        if stride < reach:
-            raise ValueError(
-                f"overwrite_student_logits=True, but student_logits of shape {shape(student)} and strides "
-                f"{student.stride()} overlap themselves (an expanded view?); pass a copy, or leave the option off"
-            )
-        reach = stride * (size - 1) + reach
+    if student.numel() and _overlaps(student):
+        raise ValueError(
+            f"overwrite_student_logits=True, but student_logits of shape {shape(student)} and strides "
+            f"{student.stride()} overlap themselves (an expanded view?); pass a copy, or leave the option off"
+        )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether steps along one dimension lead where steps along those of smaller strides do."""
+    dims = sorted(((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1), reverse=True)
+    if any(stride == 0 for stride, _ in dims):
+        return True
+    for i, (stride, size) in enumerate(dims):
+        smaller = dims[i + 1 :]
+        common = math.gcd(*(s for s, _ in smaller))
+        every = max(1, common // math.gcd(stride, common))  # other numbers of steps cannot lead there
+        most = min(size - 1, _reach(smaller) // stride)
+        if any(_leads(stride * steps, smaller) for steps in range(every, most + 1, every)):
+            return True
+    return False
+
+
+def _leads(distance: int, dims: Sequence[tuple[int, int]]) -> bool:
+    """Whether steps along dims, (stride, size) each, back or forth, add up to the distance."""
+    if not dims:
+        return distance == 0
+    (stride, size), *smaller = dims
+    reach = _reach(smaller)
+    fewest, most = -((reach - distance) // stride), (distance + reach) // stride
+    return any(
+        _leads(distance - stride * steps, smaller) for steps in range(max(fewest, 1 - size), min(most, size - 1) + 1)
+    )
+
+
+def _reach(dims: Sequence[tuple[int, int]]) -> int:
+    return sum(stride * (size - 1) for stride, size in dims)
 
 
 def _leaf_of(x: Tensor) -> Tensor | None:
