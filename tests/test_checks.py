@@ -39,6 +39,7 @@ from topk_rkl import (
     topk_divergence,
     topk_reverse_kl,
 )
+from topk_rkl.rewards import return_to_go
 from topk_rkl.weighting import aggregate, special_token_mask
 
 Z = torch.randn(3, 40)
@@ -219,6 +220,14 @@ REFUSALS = {
         ValueError,
         "norm is 0; it must be positive",
     ),
+    "aggregate norm packed": (
+        lambda: aggregate(Z, Z, "seq-mean-token-sum-norm", cu_seqlens=IDS[0]),
+        ValueError,
+        "norm is None with cu_seqlens.*pass norm",
+    ),
+    "cu_seqlens floats": (lambda: aggregate(Z, Z, cu_seqlens=Z[0]), TypeError, "cu_seqlens is torch.float32"),
+    "cu_seqlens 2-d": (lambda: special_token_mask(IDS, [1], cu_seqlens=IDS), ValueError, r"cu_seqlens has shape \("),
+    "cu_seqlens empty": (lambda: return_to_go(Z, cu_seqlens=IDS[0, :0]), ValueError, r"it must be \(sequences \+ 1,\)"),
     "aggregate denominator": (lambda: aggregate(Z, Z, "token-sum", denominator=3), ValueError, "divides by nothing"),
     "special tokens float": (lambda: special_token_mask(Z, [1]), TypeError, "response_ids is torch.float32"),
     "special tokens text": (lambda: special_token_mask(IDS, "<think>"), TypeError, "token_ids is a str"),
@@ -380,6 +389,16 @@ REFUSALS = {
         lambda: topk_divergence(Z, S, mass="ema_pg", sampled_ids=IDS[:, 0]),
         ValueError,
         "teacher is a Support with mass='ema_pg'",
+    ),
+    "diagnostics with a support and a temperature": (
+        lambda: topk_divergence(Z, S, diagnostics=("top1_agreement", "teacher_mass"), temperature=3),
+        ValueError,
+        "temperature is 3 with 'teacher_mass' of the diagnostics and a Support, .*pass teacher logits",
+    ),
+    "advantage with a support and a temperature": (
+        lambda: linear_topk_divergence(Z, HEAD, S, diagnostics=["overlap_token_advantage"], temperature=0.5),
+        ValueError,
+        "temperature is 0.5 with 'overlap_token_advantage' of the diagnostics and a Support",
     ),
     "mass with a support and a temperature": (
         lambda: linear_topk_divergence(Z, HEAD, S, mass="tail", temperature=0.5),

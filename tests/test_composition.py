@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, LiveBytes
@@ -198,8 +199,8 @@ def test_no_gradient_flows_through_the_target() -> None:
 
 
 def test_slots_that_name_different_tokens_make_their_position_nan() -> None:
-    a = Support(torch.tensor([[1, 2], [3, 4]]), torch.zeros(2, 2))
-    b = Support(torch.tensor([[1, 2], [3, 5]], dtype=torch.int32), torch.zeros(2, 2))
+    a = Support(torch.tensor([[1, 2], [3, 4]]), torch.full((2, 2), -1.0))
+    b = Support(torch.tensor([[1, 2], [3, 5]], dtype=torch.int32), torch.full((2, 2), -1.0))
     for got in (mixture([a, b], [1, 1]), residual(a, b), extrapolation(a, b)):
         assert got.log_probs.isnan().any(-1).tolist() == [False, True]
         assert topk_reverse_kl(torch.randn(2, 9), got, reduction="none").isnan().tolist() == [False, True]
@@ -218,6 +219,79 @@ def test_losses_of_two_teachers_add_up_where_each_has_its_positions() -> None:
     got = sum(topk_reverse_kl(student, x, k=5, weights=own, denominator=6) for x, own in ((a, first), (b, ~first)))
     routed = topk_reverse_kl(student, torch.where(first[:, None], a, b), k=5)
     torch.testing.assert_close(got, routed)
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), torch.tensor(0.0), torch.zeros(3, dtype=torch.float64)])
+@pytest.mark.parametrize("given", ["logits", "supports"])
+def test_a_teacher_of_weight_0_does_not_matter_whatever_it_holds(bad: float, zero, given: str) -> None:
+    a, b = torch.randn(2, 3, 30)
+    want = mixture([a, b], [1, 3], k=6)
+    sources = [a, torch.full_like(a, bad), b]
+    if given == "supports":
+        sources = [fixed_ids(a, want.ids, normalize=True), Support(want.ids + 1, torch.full_like(want.log_probs, bad))]
+        sources += [fixed_ids(b, want.ids, normalize=True)]
+    got = mixture(sources, [1, zero, 3], k=6 if given == "logits" else None)
+    assert torch.equal(got.ids, want.ids)
+    torch.testing.assert_close(got.log_probs, want.log_probs, rtol=1e-6, atol=2e-6)
+
+
+def test_a_teacher_may_be_absent_at_some_positions() -> None:
+    a, b = torch.randn(2, 3, 30)
+    b[1] = math.nan
+    shares = torch.tensor([1.0, 0.0, 1.0])
+    got = mixture([a, b], [1, shares], k=6)
+    want = mixture([a, torch.where(shares[:, None] == 0, a, b)], [1, 1], k=6)
+    assert torch.equal(got.ids, want.ids)
+    torch.testing.assert_close(got.log_probs, want.log_probs, rtol=1e-6, atol=2e-6)
+    assert mixture([a, b], [torch.zeros(3), torch.zeros(3)], k=6).log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("given", ["logits", "support"])
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+def test_at_the_ends_of_a_family_the_other_end_does_not_matter_whatever_it_holds(bad: float, given: str) -> None:
+    a = torch.randn(3, 30)
+    other, slots, k = torch.full_like(a, bad), teacher_topk(a, 6, normalize=True), 6
+    a, k = (a, 6) if given == "logits" else (slots, None)
+    for got in (
+        residual(a, other, lam=0.0, k=k),
+        extrapolation(a, other, lam=1, k=k),
+        taid(other, a, t=1.0, k=k),
+        veto(other, a, beta=np.float32(0), k=k),
+    ):
+        assert torch.equal(got.ids, slots.ids)
+        torch.testing.assert_close(got.log_probs.log_softmax(-1), slots.log_probs.log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_supports_of_low_precision_are_composed_in_float32(name: str, dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 3, 40)
+    slots = fixed_ids(a, torch.arange(9), normalize=True)
+    low = Support(slots.ids, slots.log_probs.to(dtype))
+    got, want = (TARGETS[name][0](x, b) for x in (low, Support(low.ids, low.log_probs.float())))
+    assert got.log_probs.dtype == torch.float32 and torch.equal(got.log_probs, want.log_probs)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("given", ["logits", "support"])
+def test_large_logits_cost_no_accuracy(backend, name: str, given: str) -> None:
+    a, b = (torch.randn(3, 60) + 1e4, torch.randn(3, 60) * 2 - 9e3)
+    make, formula = TARGETS[name]
+    ids = torch.arange(9).expand(3, 9)
+    normalize = name in ("mixture", "residual")
+    got = make(a, b, k=9) if given == "logits" else make(fixed_ids(a, ids, normalize=normalize), b)
+    want = formula(a.double(), b.double()).gather(-1, got.ids.long()).log_softmax(-1)
+    torch.testing.assert_close(got.log_probs.double().log_softmax(-1), want, rtol=0, atol=4e-6)
+
+
+def test_supports_of_logits_are_nan_where_log_probs_are_needed() -> None:
+    a, b = torch.randn(2, 3, 30) + 2
+    logits, log_probs = teacher_topk(a, 6), teacher_topk(a, 6, normalize=True)
+    for make in (lambda x: mixture([x, b], [1, 1]), lambda x: residual(x, b), lambda x: residual(b, x)):
+        assert make(logits).log_probs.isnan().all() and make(log_probs).log_probs.isfinite().all()
+        twice = Support(log_probs.ids[:, [0, 0, 0, 0]], log_probs.log_probs[:, [0, 0, 0, 0]] / 4)
+        assert make(twice).log_probs.isfinite().all()
 
 
 A = torch.zeros(2, 9)

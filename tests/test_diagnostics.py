@@ -78,6 +78,60 @@ def test_a_support_of_log_probs_serves_what_needs_no_teacher_logits(rows) -> Non
         torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_logits_and_a_support_tell_the_same_however_often_an_id_is_given(rows, offset: float) -> None:
+    z, w, y = rows
+    z, w = z + offset, w - offset
+    z[0, 3:] = -torch.inf  # fewer tokens than K on the student's side, and 0 is among them
+    z[1, :37] = -torch.inf
+    names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
+    ids, values = teacher_topk(w, K, normalize=True)
+    want = topk_divergence(z, w, k=K, sampled_ids=y, diagnostics=names)[1]
+    again = torch.tensor([0, 0, 3, 1, 3], device=DEVICE)
+    worse = values[:, again] - 1  # the first slot is the one that counts
+    for slots in (Support(ids, values), Support(torch.cat((ids, ids[:, again]), 1), torch.cat((values, worse), 1))):
+        for dtype in (torch.int32, torch.int64):
+            support = Support(slots.ids.to(dtype), slots.log_probs)
+            found = topk_divergence(z, support, sampled_ids=y, diagnostics=names)[1]
+            for name in names:
+                torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 20.0])
+def test_large_logits_cost_no_accuracy(temperature: float, monkeypatch: pytest.MonkeyPatch, rows) -> None:
+    z, w, y = (x.cpu() for x in rows)
+    z, w = (z * temperature).float() + 1e4, (w * temperature).float() - 1e4
+    monkeypatch.setitem(globals(), "T", temperature)
+    want = wanted(z, w, y)
+    found = topk_divergence(z, w, k=K, temperature=temperature, sampled_ids=y, diagnostics=diagnostics.NAMES)[1]
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), want[name].double(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_support_of_logits_is_nan_where_log_probs_are_needed(rows) -> None:
+    z, w, _ = rows
+    of_logits = topk_divergence(z, teacher_topk(w + 3, K), diagnostics=diagnostics.OF_TRUE_LOG_PROBS)[1]
+    assert of_logits["teacher_mass"].isnan().all() and of_logits["overlap_token_advantage"].isnan().any()
+    for dtype in (torch.bfloat16, torch.float16):
+        ids, values = teacher_topk(w, 40, normalize=True)
+        mass = topk_divergence(z, Support(ids, values.to(dtype)), diagnostics=("teacher_mass",))[1]["teacher_mass"]
+        torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("beyond", [2**32 + 2, -(2**32) + 2, 2**31, 2**63 - 1])
+def test_ids_are_never_narrowed(rows, beyond: int) -> None:
+    z, w, _ = rows
+    y = torch.full((12,), beyond, device=DEVICE)
+    ids, values = teacher_topk(w, K, normalize=True)
+    stranger = Support(torch.cat((ids.long(), y[:, None]), 1), torch.cat((values, values[:, :1]), 1))
+    names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
+    want = topk_divergence(z, Support(ids, values), sampled_ids=y, diagnostics=names)[1]
+    found = topk_divergence(z, stranger, sampled_ids=y, diagnostics=names)[1]
+    assert not found["sampled_in_support"].any() and (found["sampled_log_prob"] == -torch.inf).all()
+    for name in names:
+        torch.testing.assert_close(found[name], want[name], msg=name)
+
+
 def test_empty_slots_count_for_nothing(rows) -> None:
     z, w, y = rows
     y = torch.where(torch.arange(12, device=DEVICE) < 6, -100, y)

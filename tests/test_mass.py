@@ -244,3 +244,22 @@ def test_mass_from_hidden_states_is_that_of_the_logits(monkeypatch, mass: str, s
         found = torch.autograd.grad(got, leaves)
         for a, b in zip(found, torch.autograd.grad(want, leaves, retain_graph=True), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL()], ids=str)
+@pytest.mark.parametrize("mass", MASSES)
+def test_a_support_of_logits_is_nan_and_one_of_rounded_log_probs_is_not(backend, mass: str, divergence) -> None:
+    z, w = torch.randn(3, 60, device=DEVICE), torch.randn(3, 50, device=DEVICE)
+    options = {"mass": mass, "divergence": divergence}
+    logits = teacher_topk(w + torch.tensor([[0.0], [2.0], [1e4]], device=DEVICE), 6)
+    assert mass_gradient(z, logits, **options)[0].isnan().all()
+    hidden, head = torch.randn(3, 8, device=DEVICE), torch.randn(60, 8, device=DEVICE)
+    with use_backend("auto"):
+        assert linear_topk_divergence(hidden, head, logits, reduction="none", **options).isnan().all()
+    ids, values = teacher_topk(w, 50, normalize=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert mass_gradient(z, Support(ids, values.to(dtype)), **options)[0].isfinite().all()
+    alone = Support(ids[:, :1].expand(3, 9), values[:, :1].expand(3, 9))  # of an id given nine times one counts
+    torch.testing.assert_close(
+        mass_gradient(z, alone, **options), mass_gradient(z, Support(ids[:, :1], values[:, :1]), **options)
+    )

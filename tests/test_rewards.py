@@ -3,6 +3,7 @@
 import math
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,9 +79,9 @@ def test_box_cox_goes_to_the_log_ratio() -> None:
 
 
 def test_probabilities_that_are_0_or_tiny_do_not_overflow() -> None:
-    p, q = torch.tensor([-1000.0, -INF, 0.0]), torch.tensor([0.0, -1.0, -INF])
-    torch.testing.assert_close(probability_difference(p, q), torch.tensor([1.0, math.exp(-1), -1.0]))
-    torch.testing.assert_close(power_difference(p, q, alpha=2), torch.tensor([1.0, math.exp(-2), -1.0]))
+    p, q = torch.tensor([-1000.0, -INF, 0.0, -INF]), torch.tensor([0.0, -1.0, -INF, -INF])
+    torch.testing.assert_close(probability_difference(p, q), torch.tensor([1.0, math.exp(-1), -1.0, 0.0]))
+    torch.testing.assert_close(power_difference(p, q, alpha=2), torch.tensor([1.0, math.exp(-2), -1.0, 0.0]))
 
 
 def test_extrapolation_and_contrast() -> None:
@@ -157,6 +158,22 @@ CALLS = {
     "k2": k2,
     "k3": k3,
 }
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_any_number_serves(kind: type) -> None:
+    p, q = torch.randn(2, 3, 4)
+    one = kind(1)
+    for got, want in (
+        (log_ratio(p, q, clip=(-one, one)), log_ratio(p, q, clip=(-1, 1))),
+        (tanh_log_ratio(p, q, tau=one), tanh_log_ratio(p, q)),
+        (power_difference(p, q, alpha=one), probability_difference(p, q)),
+        (box_cox(p, q, alpha=one), box_cox(p, q, alpha=1)),
+        (extrapolated_log_ratio(p, q, q, lam=one), log_ratio(p, q)),
+        (return_to_go(p, gamma=one), return_to_go(p)),
+    ):
+        assert isinstance(got, Tensor) and got.dtype == torch.float32
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from topk_rkl import rollout
@@ -97,6 +99,52 @@ def test_nan_is_not_hidden_by_the_filter():
     got = top_p_filter(logits, 0.5)
     assert got[0].isnan().tolist() == [False, True, False]
     assert got[1].tolist() == [2.0, -INF, -INF]
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-46, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_best_token_always_stays(top_p, dtype):
+    logits = random(7, 90, dtype=dtype)
+    assert torch.equal((top_p_filter(logits, top_p) > -INF).int().argmax(-1), logits.argmax(-1))
+    assert ((top_p_filter(logits, top_p) > -INF).sum(-1) == 1).all()
+    assert torch.equal(sample_top_p(logits, top_p), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_tokens_at_infinity_share_the_probability(dtype, temperature):
+    row = torch.tensor([1.0, INF, -INF, INF, 0.0, INF, INF], dtype=dtype)
+    for top_p, kept in ((1e-9, [1]), (0.5, [1, 3]), (0.51, [1, 3, 5]), (0.99, [1, 3, 5, 6])):
+        assert (top_p_filter(row, top_p, temperature) > -INF).nonzero().flatten().tolist() == kept
+        ids = sample_top_p(row.expand(2_000, 7), top_p, temperature)
+        assert chi_square(ids, torch.zeros(7).index_fill(0, torch.tensor(kept), 1 / len(kept))) < 16.3
+    assert torch.equal(top_p_filter(row, 1.0, temperature), row.to(top_p_filter(row, 1.0).dtype) / temperature)
+    assert chi_square(sample_top_p(row.expand(2_000, 7)), torch.tensor([0, 0.25, 0, 0.25, 0, 0.25, 0.25])) < 16.3
+
+
+@pytest.mark.parametrize("top_p", [1e-46, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_row_that_is_no_distribution_gives_no_token_and_stays(top_p, dtype):
+    nan = math.nan
+    bad = torch.tensor([[0.0, nan, 1], [nan, INF, 0], [INF, 0, nan], [-INF, -INF, -INF], [-nan, nan, nan]], dtype=dtype)
+    logits = torch.cat([bad, torch.tensor([[-INF, 0, -INF]], dtype=dtype)])
+    assert sample_top_p(logits, top_p).tolist() == [-1, -1, -1, -1, -1, 1]
+    filtered = top_p_filter(logits, top_p, 0.5)
+    assert torch.equal(filtered.nan_to_num(7.0), (logits.to(filtered.dtype) / 0.5).nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_the_nucleus_does_not_depend_on_the_size_of_the_logits(offset, temperature):
+    logits = random(40, 200, scale=temperature, seed=9).round(decimals=1) + offset
+    for top_p in (0.3, 0.9):
+        kept = torch.tensor([nucleus(row, top_p, temperature) for row in logits])
+        assert torch.equal(top_p_filter(logits, top_p, temperature) > -INF, kept)
+    exact = (logits[0].double() / temperature).softmax(-1)
+    ids = sample_top_p(logits[0].expand(20_000, 200), temperature=temperature)
+    top = exact.topk(5).indices
+    counts = torch.bincount(ids, minlength=200)[top]
+    assert ((counts - 20_000 * exact[top]).abs() < 5 * (20_000 * exact[top]).sqrt() + 5).all()
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
@@ -204,6 +252,70 @@ def test_expectation_over_the_student_is_the_full_reverse_kl_and_its_gradient():
     (grad,) = torch.autograd.grad(loss, student, log_p.exp().detach())
     assert_close((log_p.exp() * loss).sum(), full)
     assert_close(grad, full_grad)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, np.float64(2.5), np.float32(20)])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3, 1e4, 1e5])
+def test_large_logits_cost_no_accuracy(offset, temperature):
+    ids = torch.arange(8) * 30
+    student, teacher = random(8, 300, seed=1) + offset, random(8, 300, seed=2) - 1.1 * offset
+    student[:4].scatter_(1, student[:4].argmax(1, keepdim=True), student[:4].gather(1, ids[:4, None]))
+    leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    value, scalar = surrogate(exact, teacher.double(), ids, float(temperature))
+    scalar.sum().backward()
+    loss = sampled_token_loss(leaf, teacher, ids, temperature=temperature, reduction="none")
+    loss.sum().backward()
+    bound = 2e-6 * (1 + value.abs())
+    assert ((loss - value).abs() <= bound).all()
+    assert ((leaf.grad - exact.grad).abs() <= bound[:, None] / float(temperature)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}])
+def test_the_baseline_compiles_at_most_twice_over_changing_n(options):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def warm(student, teacher, ids, weights):
+        return sampled_token_loss(student, teacher, ids, weights=weights, temperature=0.7)
+
+    compiled = torch.compile(warm, backend=counter, fullgraph=True, **options)
+    for n in (4, 5, 6, 9):
+        teacher, ids, weights = random(n, 50, seed=2), torch.arange(n), torch.rand(n)
+        results = []
+        for function in (warm, compiled):
+            student = random(n, 50, seed=n).requires_grad_()
+            loss = function(student, teacher, ids, weights)
+            loss.backward()
+            results.append((loss.detach(), student.grad))
+        assert_close(*results)
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_a_grad_output_of_0_gives_exactly_0(bad):
+    student, teacher = random(3, 9, seed=1), random(3, 9, seed=2)
+    student[1] = bad
+    student.requires_grad_()
+    loss = sampled_token_loss(student, teacher, torch.tensor([1, 2, 3]), reduction="none")
+    torch.where(torch.tensor([True, False, True]), loss, 0).sum().backward()
+    assert student.grad.isfinite().all() and (student.grad[1] == 0).all() and (student.grad[0] != 0).any()
+
+
+def test_logits_of_plus_inf_make_their_position_nan():
+    for student, teacher in ((random(3, 9), random(3, 9, seed=1)), (random(3, 9, seed=1), random(3, 9))):
+        student[0, 4] = teacher[1, 4] = INF
+        loss = sampled_token_loss(student, teacher, torch.tensor([4, 0, 0]), reduction="none")
+        assert loss.isnan().tolist() == [True, True, False]
+
+
+def test_ids_are_never_narrowed():
+    logits = random(1, 9)
+    for wrapped in (2**32 + 2, -(2**32) + 2, 2**31, 2**63 - 1):
+        on_a_gpu = rollout._LogRatio.apply(
+            logits, logits, torch.tensor([wrapped]), torch.ones(1).bool(), torch.ones(())
+        )
+        assert on_a_gpu.isnan().all()
+        assert sampled_token_loss(logits, logits, torch.tensor([wrapped]), weights=torch.zeros(1)) == 0
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32, torch.float64])

@@ -156,6 +156,19 @@ def test_top_p_takes_the_lowest_ids_of_a_tie_and_is_capped(backend) -> None:
     assert teacher_top_p(teacher[:1], of_two, 4).ids.tolist() == [[1, 2, -1, -1]]  # exactly p is enough
 
 
+@pytest.mark.parametrize("p", [1e-46, 5e-324, 0.5, 1.0])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_of_what_is_no_distribution(p: float, normalize: bool, dtype: torch.dtype) -> None:
+    teacher = torch.tensor(
+        [[0, math.nan, 1], [2, INF, 0], [-INF, -INF, -INF], [3, -INF, 2]], dtype=dtype, device=DEVICE
+    )
+    got = teacher_top_p(teacher, p, 3, normalize=normalize)
+    assert (got.ids >= 0).sum(-1).tolist() == [3, 3, 0, 2 if p == 1 else 1] and got.ids[3, 0] == 0
+    losses = topk_reverse_kl(torch.randn_like(teacher), got, reduction="none")
+    assert losses.isnan().tolist() == [True, True, False, False]
+
+
 def test_a_loss_on_the_nucleus_is_the_loss_on_those_tokens_alone(backend) -> None:
     student, teacher = torch.randn(2, 1, 50, device=DEVICE)
     support = teacher_top_p(teacher, 0.6, 20)
@@ -263,6 +276,38 @@ def test_remap_swaps_two_tokens_and_keeps_the_places() -> None:
     merged = remap(support, {9: 4})
     assert merged.ids.tolist() == [[4, 2, -1, -1]]
     assert merged.log_probs[0].tolist() == pytest.approx([math.log(math.exp(-0.1) + math.exp(-0.3)), -0.2, -INF, -INF])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_of_low_precision_are_added_in_float32(dtype: torch.dtype) -> None:
+    ids = torch.arange(64)[None]
+    low = torch.full((1, 64), -4.15).to(dtype)
+    got = remap(Support(ids, low), dict.fromkeys(range(64), 3))
+    assert got.log_probs.dtype == torch.float32
+    torch.testing.assert_close(got.log_probs[0, 0], low.double().logsumexp(-1)[0].float(), rtol=0, atol=1e-6)
+
+
+BEYOND = [2**32 + 2, -(2**32) + 2, 2**31, 2**40, 2**63 - 1]
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_an_id_beyond_int32_is_no_token(backend, beyond: int) -> None:
+    student, teacher = torch.randn(2, 1, 9, device=DEVICE)
+    support, wide = teacher_topk(teacher, 9), tensor([beyond])
+    assert table(fixed_ids(teacher, wide)) == table(fixed_ids(teacher, wide[None])) == [{}]
+    assert table(with_sampled(support, wide, teacher)) == table(support)
+    stranger = Support(wide[None], torch.tensor([[9.0]], device=DEVICE))
+    assert table(intersection(support, stranger)) == table(intersection(stranger, support)) == [{}]
+    assert table(difference(support, stranger)) == table(support)
+    assert (union(support, stranger).ids[0, -1] == max(beyond, -1)) and union(support, stranger).ids[0, 0] < 9
+    for both in (union(support, stranger), with_sampled(support, wide, stranger.log_probs[:, 0])):
+        torch.testing.assert_close(topk_reverse_kl(student, both), topk_reverse_kl(student, support))
+    mapping = torch.arange(9, device=DEVICE).index_fill(0, tensor([2]), beyond)
+    without = Support(support.ids.masked_fill(support.ids == 2, -1), support.log_probs)
+    torch.testing.assert_close(topk_reverse_kl(student, remap(support, mapping)), topk_reverse_kl(student, without))
+    assert table(remap(support, mapping, student_vocab=9)) == table(without)
+    if beyond > 0:
+        assert table(remap(support, {}, student_vocab=beyond)) == table(support)
 
 
 def test_a_table_that_is_shorter_than_the_vocabulary_drops_the_rest() -> None:

@@ -77,7 +77,8 @@ def teacher_top_p(
         normalize: gives true log-probs instead of logits.
 
     Returns:
-        Support with ids (..., K) int32 and log_probs (..., K), the slots outside the nucleus empty, at the end.
+        Support with ids (..., K) int32 and log_probs (..., K), the slots outside the nucleus empty, at the end. A row
+        that holds NaN or +inf is no distribution: its K slots are all kept, and make its loss NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -86,8 +87,9 @@ def teacher_top_p(
     checks.top_p(p, "p")
     checks.flag("normalize", normalize)
     ids, log_probs = ops.select(teacher_logits, k, True, requested())
-    mass_above = pad(log_probs.double().exp()[..., :-1].cumsum(-1), (1, 0))  # (..., K)
-    outside = mass_above >= (p if p < 1 else torch.inf)  # a rounded sum could reach 1 early and cut the tail
+    mass = log_probs.double().exp().cumsum(-1)[..., :-1]  # (..., K - 1)
+    enough = float(p) if p < 1 else torch.inf  # a rounded sum could reach 1 early and cut the tail
+    outside = pad(mass >= enough, (1, 0))  # (..., K), by rank: the best token stays however p is rounded
     values = log_probs if normalize else values_at(teacher_logits, ids, normalize=False)
     return Support(ids.masked_fill(outside, -1), values.masked_fill(outside, -torch.inf))
 
@@ -216,7 +218,7 @@ def remap(
             with ids beyond the student's logits.
 
     Returns:
-        Support of (..., K), in which no id occurs twice.
+        Support of (..., K) in at least float32, in which no id occurs twice.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -232,7 +234,8 @@ def remap(
         for old, new in mapping.items():  # no table, which would have to be copied to the device
             ids = ids.masked_fill(live == old, new)
     if student_vocab is not None:
-        ids = ids.masked_fill(ids >= student_vocab, -1)
+        beyond = ids >= min(student_vocab, torch.iinfo(ids.dtype).max)  # an int above the ids' dtype would wrap
+        ids = ids.masked_fill(beyond, -1)
     return _merge_duplicates(Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)))
 
 
@@ -278,7 +281,7 @@ def _kept(support: Support, keep: Tensor) -> Support:
 def _merge_duplicates(support: Support) -> Support:
     """The first slot of each id has the probability of all, the others are emptied."""
     ids, slots = support.ids.sort(dim=-1, stable=True)
-    total = support.log_probs.gather(-1, slots)
+    total = support.log_probs.to(result_dtype(support.log_probs)).gather(-1, slots)
     distance = 1
     while distance < ids.shape[-1]:
         same = ids[..., distance:] == ids[..., :-distance]

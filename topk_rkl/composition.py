@@ -12,7 +12,7 @@ A source is a model's (..., V) logits or a `Support`.
 - One or more supports: the formula is evaluated on their slots, where the logits are read too. They must name the same
   tokens; a slot in which two name different ones makes its position NaN. One teacher on the tokens of another is
   `fixed_ids(teacher_logits, other.ids, normalize=True)`. The mixture and the clamp of the residual depend on the
-  normalisers, and take supports with true log-probs.
+  normalisers, and take supports with true log-probs; a support of logits makes its positions NaN there.
 
 Sources are constants: the student's own logits, in `taid` and `veto`, are detached. The loss's temperature divides the
 composed log-probs.
@@ -31,7 +31,7 @@ from topk_rkl.backends import requested
 from topk_rkl.backends.reference import result_dtype
 from topk_rkl.builders import normalized, values_at
 from topk_rkl.settings import clamped
-from topk_rkl.support import Support
+from topk_rkl.support import Support, true_log_probs
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB a source, however many rows there are
 
@@ -46,7 +46,8 @@ def mixture(
 
     Args:
         teachers: (..., V) logits or supports with true log-probs.
-        weights: one a teacher, a number or a (...) tensor, not negative; divided by their sum.
+        weights: one a teacher, a number or a (...) tensor, not negative; divided by their sum. A teacher of weight 0 is
+            absent there, whatever it holds or names.
         k: how many tokens, where all teachers are logits.
 
     Returns:
@@ -58,18 +59,25 @@ def mixture(
     checks.teachers("teachers", teachers)
     k = checks.composed({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
     checks.shares(weights, teachers)
-    first = teachers[0] if isinstance(teachers[0], Tensor) else teachers[0].log_probs
-    blank = torch.zeros(first.shape[:-1], dtype=result_dtype(first), device=first.device)
-    log_shares = torch.stack([blank + x for x in weights], -1).log().log_softmax(-1)  # (..., teachers)
+    values = [x if isinstance(x, Tensor) else x.log_probs for x in teachers]  # (..., V) or (..., K) each
+    blank = values[0].new_zeros(values[0].shape[:-1], dtype=torch.float64)
+    log_shares = torch.stack([blank + (x if isinstance(x, Tensor) else float(x)) for x in weights], -1).log()
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in values) else torch.float32
+    log_shares = log_shares.log_softmax(-1).to(dtype)  # (..., teachers)
+    absent = log_shares == -torch.inf  # a teacher that is NaN there, or names other tokens, does not matter
 
     def mixed(log_shares: Tensor, *log_q: Tensor) -> Tensor:
-        shares = log_shares.split(1, dim=-1)  # (..., 1) each
-        total: Tensor = log_q[0] + shares[0]
-        for x, share in zip(log_q[1:], shares[1:], strict=True):  # not a stack of all, of this size
-            total = total.logaddexp(x + share)
+        total = torch.full_like(log_q[0], -torch.inf)
+        for i, x in enumerate(log_q):  # not a stack of all, of this size
+            share = log_shares[..., i, None]  # (..., 1)
+            total = total.logaddexp((x + share).masked_fill(share == -torch.inf, -torch.inf))
         return total
 
-    return _compose(mixed, teachers, k, normalize=True, extras=[log_shares])
+    present = [
+        x if isinstance(x, Tensor) else Support(x.ids.masked_fill(absent[..., i, None], -1), x.log_probs)
+        for i, x in enumerate(teachers)
+    ]
+    return _compose(mixed, present, k, normalize=True, extras=[log_shares])
 
 
 def residual(
@@ -210,18 +218,21 @@ def _compose(
     normalize: bool = False,
     extras: Sequence[Tensor] = (),  # (..., X) each
 ) -> Support:
-    """The formula of `extras` and the sources' values, log-probs if `normalize`: on slots, or on whole rows."""
+    """The formula of `extras` and the sources' values: log-probs if `normalize`, else logits relative to the best.
+
+    It is evaluated on slots where a source is a Support, or on whole rows.
+    """
     if any(isinstance(x, Support) for x in sources):
         return _on_slots(formula, sources, normalize, extras)
     logits = [x.detach() for x in sources if isinstance(x, Tensor)]  # (..., V) each
     found = []
     for part in _chunks([*logits, *extras]):  # (..., V) and (..., X) each
         values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
-        values = [normalized(value, x) for value, x in zip(values, part, strict=False)] if normalize else values
+        values = [normalized(x, x) for x in values] if normalize else [_relative(x) for x in values]
         ids, log_probs = ops.select(formula(*part[len(logits) :], *values), k, True, requested())
         found.append((ids.flatten(0, -2), log_probs.flatten(0, -2)))
     shape = (*logits[0].shape[:-1], ids.shape[-1])
-    return Support(*(torch.cat(column).view(shape) for column in zip(*found, strict=True)))
+    return Support(*(torch.cat([x[i] for x in found]).view(shape) for i in range(2)))
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
@@ -230,7 +241,8 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     if first.dim() == 1 or first.numel() <= CHUNK_ELEMENTS:
         yield [x if first.dim() > 1 else x[None] for x in tensors]
     elif (slab := first[0].numel()) <= CHUNK_ELEMENTS:
-        yield from zip(*(x.split(CHUNK_ELEMENTS // slab) for x in tensors), strict=True)
+        parts = [x.split(CHUNK_ELEMENTS // slab) for x in tensors]
+        yield from ([x[i] for x in parts] for i in range(len(parts[0])))
     else:
         for i in range(len(first)):
             yield from _chunks([x[i] for x in tensors])
@@ -245,11 +257,22 @@ def _on_slots(
     named = torch.stack([x.ids for x in sources if isinstance(x, Support)])  # (supports, ..., K)
     ids = named.amax(0)  # (..., K)
     at_odds = ((named >= 0) & (named != ids)).any(0)  # (..., K)
-    values = [
-        x.log_probs.masked_fill(x.ids < 0, -torch.inf) if isinstance(x, Support) else values_at(x, ids, normalize)
-        for x in sources
-    ]
+    values = [_slot_values(x, normalize) if isinstance(x, Support) else values_at(x, ids, normalize) for x in sources]
+    values = values if normalize else [_relative(x) for x in values]
     return Support(ids, formula(*extras, *values).masked_fill(at_odds, torch.nan))
+
+
+def _slot_values(support: Support, normalize: bool) -> Tensor:  # (..., K) at least float32
+    ids, log_probs = support
+    values = log_probs.to(result_dtype(log_probs)).masked_fill(ids < 0, -torch.inf)
+    return true_log_probs(values, Support(ids, values).unique().log_probs) if normalize else values
+
+
+def _relative(
+    logits: Tensor,  # (..., X)
+) -> Tensor:  # (..., X) a constant a row cancels, and products of small numbers are rounded less
+    best = logits.amax(-1, keepdim=True)
+    return logits - best.masked_fill(best == -torch.inf, 0)
 
 
 def _where_live(

@@ -12,7 +12,7 @@ from torch import Tensor
 from topk_rkl import ops
 from topk_rkl.backends import reference, requested
 from topk_rkl.rows import row_views
-from topk_rkl.support import Support
+from topk_rkl.support import Support, true_log_probs
 
 CHUNK_BYTES = 64 << 20  # of logits as they are computed with
 
@@ -31,7 +31,7 @@ class _once:
 
 class Block:
     """Some rows: each diagnostic is the method of its name. p and q are probabilities among all tokens, at the
-    temperature of the loss; S is what the loss compares."""
+    temperature of the loss; S is the set that the loss compares, in which an id that is given twice counts once."""
 
     def __init__(
         self,
@@ -45,19 +45,20 @@ class Block:
         dtype = reference.result_dtype(student)
         self.student, self.temperature = student.to(dtype), temperature
         self.teacher = None if teacher is None else teacher.to(dtype)
-        self.live = reference.live_slots(ids, values, student.shape[1])  # (n, K)
-        self.ids = torch.where(self.live, ids, 0).long()  # (n, K)
-        self.values = values.to(dtype)
+        live = reference.live_slots(ids, values, student.shape[1])  # (n, K)
+        ids, values = Support(ids.masked_fill(~live, -1), values.to(dtype)).unique()
+        self.live = ids >= 0  # (n, K)
+        self.ids, self.values = ids.clamp(min=0).long(), values.masked_fill(~self.live, -torch.inf)
         self.y = None if sampled_ids is None else sampled_ids.long()
 
     @_once
     def log_p(self) -> Tensor:  # (n, V)
-        return (self.student / self.temperature).log_softmax(1)
+        return _log_softmax(self.student, self.temperature)
 
     @_once
     def log_q(self) -> Tensor:  # (n, V_teacher)
         assert self.teacher is not None
-        return (self.teacher / self.temperature).log_softmax(1)
+        return _log_softmax(self.teacher, self.temperature)
 
     @_once
     def log_p_slots(self) -> Tensor:  # (n, K)
@@ -65,20 +66,24 @@ class Block:
 
     @_once
     def log_q_slots(self) -> Tensor:  # (n, K)
-        return self.values if self.teacher is None else self.log_q.gather(1, self.ids)
+        if self.teacher is None:
+            return true_log_probs(self.values, self.values)
+        return self.log_q.gather(1, self.ids)
 
     def student_mass(self) -> Tensor:
         """The sum of p over S. Reads the student's rows."""
         return torch.where(self.live, self.log_p_slots.exp(), 0).sum(1)
 
     def teacher_mass(self) -> Tensor:
-        """The sum of q over S. Reads the teacher's rows; a Support must hold true log-probs."""
+        """The sum of q over S. Reads the teacher's rows; a Support must hold true log-probs, at temperature 1."""
         return torch.where(self.live, self.log_q_slots.exp(), 0).sum(1)
 
     @_once
     def overlap(self) -> Tensor:  # (n, K) bool
-        best = self._best(min(self.ids.shape[1], self.student.shape[1]))
-        among = torch.zeros_like(self.student, dtype=torch.bool).scatter_(1, best.clamp(min=0).long(), True)
+        vocab, size = self.student.shape[1], self.live.sum(1, keepdim=True)  # (n, 1)
+        best = self._best(min(self.ids.shape[1], vocab)).long()
+        best = best.masked_fill((best < 0) | (torch.arange(best.shape[1], device=best.device) >= size), vocab)
+        among = best.new_zeros((len(best), vocab + 1), dtype=torch.bool).scatter_(1, best, True)
         return self.live & among.gather(1, self.ids)
 
     def _best(self, k: int) -> Tensor:  # (n, k), of the student
@@ -87,17 +92,17 @@ class Block:
         return ids
 
     def overlap_count(self) -> Tensor:
-        """How many tokens of S are among the student's own K best (arXiv 2604.13016). Reads the student's rows."""
+        """How many tokens of S are among the student's own |S| best (arXiv 2604.13016). Reads the student's rows."""
         return self.overlap.sum(1)
 
     def overlap_token_advantage(self) -> Tensor:
-        """The mean over those of -q (log q - log p), 0 where there are none. Reads both sides' rows."""
+        """The mean over those of -q (log q - log p), 0 for none. Reads both sides' rows; takes the same Supports."""
         terms = -self.log_q_slots.exp() * (self.log_q_slots - self.log_p_slots)
         return torch.where(self.overlap, terms, 0).sum(1) / self.overlap.sum(1).clamp(min=1)
 
     def top1_agreement(self) -> Tensor:
         """Whether the student's best token is the best of S by the teacher. Reads the student's rows."""
-        slot = self.values.masked_fill(~self.live, -torch.inf).argmax(1, keepdim=True)
+        slot = self.values.argmax(1, keepdim=True)
         return (self.ids.gather(1, slot) == self._best(1)).squeeze(1) & self.live.any(1)
 
     def student_entropy(self) -> Tensor:
@@ -131,12 +136,21 @@ class Block:
     def max_log_ratio(self) -> Tensor:
         """The largest |log p - log q| on S with both renormalised there, 0 where S is empty. Reads K slots."""
         both = (self.student.gather(1, self.ids), self.values)
-        log_p, log_q = ((x / self.temperature).masked_fill(~self.live, -torch.inf).log_softmax(1) for x in both)
+        log_p, log_q = (_log_softmax(x.masked_fill(~self.live, -torch.inf), self.temperature) for x in both)
         return torch.where(self.live, (log_p - log_q).abs(), 0).amax(1)
+
+
+def _log_softmax(
+    x: Tensor,  # (n, X)
+    temperature: float,
+) -> Tensor:  # (n, X)
+    """Of x / temperature; the difference from the largest comes first, since quotients of large logits lose it."""
+    return ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
 
 
 NAMES = tuple(name for name, value in vars(Block).items() if callable(value) and not name.startswith("_"))
 OF_SAMPLED = ("sampled_log_prob", "teacher_sampled_log_prob", "sampled_in_support")
+OF_TRUE_LOG_PROBS = ("teacher_mass", "overlap_token_advantage")
 OF_TEACHER_LOGITS = ("teacher_entropy", "teacher_sampled_log_prob")
 
 

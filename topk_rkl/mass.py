@@ -5,7 +5,7 @@ from torch import Tensor
 
 from topk_rkl import ops
 from topk_rkl.settings import pack
-from topk_rkl.support import Support
+from topk_rkl.support import Support, true_log_probs
 
 LAST = torch.iinfo(torch.int32).max
 
@@ -26,6 +26,7 @@ def classes(
     """
     if isinstance(teacher, Support):
         ids, values = _distinct(teacher.ids, teacher.log_probs, student_vocab)
+        values = true_log_probs(values, values)
         return ids, values, _log_rest(values)
     assert k is not None
     ids, values = ops.select(teacher, k, False, backend)

@@ -63,6 +63,7 @@ def topk_divergence(
             `topk_reverse_kl`. With a mass other than "renormalized" a Support must hold true log-probs, such as of
             teacher_topk(..., normalize=True), at temperature 1, since K of them do not tell the normaliser at another;
             1 - Q is then taken as at least half the epsilon of their dtype. Of an id given twice the first slot counts.
+            A position where they add up to more than 1 (by 1/16 in the logarithm) holds logits, and is NaN.
         divergence: `ReverseKL`, `ForwardKL`, `JensenShannon`, `Mixture`, `SkewReverseKL`, `SkewForwardKL`, `AlphaBeta`,
             each with every mass of "renormalized" and "tail"; the raw ones are for ReverseKL without clamp, ForwardKL
             and Mixture, the last two for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
@@ -76,7 +77,8 @@ def topk_divergence(
         diagnostics: names of `topk_rkl.diagnostics`, each a number a position, detached and without the weights:
             "student_mass", "teacher_mass", "overlap_count", "overlap_token_advantage", "top1_agreement",
             "student_entropy", "teacher_entropy", "sampled_log_prob", "teacher_sampled_log_prob", "sampled_in_support",
-            "max_log_ratio". All but the last two read whole rows, in plain PyTorch.
+            "max_log_ratio". All but the last two read whole rows, in plain PyTorch. An id that is given twice counts
+            once. "teacher_mass" and "overlap_token_advantage" take a Support of true log-probs, at temperature 1.
 
     Returns:
         As `topk_reverse_kl`; with `diagnostics` that and a dict of name to (...). In divergences that hold forward KL a
@@ -93,7 +95,7 @@ def topk_divergence(
     checks.temperature(temperature)
     checks.reduction(reduction, denominator, student_logits)
     checks.objective(divergence, mass)
-    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
+    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support), temperature)
     checks.flag("overwrite_student_logits", overwrite_student_logits)
     if sampled_ids is not None:
         checks.sampled_ids(sampled_ids, student_logits, "sampled_ids")
@@ -159,7 +161,7 @@ def linear_topk_divergence(
     checks.logit_options(logit_scale, softcap)
     checks.weight_grad(weight_grad)
     checks.objective(divergence, mass)
-    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support))
+    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support), temperature)
     if sampled_ids is not None:
         checks.sampled_ids(sampled_ids, student_hidden, "sampled_ids", "student_hidden")
     if mass != "renormalized":

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topk_rkl import checks
+from topk_rkl.sequences import starts
 from topk_rkl.settings import clamped
 
 
@@ -125,6 +126,7 @@ def return_to_go(
     mask: Tensor | None = None,  # (..., T) bool, integer or float
     *,
     gamma: float = 1.0,
+    cu_seqlens: Tensor | None = None,  # (sequences + 1,) int
 ) -> Tensor:  # (..., T)
     """The reward at t and those after it, discounted: r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 
@@ -136,18 +138,24 @@ def return_to_go(
         rewards: (..., T), time along the last dimension.
         mask: which positions count; None for all. Only whether it is 0 matters.
         gamma: in [0, 1].
+        cu_seqlens: the sequences packed in a row, as in `topk_rkl.weighting.aggregate`. A return ends with its own.
     """
-    checks.returns(rewards, mask, gamma)
+    checks.returns(rewards, mask, gamma, cu_seqlens)
     (total,) = _constants(rewards=rewards)
     kept = torch.ones_like(total, dtype=torch.bool) if mask is None else mask != 0  # (..., T)
     total = torch.where(kept, total, 0)
-    factor = (torch.zeros_like(total) + gamma).masked_fill(~kept, 1)  # (..., T) how much of what follows arrives
+    factor = (torch.zeros_like(total) + float(gamma)).masked_fill(~kept, 1)  # (..., T) how much of what follows arrives
+    if cu_seqlens is not None:
+        first = starts(rewards, cu_seqlens)  # (n,)
+        total, factor = total.flatten(), factor.flatten()
+        factor[:-1].masked_fill_(first[1:] != first[:-1], 0)
     distance = 1
-    while gamma > 0 and distance < total.shape[-1]:  # windows double; the gamma^-t of one cumsum would overflow
+    while distance < total.shape[-1]:  # windows double; the gamma^-t of one cumsum would overflow
         later, later_factor = (pad(x[..., distance:], (0, distance)) for x in (total, factor))
-        total, factor = total + factor * later, factor * later_factor
+        total = total + torch.where(factor == 0, 0, factor * later)  # not by a factor alone: 0 * NaN is NaN
+        factor = factor * later_factor
         distance *= 2
-    return torch.where(kept, total, 0)
+    return torch.where(kept, total.view(rewards.shape), 0)
 
 
 def k1(
@@ -185,5 +193,5 @@ def _constants(**log_probs: Tensor) -> list[Tensor]:
 def _power_difference(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """q^alpha - p^alpha without cancellation where the two are close, and without overflow where they are not."""
     larger = alpha * torch.maximum(log_p, log_q)
-    gap = alpha * (log_q - log_p)
+    gap = alpha * torch.where(log_q == log_p, 0, log_q - log_p)  # both may be -inf
     return -gap.sign() * larger.exp() * (-gap.abs()).expm1()

@@ -8,8 +8,9 @@ from torch.nn.functional import pad
 
 from topk_rkl import checks
 from topk_rkl.autograd import differentiable_once, savable, save
-from topk_rkl.backends.reference import times
-from topk_rkl.weighting import reduce
+from topk_rkl.backends.reference import result_dtype, times
+from topk_rkl.settings import traced
+from topk_rkl.weighting import as_factors, reduce
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB, however many rows there are
 
@@ -26,24 +27,16 @@ def top_p_filter(
     edge, the lower ids stay.
 
     Args:
-        logits: (..., V) bfloat16, float16, float32 or float64.
+        logits: (..., V) bfloat16, float16, float32 or float64. Tokens at +inf share all of the probability equally. A
+            row that holds NaN, or nothing but -inf, is no distribution and keeps every token.
         top_p: in (0, 1].
         temperature: positive; divides the logits before the nucleus is found.
 
     Returns:
         (..., V) `logits / temperature`, float64 for float64 logits and float32 for every other dtype.
     """
-    checks.logits("logits", logits)
-    checks.top_p(top_p)
-    checks.temperature(temperature)
-    scores = _at_least_float32(logits) / temperature  # (..., V)
-    if top_p == 1:
-        return scores  # a rounded sum could reach 1 early and cut the tail
-    ranked, order = scores.sort(dim=-1, descending=True, stable=True)  # (..., V)
-    # A shifted sum, not `cumsum - mass`: it never decreases, so the nucleus is always a prefix of the ranking.
-    mass_above = pad(ranked.softmax(-1)[..., :-1].cumsum(-1), (1, 0))  # (..., V)
-    outside = mass_above >= top_p  # (..., V)
-    return scores.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    outside = _outside_nucleus(logits, top_p, temperature)
+    return (logits.to(result_dtype(logits)) / float(temperature)).masked_fill(outside, -torch.inf)
 
 
 @torch.no_grad()
@@ -62,14 +55,48 @@ def sample_top_p(
         generator: on the device of `logits`; None draws from that device's default generator.
 
     Returns:
-        (...) int64 ids. The same generator state gives the same ids.
+        (...) int64 ids. The same generator state gives the same ids. -1, which is no token, for a row that is no
+        distribution: one that holds NaN, or nothing but -inf.
     """
     checks.sampling(logits, generator)
-    probs = top_p_filter(logits, top_p, temperature).softmax(-1)  # (..., V)
+    outside = _outside_nucleus(logits, top_p, temperature)
+    probs = _relative(logits, temperature).exp_().masked_fill_(outside, 0)  # (..., V), of the best token 1
     # The first of V exponential clocks with rates `probs` rings at v with probability probs[v]; torch.multinomial
     # does the same but checks its input on the host. A clock at 0 would let a token of probability 0 win as 0 / 0.
     noise = torch.empty_like(probs).exponential_(generator=generator)  # (..., V)
-    return (probs / noise.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(-1)
+    ids = (probs / noise.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(-1)
+    return ids.masked_fill(probs[..., 0].isnan(), -1)
+
+
+def _outside_nucleus(
+    logits: Tensor,  # (..., V)
+    top_p: float,
+    temperature: float,
+) -> Tensor:  # (..., V) bool
+    checks.logits("logits", logits)
+    checks.top_p(top_p)
+    checks.temperature(temperature)
+    if top_p == 1:
+        return torch.zeros_like(logits, dtype=torch.bool)  # a rounded sum could reach 1 early and cut the tail
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # (..., V)
+    mass = _relative(ranked, temperature).softmax(-1)[..., :-1].cumsum(-1, dtype=torch.float64)
+    # A shifted sum, not `cumsum - mass`: it never decreases, so the nucleus is always a prefix of the ranking.
+    outside = pad(mass >= float(top_p), (1, 0))  # (..., V)
+    return outside.scatter(-1, order, outside)
+
+
+def _relative(
+    logits: Tensor,  # (..., V)
+    temperature: float,
+) -> Tensor:  # (..., V) at least float32
+    """(logits - the best) / temperature, the difference first, since the quotients of large logits lose it.
+
+    Tokens at +inf are at 0 and the others of their row at -inf. A row that is no distribution is NaN.
+    """
+    logits = logits.to(result_dtype(logits))
+    best = logits.amax(-1, keepdim=True)  # (..., 1)
+    best = best.masked_fill(best == -torch.inf, torch.nan)
+    return ((logits - best) / float(temperature)).masked_fill_(logits == best, 0)
 
 
 def sampled_token_loss(
@@ -103,13 +130,14 @@ def sampled_token_loss(
             others are refused on a CPU; on a GPU, and under torch.compile, they make their position NaN.
         weights: (...) bool, integer or float, times which each position counts; None counts all as 1. A position of
             weight 0 contributes exactly 0 whatever it holds, NaN included.
-        temperature: divides both sides' logits; use the one that sampled `ids`.
+        temperature: a positive number, which divides both sides' logits; use the one that sampled `ids`.
         reduction: "none" gives the weighted value of each position, (...); "sum" their sum; "mean" that sum over
             sum(weights).
         denominator: a number or 0-d tensor instead of sum(weights).
 
     Returns:
-        float32, or float64 from float64 student logits; the gradient has the dtype of student_logits.
+        float32, or float64 from float64 student logits; the gradient has the dtype of student_logits. A position is NaN
+        where a row of either side holds NaN or +inf.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -123,16 +151,17 @@ def sampled_token_loss(
     checks.sampled_within(ids, weights, min(student_logits.shape[-1], teacher_logits.shape[-1]))
     checks.temperature(temperature)
     checks.reduction(reduction, denominator, student_logits)
+    weights = as_factors(weights, student_logits)
     kept = torch.ones_like(ids, dtype=torch.bool) if weights is None else weights != 0  # (...)
     per_token = _LogRatio.apply(
         student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits.reshape(-1, teacher_logits.shape[-1]),
         ids.reshape(-1),
         kept.reshape(-1),
-        temperature,
+        traced(float(temperature), torch.empty(0, dtype=torch.float64, device=ids.device)),
     ).view(ids.shape)  # (...)
     if weights is not None:
-        per_token = per_token * savable(weights.to(per_token.dtype))
+        per_token = per_token * savable(weights)
     return reduce(per_token, weights, reduction, denominator)
 
 
@@ -146,31 +175,34 @@ class _LogRatio(torch.autograd.Function):
         teacher_logits: Tensor,  # (N, V)
         ids: Tensor,  # (N,)
         kept: Tensor,  # (N,) bool
-        temperature: float,
+        temperature: Tensor,  # () float64
     ) -> Tensor:  # (N,)
-        ids = ids.long().masked_fill(~kept, 0)  # padding may hold an id that is no token, -100 for one
-        log_p, lse = _token_log_probs(student_logits, ids, temperature)  # (N,), (N,)
-        log_q, _ = _token_log_probs(teacher_logits, ids, temperature)  # (N,)
-        ratio = (log_p - log_q).to(log_p.dtype).masked_fill_(~kept, 0)  # (N,)
-        save(ctx, student_logits, ids, lse, ratio / temperature)
-        ctx.temperature = temperature
-        return ratio
+        known = (ids >= 0) & (ids < min(student_logits.shape[1], teacher_logits.shape[1]))  # (N,)
+        ids = ids.long().masked_fill(~(kept & known), 0)  # padding may hold an id that is no token, -100 for one
+        log_p, best, total = _token_log_probs(student_logits, ids, temperature)  # (N,) each
+        log_q, _, _ = _token_log_probs(teacher_logits, ids, temperature)  # (N,)
+        ratio = (log_p - log_q).masked_fill_(~known, torch.nan).masked_fill_(~kept, 0)  # (N,) float64
+        save(ctx, student_logits, ids, best, total, ratio / temperature, temperature)
+        return ratio.to(result_dtype(student_logits))
 
     @staticmethod
     @differentiable_once
     def backward(
-        ctx: Any,
+        _: Any,
         grad_output: Tensor,  # (N,)
         student_logits: Tensor,  # (N, V)
         ids: Tensor,  # (N,)
-        lse: Tensor,  # (N,)
-        slope: Tensor,  # (N,) of the ratio, held constant, times log p
+        best: Tensor,  # (N,)
+        total: Tensor,  # (N,)
+        slope: Tensor,  # (N,) float64, of the ratio, held constant, times log p
+        temperature: Tensor,  # () float64
     ) -> tuple[Tensor | None, ...]:
         scale = times(slope[:, None], grad_output)  # (N, 1)
         grad = torch.empty_like(student_logits)  # (N, V)
         for rows in _row_chunks(student_logits):
-            probs = (_at_least_float32(student_logits[rows]) / ctx.temperature - lse[rows, None]).exp_()  # (n, V)
-            dense = probs.mul_(-scale[rows]).scatter_add_(-1, ids[rows, None], scale[rows])
+            weights = _exponentials(student_logits[rows], best[rows], temperature)  # (n, V)
+            chosen, others = (x.to(weights.dtype) for x in (scale[rows], -scale[rows] / total[rows, None]))  # (n, 1)
+            dense = weights.mul_(others).scatter_add_(-1, ids[rows, None], chosen)
             grad[rows] = dense.masked_fill_(scale[rows] == 0, 0)  # not by the factor: 0 * NaN is NaN
         return grad, None, None, None, None
 
@@ -178,23 +210,36 @@ class _LogRatio(torch.autograd.Function):
 def _token_log_probs(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N,)
-    temperature: float,
-) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """log softmax(logits / temperature) at ids, and its normaliser."""
-    lse = [(_at_least_float32(logits[rows]) / temperature).logsumexp(-1) for rows in _row_chunks(logits)]
-    normaliser = torch.cat(lse)  # (N,)
-    chosen = _at_least_float32(logits.gather(-1, ids[:, None]).squeeze(-1)) / temperature  # (N,)
-    return chosen - normaliser, normaliser
+    temperature: Tensor,  # ()
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,) float64, (N,), (N,) float64
+    """log softmax(logits / temperature) at ids, the best logit, and the sum of the exponentials relative to it.
+
+    Differences come before quotients and rounding, or the log-prob would lose what the logits' size takes.
+    """
+    best = logits.amax(-1)  # (N,)
+    parts = (_exponentials(logits[rows], best[rows], temperature) for rows in _row_chunks(logits))
+    total = torch.cat([x.sum(-1, dtype=torch.float64) for x in parts])  # (N,)
+    chosen = logits.gather(-1, ids[:, None]).squeeze(-1).double() - best.double()  # (N,)
+    return chosen / temperature - total.log(), best, total
+
+
+def _exponentials(
+    logits: Tensor,  # (n, V)
+    best: Tensor,  # (n,)
+    temperature: Tensor,  # ()
+) -> Tensor:  # (n, V) at least float32
+    return logits.to(result_dtype(logits)).sub(best[:, None]).div_(temperature).exp_()
 
 
 def _row_chunks(
     logits: Tensor,  # (N, V)
 ) -> list[slice]:
-    """Slices that cover the rows, each of at most CHUNK_ELEMENTS or one row; one empty slice when N is 0."""
+    """Slices that cover the rows, each of at most CHUNK_ELEMENTS or one row; one empty slice when N is 0.
+
+    torch.compile gets all rows at once: it fuses what the chunks keep small, and would compile anew for each number.
+    """
+    if torch.compiler.is_compiling():
+        return [slice(None)]
     rows, vocab = logits.shape
     step = max(1, CHUNK_ELEMENTS // vocab)
     return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -41,12 +41,18 @@ def aggregation(
     mode: str,
     denominator: float | Tensor | None,
     norm: float | None,
+    cu_seqlens: Tensor | None,  # (sequences + 1,)
 ) -> None:
     tensor("per_token", per_token, FLOATS)
     tensor("mask", mask, (torch.bool, *NUMBERS))
-    if per_token.dim() != 2 or mask.shape != per_token.shape:
-        raise ValueError(f"per_token has shape {shape(per_token)} and mask {shape(mask)}; both must be (B, T)")
+    wanted = per_token.dim() == 2 if cu_seqlens is None else per_token.dim() > 0
+    if not wanted or mask.shape != per_token.shape:
+        raise ValueError(
+            f"per_token has shape {shape(per_token)} and mask {shape(mask)}; both must be (B, T), or of one shape with "
+            "cu_seqlens"
+        )
     same_device("mask", mask, "per_token", per_token)
+    cumulative_lengths(cu_seqlens, "per_token", per_token)
     one_of("mode", mode, MODES)
     if denominator is not None and mode == "token-sum":
         raise ValueError("denominator is given with mode='token-sum', which divides by nothing; leave it out")
@@ -57,12 +63,31 @@ def aggregation(
         number("norm", norm)
         if norm <= 0:
             raise ValueError(f"norm is {norm}; it must be positive, such as the longest response")
+    elif mode == "seq-mean-token-sum-norm" and cu_seqlens is not None:
+        raise ValueError("norm is None with cu_seqlens, and the length of a packed row is no response's; pass norm")
+
+
+def cumulative_lengths(
+    x: Tensor | None,  # (sequences + 1,)
+    name: str,
+    positions: Tensor,  # (..., T)
+) -> None:
+    if x is None:
+        return
+    tensor("cu_seqlens", x, INTEGERS)
+    if x.dim() != 1 or len(x) == 0:
+        raise ValueError(
+            f"cu_seqlens has shape {shape(x)}; it must be (sequences + 1,): 0, and where each sequence ends among the "
+            f"flattened positions of {name}"
+        )
+    same_device("cu_seqlens", x, name, positions)
 
 
 def special_tokens(
     response_ids: Tensor,  # (..., T)
     token_ids: Iterable[int] | Tensor,
     occurrences: str,
+    cu_seqlens: Tensor | None,  # (responses + 1,)
 ) -> list[int] | Tensor:
     """The ids, as ints."""
     tensor("response_ids", response_ids, INTEGERS)
@@ -80,6 +105,7 @@ def special_tokens(
                 raise ValueError(f"token_ids has {x}; a token id is at most {LARGEST}")
     if not isinstance(occurrences, str) or occurrences not in ("first", "all"):
         raise ValueError(f"occurrences is {occurrences!r}; use 'first' or 'all'")
+    cumulative_lengths(cu_seqlens, "response_ids", response_ids)
     return token_ids
 
 
@@ -243,6 +269,7 @@ def returns(
     rewards: Tensor,  # (..., T)
     mask: Tensor | None,  # (..., T)
     gamma: float,
+    cu_seqlens: Tensor | None,  # (sequences + 1,)
 ) -> None:
     tensor("rewards", rewards, FLOATS)
     if rewards.dim() == 0:
@@ -253,3 +280,4 @@ def returns(
             raise ValueError(f"mask has shape {shape(mask)} and rewards {shape(rewards)}; both must be (..., T)")
         same_device("mask", mask, "rewards", rewards)
     fraction("gamma", gamma)
+    cumulative_lengths(cu_seqlens, "rewards", rewards)

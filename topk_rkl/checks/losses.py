@@ -26,7 +26,7 @@ from topk_rkl.checks.values import (
     top,
 )
 from topk_rkl.diagnostics import NAMES as DIAGNOSTICS
-from topk_rkl.diagnostics import OF_SAMPLED, OF_TEACHER_LOGITS
+from topk_rkl.diagnostics import OF_SAMPLED, OF_TEACHER_LOGITS, OF_TRUE_LOG_PROBS
 from topk_rkl.divergence import (
     MASSES,
     AlphaBeta,
@@ -312,12 +312,14 @@ def objective(value: object, mass: str) -> None:
         )
 
 
-def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: bool) -> None:
+def diagnostics(names: object, mass: str, sampled: object, teacher_is_support: bool, temperature: float) -> None:
     """The names, and whether what they and the mass need is there."""
     names = () if names is None else diagnostic_names(names)
     for name in names:
         if name in OF_TEACHER_LOGITS and teacher_is_support:
             raise ValueError(f"diagnostics has {name!r}, but teacher is a Support; pass teacher logits")
+        if name in OF_TRUE_LOG_PROBS and teacher_is_support:
+            support_at_temperature_1(f"{name!r} of the diagnostics", temperature)
     takers = [name for name in names if name in OF_SAMPLED] + [mass] * mass.startswith("ema_pg")
     if takers and sampled is None:
         raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
@@ -369,16 +371,20 @@ def _numbers_of(value: Divergence) -> None:
 
 def full_vocabulary_support(mass: str, temperature: float) -> None:
     """What K log-probs do not tell of the teacher, and a mass other than "renormalized" must know."""
-    if temperature != 1:
-        raise ValueError(
-            f"temperature is {temperature} with mass={mass!r} and a Support, whose log-probs do not tell the teacher's "
-            "normaliser at that temperature; pass teacher logits, or divide both sides' logits beforehand, as in "
-            "teacher_topk(teacher_logits / temperature, k, normalize=True)"
-        )
+    support_at_temperature_1(f"mass={mass!r}", temperature)
     if mass.startswith("ema_pg"):
         raise ValueError(
             f"teacher is a Support with mass={mass!r}, which needs the teacher's log-prob of every sampled token; pass "
             "teacher logits"
+        )
+
+
+def support_at_temperature_1(asked: str, temperature: float) -> None:
+    if temperature != 1:
+        raise ValueError(
+            f"temperature is {temperature} with {asked} and a Support, whose log-probs do not tell the teacher's "
+            "normaliser at that temperature; pass teacher logits, or divide both sides' logits beforehand, as in "
+            "teacher_topk(teacher_logits / temperature, k, normalize=True)"
         )
 
 
