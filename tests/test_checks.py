@@ -39,6 +39,8 @@ from topk_rkl import (
     topk_divergence,
     topk_reverse_kl,
 )
+from topk_rkl.builders import linear_fixed_ids
+from topk_rkl.divergence import Divergence
 from topk_rkl.rewards import return_to_go
 from topk_rkl.weighting import aggregate, special_token_mask
 
@@ -63,7 +65,7 @@ def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an op ran before the refusal")
 
     losses = ("support_loss", "select_loss", "mass_loss", "sparse_head", "linear_mass_loss")
-    for name in ("select", "rest", "scatter", "spread", "linear_select", *losses):
+    for name in ("select", "rest", "scatter", "spread", "linear_select", "linear_values", *losses):
         monkeypatch.setattr(ops, name, launched)
 
 
@@ -264,9 +266,9 @@ REFUSALS = {
         "student_weight is partitioned by DeepSpeed.*GatheredParameters",
     ),
     "linear: mixed dtypes": (
-        lambda: linear_topk_reverse_kl(Z.bfloat16(), HEAD, S),
+        lambda: linear_topk_reverse_kl(Z.bfloat16(), HEAD.double(), S),
         TypeError,
-        "student_weight is torch.float32 and student_hidden torch.bfloat16; cast one",
+        "student_weight is torch.float64 and student_hidden torch.bfloat16; float64 goes with float64 alone",
     ),
     "linear: mixed devices": (
         lambda: linear_topk_reverse_kl(Z, HEAD.to("meta"), S),
@@ -279,9 +281,9 @@ REFUSALS = {
         r"student_bias has shape \(40,\); it must be \(V,\), here \(50,\)",
     ),
     "linear: bias of another dtype": (
-        lambda: linear_topk_reverse_kl(Z, HEAD, S, student_bias=torch.randn(50).half()),
+        lambda: linear_topk_reverse_kl(Z, HEAD, S, student_bias=torch.randn(50).double()),
         TypeError,
-        "student_bias is torch.float16 and student_hidden torch.float32",
+        "student_bias is torch.float64 and student_hidden torch.float32; float64 goes",
     ),
     "linear: support of other rows": (
         lambda: linear_topk_reverse_kl(Z[:2], HEAD, S),
@@ -303,7 +305,27 @@ REFUSALS = {
     "linear: softcap 0": (
         lambda: linear_topk_reverse_kl(Z, HEAD, S, softcap=0.0),
         ValueError,
-        "softcap is 0.0; it must be positive, or None for no cap",
+        "softcap is 0.0; it must be positive, at least 1e-30, or None for no cap",
+    ),
+    "linear: softcap tiny": (
+        lambda: linear_teacher_topk(Z, HEAD, 3, softcap=1e-31),
+        ValueError,
+        "softcap is 1e-31; it must be positive, at least 1e-30",
+    ),
+    "linear: logit_scale huge": (
+        lambda: LinearTopKReverseKLLoss(logit_scale=-1e31),
+        ValueError,
+        "logit_scale is -1e[+]31; its size must be 0, or between 1e-30 and 1e[+]30",
+    ),
+    "linear: logit_scale tiny": (
+        lambda: linear_fixed_ids(Z, HEAD, [1, 2], logit_scale=1e-31),
+        ValueError,
+        "logit_scale is 1e-31; its size",
+    ),
+    "linear: sparse gradient of a head that is made of others": (
+        lambda: linear_topk_reverse_kl(Z, HEAD + HEAD.clone().requires_grad_(), S, weight_grad="sparse"),
+        ValueError,
+        "student_weight is no leaf but the result of AddBackward0 .*use weight_grad='dense', or pass the parameter",
     ),
     "linear: weight_grad": (
         lambda: LinearTopKReverseKLLoss(weight_grad="none"),
@@ -314,6 +336,11 @@ REFUSALS = {
         lambda: topk_divergence(Z, W, k=3, divergence=ForwardKL),
         TypeError,
         r"divergence is the class ForwardKL; pass an instance, such as ForwardKL\(",
+    ),
+    "divergence of no kind": (
+        lambda: topk_divergence(Z, W, k=3, divergence=Divergence()),
+        TypeError,
+        "divergence is a topk_rkl.divergence.Divergence; use ReverseKL",
     ),
     "divergence a name": (
         lambda: topk_divergence(Z, W, k=3, divergence="jsd"),
@@ -441,6 +468,21 @@ REFUSALS = {
         ValueError,
         "chunk_rows is 0; it must be a positive int",
     ),
+    "linear teacher logits_dtype": (
+        lambda: linear_teacher_topk(Z, HEAD, 3, logits_dtype=torch.bfloat16),
+        ValueError,
+        "logits_dtype is torch.bfloat16; use None, or torch.float32 with teacher_hidden of torch.float32",
+    ),
+    "linear fixed_ids of other positions": (
+        lambda: linear_fixed_ids(Z, HEAD, IDS[:2]),
+        ValueError,
+        r"ids has shape \(2, 5\) and teacher_hidden \(3, 40\); ids must be",
+    ),
+    "linear fixed_ids outside": (
+        lambda: linear_fixed_ids(Z, HEAD, [50]),
+        ValueError,
+        "from 0 to V - 1 = 49",
+    ),
     "linear teacher bias": (
         lambda: linear_teacher_topk(Z, HEAD, 3, bias=torch.randn(3)),
         ValueError,
@@ -546,7 +588,10 @@ def hostile(value: Any) -> dict[str, object]:
         "None": None, "text": "text", "object": object(), "class": int, "list": [1.5], "empty": [], "dict": {"a": 1},
         "array": numpy.array([1, 2]), "words": numpy.array(["a", "b"]), "tuple": (x, x), "support": Support(None, None),
     }  # fmt: skip
+    sharded = x.clone()
+    sharded.full_tensor = None
     tensors = {
+        "sharded": sharded,
         "meta": x.to("meta"), "sparse": rows.to_sparse(), "nested": torch.nested.nested_tensor([rows, rows]),
         "jagged": torch.nested.nested_tensor([rows, rows], layout=torch.jagged), "0-d": x.flatten()[0],
         "of another rank": x[..., None].expand(*x.shape, 7), "of other rows": rows.repeat(3, *[1] * (rows.dim() - 1)),

@@ -124,9 +124,10 @@ def test_composed_teachers_compile_without_a_graph_break() -> None:
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-def test_a_mixture_of_three_takes_weights_of_each_position() -> None:
-    logits = torch.randn(3, 2, 4, 30, dtype=torch.float64, device=DEVICE)
-    weights = torch.rand(3, 2, 4, dtype=torch.float64, device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_mixture_of_three_takes_weights_of_each_position(dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 2, 4, 30, dtype=dtype, device=DEVICE)
+    weights = torch.rand(3, 2, 4, dtype=dtype, device=DEVICE)
     want = ((weights / weights.sum(0))[..., None] * logits.softmax(-1)).sum(0)
     got = mixture(list(logits), list(weights), k=5)
     torch.testing.assert_close(got.log_probs.exp(), want.topk(5).values)
@@ -182,7 +183,7 @@ def test_the_ends_of_each_family_are_the_teacher() -> None:
 
 
 def test_no_gradient_flows_through_the_target() -> None:
-    student, teacher = torch.randn(2, 3, 30, dtype=torch.float64, device=DEVICE)
+    student, teacher = torch.randn(2, 3, 30, device=DEVICE)
     student.requires_grad_()
     slots = teacher_topk(teacher, 8)
     for target in (

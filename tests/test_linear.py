@@ -1,5 +1,9 @@
 """The promises about the entry from hidden states, each by its name, on every backend."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import DEVICE, same_bits
@@ -13,13 +17,15 @@ from topk_rkl import (
     Support,
     backends,
     linear_teacher_topk,
+    linear_topk_divergence,
     linear_topk_reverse_kl,
     ops,
     teacher_topk,
+    topk_divergence,
     topk_reverse_kl,
     use_backend,
 )
-from topk_rkl.backends import dense_head, reference
+from topk_rkl.backends import dense_head, products, reference
 
 LOW = [torch.bfloat16, torch.float16]
 N, V, H, K = 6, 90, 24, 7
@@ -39,6 +45,12 @@ def dense(
     """The logits as a model makes them."""
     z = nn.functional.linear(hidden, head, bias) * scale
     return z if softcap is None else softcap * (z / softcap).tanh()
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int) -> None:
+    """For products of so many positions and tokens at a time, and losses of 50 slots."""
+    for name, value in (("ROWS", rows), ("LOGITS", 4 * rows * tokens), ("SOLVED", 50)):
+        monkeypatch.setattr(products, name, value)
 
 
 def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
@@ -118,6 +130,104 @@ def test_only_what_asks_gets_a_gradient(backend, monkeypatch, asked: tuple[bool,
     linear_topk_reverse_kl(*leaves[:2], support, student_bias=leaves[2]).backward()
     for leaf, wanted, grad in zip(leaves, asked, want, strict=True):
         assert torch.equal(leaf.grad, grad) if wanted else leaf.grad is None
+
+
+DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("vocab", [V, 20], ids=["gathered", "dense"])
+@pytest.mark.parametrize("mass", ["renormalized", "tail"])
+@pytest.mark.parametrize(("of_hidden", "of_head"), DTYPES, ids=str)
+def test_hidden_states_and_head_of_different_dtypes(backend, vocab: int, mass: str, of_hidden, of_head) -> None:
+    """Their own numbers are multiplied, neither rounded to the other's dtype, under autocast too."""
+    if mass != "renormalized" and backend != "reference":
+        pytest.skip("the reference alone has it")
+    hidden, head, bias, support = inputs()
+    hidden = hidden.detach().to(of_hidden).requires_grad_()
+    head, bias = (x.detach()[:vocab].to(of_head).requires_grad_() for x in (head, bias))
+    support = Support(support.ids, support.log_probs.log_softmax(1) - 0.1)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
+    with use_backend("reference"):
+        want = topk_divergence(dense(*exact), support, mass=mass)
+    found = torch.autograd.grad(want, exact)
+    with torch.autocast(DEVICE, torch.bfloat16), use_backend("auto" if vocab == 20 else backend):
+        for weight_grad in ("dense", "sparse") if mass == "renormalized" else ("dense",):
+            got = linear_topk_divergence(hidden, head, support, student_bias=bias, mass=mass, weight_grad=weight_grad)
+            torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+            for a, b, x in zip(gradients(got, hidden, head, bias), found, (hidden, head, bias), strict=True):
+                assert a.dtype == x.dtype
+                off = max(2e-6, torch.finfo(x.dtype).eps / 2) * b.abs().max().item()
+                torch.testing.assert_close(a.double(), b, rtol=0, atol=1.01 * off)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_16_bit_model_is_its_own_teacher_through_float32_logits(backend, dtype: torch.dtype) -> None:
+    hidden, head, bias, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(dtype, n=40))
+    options = {"logit_scale": 1.5, "softcap": 4.0}
+    losses = []
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for logits_dtype in (torch.float32, None):
+            support = linear_teacher_topk(hidden, head, K, bias=bias, logits_dtype=logits_dtype, **options)
+            loss = linear_topk_reverse_kl(hidden, head, support, student_bias=bias, reduction="none", **options)
+            losses.append(loss.abs().max())
+    assert losses[0] <= 1e-11 < 1e-8 < losses[1]
+    wanted = dense(*(x.double() for x in (hidden, head, bias)), scale=1.5, softcap=4.0)
+    with use_backend("reference"):
+        want = teacher_topk(wanted, K, normalize=True)
+    got = linear_teacher_topk(
+        hidden, head, K, bias=bias, chunk_rows=7, normalize=True, logits_dtype=torch.float32, **options
+    )
+    assert torch.equal(got.ids, want.ids)
+    torch.testing.assert_close(got.log_probs.double(), want.log_probs, rtol=2e-6, atol=2e-6)
+
+
+def test_linear_teacher_topk_gives_log_probs_of_its_buffer(backend) -> None:
+    hidden, head, bias, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(n=11))
+    got = linear_teacher_topk(hidden, head, 5, bias=bias, chunk_rows=4, normalize=True)
+    parts = [teacher_topk(torch.addmm(bias, rows, head.T), 5, normalize=True) for rows in hidden.split(4)]
+    assert all(map(torch.equal, got, map(torch.cat, zip(*parts, strict=True))))
+
+
+@pytest.mark.parametrize("softcap", [1e30, 1e39, 1.7e308])
+def test_a_softcap_that_changes_nothing_is_none(backend, softcap: float) -> None:
+    hidden, head, bias, support = inputs()
+    support = Support(support.ids, support.log_probs.log_softmax(1) - 0.1)
+    for vocab, mass in ((V, "renormalized"), (20, "renormalized"), (V, "tail")):
+        with use_backend("auto" if mass == "tail" else backend):
+            losses = [
+                linear_topk_divergence(
+                    hidden, head[:vocab], support, student_bias=bias[:vocab], mass=mass, softcap=cap, logit_scale=0.5
+                )
+                for cap in (softcap, None, 9e29)
+            ]
+        assert torch.equal(losses[0], losses[1])
+        torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-6)
+    constant = hidden.detach(), head.detach()
+    assert all(map(torch.equal, *(linear_teacher_topk(*constant, 5, softcap=cap) for cap in (softcap, None))))
+    assert linear_topk_reverse_kl(hidden, head, support, softcap=1e-30, logit_scale=1e30).isfinite()
+    assert linear_topk_reverse_kl(hidden, head, support, logit_scale=0.0).isfinite()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_softcap_of_16_bit_logits_is_taken_in_float32(dtype: torch.dtype) -> None:
+    """In float16 the logits over a cap of 1e6 would have been 0, all of them."""
+    hidden, head, _, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(dtype))
+    got, want = (linear_teacher_topk(hidden, head, K, softcap=softcap) for softcap in (1e6, None))
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_sparse_gradient_is_for_a_leaf(backend) -> None:
+    """What the refusal advises works, and what needs no gradient, or gives one to the bias alone, is not refused."""
+    hidden, head, bias, support = inputs()
+    for made in (head * 1, head.T.T, head[:50], head.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"student_weight is no leaf .*use weight_grad='dense', or pass"):
+            linear_topk_reverse_kl(hidden, made, support, weight_grad="sparse")
+        linear_topk_reverse_kl(hidden, made, support, weight_grad="dense").backward()
+    with torch.no_grad():
+        linear_topk_reverse_kl(hidden, head * 1, support, weight_grad="sparse")
+    for frozen in (head.detach() * 1, head):
+        linear_topk_reverse_kl(hidden, frozen, support, student_bias=bias * 1, weight_grad="sparse").backward()
+    assert bias.grad is not None and head.grad is not None
 
 
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.SparseAdam])
@@ -227,18 +337,18 @@ def test_linear_teacher_topk_in_low_precision(backend, dtype: torch.dtype) -> No
     assert torch.equal(linear_teacher_topk(hidden, head, K).ids, teacher_topk(hidden @ head.T, K).ids)
 
 
-def test_linear_teacher_topk_holds_one_buffer(monkeypatch) -> None:
+def test_linear_teacher_topk_holds_one_buffer(backend, monkeypatch) -> None:
     hidden, head, _, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(n=50))
+    module = backends._load(backend)
     seen = []
 
-    def select(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def select(logits: Tensor, *others) -> tuple[Tensor, Tensor]:
         seen.append((len(logits), logits.data_ptr()))
-        return original(logits, k)
+        return original(logits, *others)
 
-    original = reference.select
-    monkeypatch.setattr(reference, "select", select)
-    with use_backend("reference"):
-        linear_teacher_topk(hidden, head, 5, chunk_rows=7)
+    original = module.select
+    monkeypatch.setattr(module, "select", select)
+    linear_teacher_topk(hidden, head, 5, chunk_rows=7)
     assert [rows for rows, _ in seen] == [7] * 7 + [1]
     assert len({address for _, address in seen}) == 1
 
@@ -258,6 +368,22 @@ def test_nothing_to_compare_gives_zero_gradients_attached_to_the_graph(backend, 
         assert loss == 0
         for leaf, grad in zip((hidden, head, bias), gradients(loss, hidden, head, bias), strict=True):
             assert grad.shape == leaf.shape and (grad == 0).all()
+    assert torch.autograd.grad(loss, head)[0]._nnz() == 0  # of the sparse one: nothing was touched
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_low_precision_gradient_is_rounded_once(backend, dtype: torch.dtype) -> None:
+    """After grad_output is known, and not before it as well; to nearest."""
+    hidden, head, bias, support = inputs(dtype, n=40)
+    given = torch.rand(40, device=DEVICE) + 0.5
+    loss = linear_topk_reverse_kl(hidden, head, support, student_bias=bias, reduction="none")
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
+    with use_backend("reference"):
+        want = topk_reverse_kl(dense(*exact), support, reduction="none")
+    half = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]  # of the last bit, at most
+    found = torch.autograd.grad(loss, (hidden, head, bias), given)
+    for a, b in zip(found, torch.autograd.grad(want, exact, given.double()), strict=True):
+        assert ((a.double() - b).abs() <= half * b.abs() + 3e-6 * b.abs().max()).all()
 
 
 def test_nan_stays_in_its_row_and_what_is_not_named_is_not_read(backend) -> None:
@@ -372,8 +498,7 @@ def test_big_offsets_are_64_bit(module, stride: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(5, 30, 4, 11), (7, 300, 20, 80)], ids=str)
 def test_the_dense_product_is_the_same_loss(monkeypatch, size: tuple[int, ...]) -> None:
     n, vocab, width, k = size
-    monkeypatch.setattr(dense_head, "ROWS", 3)
-    monkeypatch.setattr(dense_head, "TOKENS", 64)
+    small_blocks(monkeypatch, 3, 64)
     hidden, head, bias = torch.randn(n, width), torch.randn(vocab, width), torch.randn(vocab)
     ids, values = torch.randint(-2, vocab + 3, (n, k)), torch.randn(n, k)
     weights = torch.randn(n)
@@ -424,10 +549,83 @@ def test_the_dense_product_is_chosen_by_one_rule() -> None:
     assert backends.choose_head("auto", 24, hidden, 100) is not dense_head
     assert backends.choose_head("reference", 25, hidden, 100) is reference
     assert backends.choose_head("auto", 25, hidden.double(), 100) is reference
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    assert backends.choose_head("auto", 25, hidden, 100) is not dense_head
-    torch.set_float32_matmul_precision(before)
+
+
+SETTINGS = """
+import torch
+from topk_rkl import linear_topk_reverse_kl
+from topk_rkl.backends import choose_head
+hidden, head, teacher = torch.randn(3, 8), torch.randn(20, 8), torch.randn(3, 20)
+def took_dense():
+    linear_topk_reverse_kl(hidden, head, teacher, k=10)
+    return choose_head("auto", 10, hidden, 20).__name__.endswith("dense_head")
+for setting, dense in SETTINGS:
+    exec(setting)
+    assert took_dense() == dense, setting
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """What the code prints, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_dense_product_is_not_taken_where_it_has_fewer_bits() -> None:
+    """By torch's old setting and, in any mixture, its newer ones, which make the reading of the old one raise."""
+    settings = [(f"torch.set_float32_matmul_precision({x!r})", x == "highest") for x in ("high", "medium", "highest")]
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        settings += [
+            ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+            ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", False),
+            ("torch.backends.mkldnn.matmul.fp32_precision = 'ieee'", True),
+            ("torch.backends.mkldnn.matmul.fp32_precision = 'none'", True),
+            ("torch.backends.mkldnn.conv.fp32_precision = 'bf16'", True),
+            ("torch.backends.fp32_precision = 'tf32'", False),
+            ("torch.backends.fp32_precision = 'ieee'", True),
+        ]
+    run(SETTINGS.replace("SETTINGS", repr(settings)))
+
+
+PEAK = """
+import torch
+from topk_rkl import Support, linear_topk_divergence
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+n, vocab, width, k, dtype, mass = ARGUMENTS
+ids = torch.arange(k, dtype=torch.int32).expand(n, k).contiguous()
+values = torch.randn(n, k).log_softmax(1) - 0.1
+hidden, head = torch.randn(n, width).to(dtype), torch.randn(vocab, width).to(dtype).requires_grad_()
+def step(n):
+    rows = hidden[:n].requires_grad_()
+    loss = linear_topk_divergence(rows, head, Support(ids[:n], values[:n]), mass=mass)
+    torch.autograd.grad(loss, (rows, head))
+step(2)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+step(n)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or sys.platform != "linux", reason="reads the peak of a process on Linux")
+@pytest.mark.parametrize(
+    ("mass", "n", "vocab", "width", "k", "dtype"),
+    [
+        ("renormalized", 768, 2_048, 64, 2_048, torch.float32),
+        ("tail", 768, 2_048, 64, 2_048, torch.float32),
+        ("tail", 16, 16_384, 2_048, 16, torch.bfloat16),
+    ],
+)
+def test_memory_of_dense_products(mass: str, n: int, vocab: int, width: int, k: int, dtype: torch.dtype) -> None:
+    """N K 16 bytes and 64 MiB beyond the gradients, counted as the system does, that of the hidden states twice."""
+    arguments = f"{(n, vocab, width, k)} + ({dtype}, {mass!r})"
+    peak = float(run(PEAK.replace("ARGUMENTS", arguments), MALLOC_MMAP_THRESHOLD_="65536"))
+    gradients = (vocab * width + n * width) * dtype.itemsize + 4 * n * width
+    assert 0 < peak <= (16 * n * k + gradients) / 2**20 + 64
 
 
 def test_the_module_is_the_function() -> None:

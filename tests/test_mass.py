@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE, EVERY_OBJECTIVE, same_bits
 from test_divergence import FORMULAS, RAW, UNCLAMPED, both, gradient, kl, log_probs, plain
+from test_linear import small_blocks
 from test_loss import NoHostSync
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from topk_rkl import (
     topk_divergence,
     use_backend,
 )
-from topk_rkl.backends import linear_mass
 
 HAVE_IT = EVERY_OBJECTIVE
 MASSES = ["tail", "raw", "raw_stop_grad"]
@@ -172,12 +172,20 @@ def test_repeatable_row_by_row_with_a_mass(backend, mass: str, given: str) -> No
         return mass_gradient(z[rows], target, k=k, mass=mass, weights=weights[rows])
 
     loss, grad = run_rows(slice(None))
-    again = run_rows(slice(None))
-    assert same_bits(loss, again[0]) and same_bits(grad, again[1])
-    for i in range(6):
+    for i in range(6) if backend in ("reference", "native") or DEVICE == "cuda" else (0, 3):
         row = slice(i, i + 1)
         alone = run_rows(row)
         assert same_bits(alone[0], loss[row]) and same_bits(alone[1], grad[row]), i
+
+
+def test_inputs_untouched_by_a_mass(backend) -> None:
+    z, w, weights = torch.randn(4, 90, device=DEVICE), torch.randn(4, 90, device=DEVICE), torch.rand(4, device=DEVICE)
+    support = teacher_topk(w, 9, normalize=True)
+    inputs = [z, w, weights, *support]
+    before = [x.clone() for x in inputs]
+    mass_gradient(z, w, k=9, weights=weights)
+    mass_gradient(z, support, weights=weights)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 def test_mass_with_one_slot_does_not_warn(recwarn) -> None:
@@ -201,9 +209,13 @@ def test_mass_does_not_read_the_device_on_the_host(module) -> None:
     assert z.grad.abs().sum() > 0
 
 
-def test_expected_gradient_of_the_sampled_masses() -> None:
-    """Over the student's own samples "ema_pg_corrected" is the full KL; as published, "ema_pg" has grad P besides."""
-    z, w = torch.randn(2, 1, 12, dtype=torch.float64)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_expected_gradient_of_the_sampled_masses(dtype: torch.dtype, bound: float) -> None:
+    """Over the student's own samples "ema_pg_corrected" is the full KL; as published, "ema_pg" has grad P besides.
+
+    The reference alone has these masses. In float32 the teacher's rest is by the backend of the device.
+    """
+    z, w = torch.randn(2, 1, 12, dtype=torch.float64).to(dtype)
     ids = w.topk(4).indices
     for divergence, formula, sign in ((ReverseKL(), kl, 1), (ForwardKL(), lambda p, q: kl(q, p), -1)):
         leaf = z.clone().requires_grad_()
@@ -216,17 +228,20 @@ def test_expected_gradient_of_the_sampled_masses() -> None:
                 leaf.expand(12, 12), w.expand(12, 12), k=4, divergence=divergence, mass=mass,
                 sampled_ids=torch.arange(12), weights=p, reduction="sum",
             )  # fmt: skip
-            torch.testing.assert_close(loss, full, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], want, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(loss, full, rtol=bound, atol=bound)
+            torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], want, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("mass", [*MASSES, "ema_pg", "ema_pg_corrected"])
 @pytest.mark.parametrize("softcap", [None, 2.5])
-def test_mass_from_hidden_states_is_that_of_the_logits(monkeypatch, mass: str, softcap: float | None) -> None:
-    monkeypatch.setattr(linear_mass, "ROWS", 2)
-    monkeypatch.setattr(linear_mass, "TOKENS", 13)
-    leaves = [torch.randn(shape, dtype=torch.float64).to(DEVICE).requires_grad_() for shape in ((5, 6), (40, 6), (40,))]
-    w, y = torch.randn(5, 40, device=DEVICE).double(), torch.tensor([0, 5, 9, 20, 39], device=DEVICE)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_mass_from_hidden_states_is_that_of_the_logits(
+    monkeypatch, dtype: torch.dtype, bound: float, mass: str, softcap: float | None
+) -> None:
+    """In float32 the teacher's side, and the loss of the logits where it has the mass, are by the device's backend."""
+    small_blocks(monkeypatch, 2, 13 * dtype.itemsize // 4)
+    leaves = [torch.randn(shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in ((5, 6), (40, 6), (40,))]
+    w, y = torch.randn(5, 40, device=DEVICE).to(dtype), torch.tensor([0, 5, 9, 20, 39], device=DEVICE)
     weights = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], device=DEVICE)
     leaves[0].data[1] = torch.nan
     options = {"mass": mass, "k": 6, "temperature": 0.7, "weights": weights, "reduction": "sum"}
@@ -240,10 +255,10 @@ def test_mass_from_hidden_states_is_that_of_the_logits(monkeypatch, mass: str, s
             **options,
         )  # fmt: skip
         want = topk_divergence(z, w, divergence=divergence, **options)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, want, rtol=bound, atol=bound)
         found = torch.autograd.grad(got, leaves)
         for a, b in zip(found, torch.autograd.grad(want, leaves, retain_graph=True), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL()], ids=str)

@@ -41,7 +41,8 @@ def samples() -> dict[str, tuple]:
         "mass_loss": (student, distinct, values, weights, weights, pack(0.7), "tail", "reference"),
         "spread": (values, distinct, others, weights, student, student.clone(), pack(0.7), "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
-        "linear_select": (hidden, head, bias, 6, 5, CLAMPED, "reference"),
+        "linear_select": (hidden, head, bias, 6, 5, CLAMPED, True, False, "reference"),
+        "linear_values": (hidden, head, bias, ids, CLAMPED),
         "sparse_head": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
         "sparse_head_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
         "linear_mass_loss": (

@@ -11,11 +11,21 @@ from conftest import DEVICE, LiveBytes
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from topk_rkl import Support, builders, linear_teacher_topk, teacher_topk, topk_divergence, topk_reverse_kl
+from topk_rkl import (
+    Support,
+    builders,
+    linear_teacher_topk,
+    teacher_topk,
+    topk_divergence,
+    topk_reverse_kl,
+    use_backend,
+)
+from topk_rkl.backends import products
 from topk_rkl.builders import (
     difference,
     fixed_ids,
     intersection,
+    linear_fixed_ids,
     remap,
     student_topk,
     teacher_top_p,
@@ -189,6 +199,36 @@ def test_fixed_ids_are_the_same_at_every_position(backend, form, normalize: bool
     want = (teacher.double().log_softmax(-1) if normalize else teacher.double())[..., [7, 0, 39]]
     assert torch.equal(got.ids.cpu(), torch.tensor([7, 0, 39]).expand(2, 3, 3))
     torch.testing.assert_close(got.log_probs.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fixed_ids_from_hidden_states(backend, monkeypatch, normalize: bool, dtype: torch.dtype) -> None:
+    """Those of the dense logits, ids outside empty, with a few rows of the head gathered at a time."""
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("the reference alone takes float64")
+    monkeypatch.setattr(products, "WEIGHTS", 1_000)
+    hidden, head, bias = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((2, 5, 8), (40, 8), (40,)))
+    ids = torch.randint(-3, 45, (2, 5, 7), device=DEVICE)
+    options = {"normalize": normalize, "bias": bias, "logit_scale": 1.5, "softcap": 3.0, "chunk_rows": 3}
+    got = linear_fixed_ids(hidden, head, ids, **options)
+    z = torch.nn.functional.linear(*(x.double() for x in (hidden, head, bias))) * 1.5
+    with use_backend("reference"):
+        want = fixed_ids(3 * (z / 3).tanh(), ids, normalize=normalize)
+    assert torch.equal(got.ids, want.ids) and (got.log_probs[ids >= 40] == -INF).all()
+    torch.testing.assert_close(got.log_probs.double(), want.log_probs, rtol=2e-6, atol=2e-6)
+    hidden[0, 1] = torch.nan
+    spoiled = linear_fixed_ids(hidden, head, [0, 39], **options)
+    assert spoiled.log_probs[0, 1].isnan().all() and spoiled.log_probs.isnan().sum() == 2
+
+
+def test_fixed_ids_from_hidden_states_hold_little() -> None:
+    """N V is 4.8 MB, N K H 20 MB and V H 1.5 MB, of float32."""
+    hidden, head, ids = torch.randn(400, 128), torch.randn(3_000, 128), torch.randint(3_000, (400, 100))
+    with LiveBytes() as memory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "WEIGHTS", 400_000)
+        products.logits_at(hidden, head, None, ids, 1.0, None)
+    assert 0 < memory.peak < 3_000_000
 
 
 def test_fixed_ids_of_each_position_drop_what_is_repeated_or_unknown(backend) -> None:

@@ -28,9 +28,10 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> None:
+        name = ctx.name.removesuffix("Backward")
         raise RuntimeError(
-            f"{ctx.name} has no second derivative: its gradient is found in the forward pass. For one, write the loss "
-            "in plain PyTorch over the K gathered logits, as the README's `plain` does"
+            f"{name} has no second derivative: its gradient is found in the forward pass. For one, write the loss in "
+            "plain PyTorch over the K gathered logits, as the README's `plain` does"
         )
 
 
@@ -53,19 +54,18 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.set_materialize_grads(False)  # of the outputs that are there only to be saved
-    ctx.save_for_backward(*map(savable, tensors))
+    if not torch.compiler.is_compiling():  # which drops what is not used
+        ctx.set_materialize_grads(False)  # of the outputs that are there only to be saved
+    ctx.save_for_backward(*[None if x is None else savable(x) for x in tensors])
 
 
-def savable(x: Tensor | None, copy: bool = True) -> Tensor | None:
+def savable(x: Tensor, copy: bool = True) -> Tensor:
     """What autograd may save: of a tensor made under torch.inference_mode a copy, or its memory under another name."""
-    if x is None:
-        return None
     if torch.compiler.is_compiling():  # which cannot tell: of ids alone, K numbers a row, there is always a copy
         return x if x.is_floating_point() else ops.kept(x)
     if not x.is_inference():
         return x
-    return x.clone() if copy else x.new_empty(0).set_(x)
+    return x.clone() if copy else x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ class SparseHeadLoss(torch.autograd.Function):
         loss, g, dhidden = ops.carrier(ops.sparse_head, options.terms)(
             hidden, head, bias, ids, values, weights, settings, of_hidden, options.backend
         )
-        ctx.options, ctx.vocab, ctx.dtype = options, len(head), hidden.dtype
+        ctx.options, ctx.head_shape, ctx.dtype, ctx.head_dtype = options, head.shape, hidden.dtype, head.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         summed = (g, ids, hidden) if of_head or of_bias else (None, None, None)
         save(ctx, dhidden if of_hidden else None, *summed)
         return loss, g, dhidden
@@ -231,10 +232,10 @@ class SparseHeadLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
-        dhidden: Tensor | None,  # (..., H)
-        g: Tensor | None,  # (..., K), as the next two where head or bias has a gradient
-        ids: Tensor | None,  # (..., K)
-        hidden: Tensor | None,  # (..., H)
+        dhidden: Tensor,  # (..., H), None where not asked for
+        g: Tensor,  # (..., K), as the next two None where neither head nor bias is asked for
+        ids: Tensor,  # (..., K)
+        hidden: Tensor,  # (..., H)
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         sparse = of_head and ctx.options.weight_grad == "sparse"
@@ -244,13 +245,13 @@ class SparseHeadLoss(torch.autograd.Function):
         if of_head or of_bias:
             g = times(g, grad_output)
         if of_bias:
-            dbias = hidden.new_empty(ctx.vocab)
+            dbias = hidden.new_empty(ctx.head_shape[0], dtype=ctx.bias_dtype)
         if of_head and not sparse:
-            dhead = hidden.new_empty(ctx.vocab, hidden.shape[-1])
+            dhead = hidden.new_empty(ctx.head_shape, dtype=ctx.head_dtype)
         if dhead is not None or dbias is not None:
             ops.sparse_head_weight_grad(g, ids, hidden, dhead, dbias, ctx.options.backend)
         if sparse:
-            dhead = _row_sparse(g, ids, hidden, ctx.vocab, ctx.options.backend)
+            dhead = _row_sparse(g, ids, hidden, ctx.head_shape, ctx.head_dtype, ctx.options.backend)
         return dhidden, dhead, dbias, None, None, None, None, None
 
 
@@ -292,7 +293,10 @@ class LinearMassLoss(torch.autograd.Function):
         settings: Tensor | None,  # (numbers,)
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other six
         asked = zip(ctx.needs_input_grad[:3], (hidden, head, bias))
-        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
+        outs = [
+            None if x is None or not wanted else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for wanted, x in asked
+        ]
         options = ctx.options
         ops.linear_mass_grad(
             g, ids, others, grad_output, hidden, head, bias, settings, *outs, options.mass, options.backend
@@ -304,14 +308,14 @@ def _row_sparse(
     g: Tensor,  # (..., K)
     ids: Tensor,  # (..., K)
     hidden: Tensor,  # (..., H)
-    vocab: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
     backend: str,
 ) -> Tensor:  # (V, H) sparse, coalesced
     """The gradient over the touched rows of the head: the dense one of a head that has only those."""
-    live = (ids >= 0) & (ids < vocab) & (g != 0)
+    live = (ids >= 0) & (ids < shape[0]) & (g != 0)
     touched, places = ids[live].long().unique(return_inverse=True)  # how many is read on the host
     place = torch.full_like(ids, -1, dtype=torch.long).masked_scatter(live, places)
-    values = hidden.new_empty(len(touched), hidden.shape[-1])
+    values = hidden.new_empty((len(touched), shape[1]), dtype=dtype)
     ops.sparse_head_weight_grad(g, place, hidden, values, None, backend)
-    shape = (vocab, hidden.shape[-1])
     return torch.sparse_coo_tensor(touched[None], values, shape, is_coalesced=True, check_invariants=False)

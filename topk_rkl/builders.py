@@ -18,6 +18,8 @@ from torch.nn.functional import pad
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.backends.reference import result_dtype
+from topk_rkl.divergence import REVERSE_KL
+from topk_rkl.settings import pack
 from topk_rkl.support import Support
 
 
@@ -32,7 +34,7 @@ def student_topk(
 
     It is the support of SDPO, OPCD and of "only_stu" in thunlp/OPD. The ids are a constant: no gradient flows through
     the choice. Without student logits it is `fixed_ids(teacher_logits, linear_teacher_topk(student_hidden.detach(),
-    student_weight.detach(), k).ids)`.
+    student_weight.detach(), k).ids)`, and without the teacher's `linear_fixed_ids`.
 
     Args:
         student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; detached here.
@@ -116,11 +118,54 @@ def fixed_ids(
         TypeError, ValueError: an argument is not as above.
     """
     checks.constant_logits("teacher_logits", teacher_logits)
-    ids = checks.id_set(ids, teacher_logits)
+    ids = checks.id_set(ids, teacher_logits, teacher_logits.shape[-1])
     checks.flag("normalize", normalize)
     ids = torch.as_tensor(ids, device=teacher_logits.device)
     ids = ids.expand(*teacher_logits.shape[:-1], ids.shape[-1])
     return Support(ids, values_at(teacher_logits, ids, normalize)).unique()
+
+
+def linear_fixed_ids(
+    teacher_hidden: Tensor,  # (..., H)
+    teacher_weight: Tensor,  # (V, H)
+    ids: Sequence[int] | Tensor,  # (K,) or (..., K)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    normalize: bool = False,
+    chunk_rows: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Support:
+    """`fixed_ids` of the logits teacher_hidden @ teacher_weight.T + bias, such as on the student's own top K.
+
+    `linear_fixed_ids(teacher_hidden, teacher_weight, linear_teacher_topk(student_hidden.detach(),
+    student_weight.detach(), k).ids)` is `student_topk` without anyone's logits.
+
+    Args:
+        teacher_hidden, teacher_weight, bias, chunk_rows, logit_scale, softcap: see `linear_teacher_topk`.
+        ids: see `fixed_ids`.
+        normalize: gives true log-probs instead of logits. All logits of `chunk_rows` positions at a time are made for
+            that; without it K rows of the head a position are read.
+
+    Returns:
+        Support with ids (..., K), in the given order, and log_probs (..., K) float32 (float64 from float64). The
+        products are summed in that dtype, whatever that of the inputs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
+    ids = checks.id_set(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
+    settings = pack(1.0, REVERSE_KL, *checks.logit_options(logit_scale, softcap))
+    ids = torch.as_tensor(ids, device=teacher_hidden.device)
+    ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
+    head = teacher_hidden, teacher_weight, bias
+    values = ops.linear_values(*head, ids, settings)
+    if normalize:
+        best, log_prob = ops.linear_select(*head, 1, chunk_rows, settings, True, True, requested())
+        normal = _from_best(values, ops.linear_values(*head, best, settings), best, log_prob)
+        values = torch.where((ids >= 0) & (ids < len(teacher_weight)), normal, -torch.inf)
+    return Support(ids, values).unique()
 
 
 def with_sampled(
@@ -257,7 +302,15 @@ def normalized(
 ) -> Tensor:  # (..., X)
     """Their log-probs: that of the best token, which the fused pass over V gives, and a difference of two logits."""
     best, log_prob = ops.select(logits, 1, True, requested())  # (..., 1), (..., 1)
-    top = logits.gather(-1, best.clamp(min=0).long()).to(values.dtype)  # (..., 1)
+    return _from_best(values, logits.gather(-1, best.clamp(min=0).long()).to(values.dtype), best, log_prob)
+
+
+def _from_best(
+    values: Tensor,  # (..., X)
+    top: Tensor,  # (..., 1) the logit of the best token
+    best: Tensor,  # (..., 1)
+    log_prob: Tensor,  # (..., 1)
+) -> Tensor:  # (..., X)
     return (values - top.masked_fill(best < 0, 0)).add_(log_prob.masked_fill(best < 0, 0))
 
 

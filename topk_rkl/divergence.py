@@ -314,14 +314,14 @@ def capped(
     raw: Tensor,  # (...) hidden @ head.T + bias
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # (...), (...)
+) -> tuple[Tensor, Tensor]:  # (...), (...) or ()
     """The logits that a model makes of the product with its head, and their derivative with respect to it.
 
     The scale comes first (Cohere), then softcap * tanh(z / softcap) (Gemma 2).
     """
     z = raw * logit_scale
     if softcap is None:
-        return z, torch.full_like(z, logit_scale)
+        return z, raw.new_full((), logit_scale)
     bent = (z / softcap).tanh()
     return softcap * bent, logit_scale * (1 - bent * bent)
 

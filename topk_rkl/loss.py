@@ -6,6 +6,7 @@ loss = topk_reverse_kl(student_logits, teacher_logits, k=32, weights=response_ma
 loss.backward()
 """
 
+import torch
 from torch import Tensor
 
 from topk_rkl import checks, ops
@@ -60,8 +61,6 @@ __all__ = [
     "topk_reverse_kl",
     "use_backend",
 ]
-
-CHUNK_BYTES = 128 << 20  # of teacher logits at a time: enough rows for a matrix product at full speed
 
 
 def teacher_topk(
@@ -135,6 +134,7 @@ def topk_reverse_kl(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors.
+        NotImplementedError: a tensor is under torch.func, vmap or forward mode.
     """
     loss: Tensor = topk_divergence(
         student_logits, teacher, k=k, weights=weights, temperature=temperature, reduction=reduction,
@@ -149,36 +149,45 @@ def linear_teacher_topk(
     k: int,
     *,
     bias: Tensor | None = None,  # (V,)
+    normalize: bool = False,
     chunk_rows: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Support:
     """`teacher_topk` of the logits teacher_hidden @ teacher_weight.T + bias, which never exist all at once.
 
     The platform's own matrix product fills one buffer of `chunk_rows` positions at a time, which is selected from at
-    once: the ids are, to the bit, those that `teacher_topk` gives for the buffer.
+    once: the ids are, to the bit, those that `teacher_topk` gives for the buffer. Such a product may give a position
+    other last bits in another batch.
 
     Args:
         teacher_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states; constant.
-        teacher_weight: (V, H), the LM head as nn.Linear keeps it, of the same dtype and device; constant.
+        teacher_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; constant. Its dtype, and that of
+            the bias, may differ, but float64 goes with float64 alone.
         k: 1 <= k <= V.
-        bias: (V,), of the same dtype.
+        bias: (V,).
+        normalize: returns true log-probs instead of logits, as `teacher_topk` does, of the logits in the buffer.
         chunk_rows: positions a buffer; None takes as many as 128 MiB hold.
-        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling).
-        softcap: then softcap * tanh(logits / softcap) (Gemma 2); None for none.
+        logit_scale, softcap: see `linear_topk_reverse_kl`.
+        logits_dtype: None for logits of the inputs' dtype, as the model itself would make them. torch.float32 for the
+            products of the same numbers summed in float32, as `linear_topk_reverse_kl` sums the student's: a 16-bit
+            teacher is then at distance 0 from itself but for the order of those sums. It is so too where dtypes differ.
 
     Returns:
-        Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64), which hold logits.
+        Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64), which hold logits, or
+        log-probs with `normalize`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    k, chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, k, chunk_rows)
-    checks.logit_options(logit_scale, softcap)
-    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (len(teacher_weight) * teacher_weight.element_size()))
-    softcap = None if softcap is None else float(softcap)
-    settings = pack(logit_scale=float(logit_scale), softcap=softcap)
-    return Support(*ops.linear_select(teacher_hidden, teacher_weight, bias, k, chunk_rows, settings, requested()))
+    chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
+    k = checks.top(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
+    checks.single_slot(k)
+    checks.logits_dtype(logits_dtype, teacher_hidden)
+    settings = pack(1.0, REVERSE_KL.code, *checks.logit_options(logit_scale, softcap))
+    head, full = (teacher_hidden, teacher_weight, bias), logits_dtype is not None
+    return Support(*ops.linear_select(*head, k, chunk_rows, settings, normalize, full, requested()))
 
 
 def linear_topk_reverse_kl(
@@ -204,21 +213,23 @@ def linear_topk_reverse_kl(
 
     Args:
         student_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states.
-        student_weight: (V, H), the LM head as nn.Linear keeps it, of the same dtype and device; whole, not sharded or
-            quantised. Frozen, it costs nothing in the backward pass.
+        student_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; whole, not sharded or quantised.
+            Frozen, it costs nothing in the backward pass. Its dtype, and that of the bias, may differ from that of the
+            hidden states, but float64 goes with float64 alone: neither is rounded to the other's.
         teacher: (..., V_teacher) logits with `k`, or a `Support`, such as of `linear_teacher_topk`. Slots whose id is
             outside the head are outside S.
-        student_bias: (V,), of the same dtype.
+        student_bias: (V,).
         k, weights, temperature, reduction, denominator: see `topk_reverse_kl`.
-        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling).
-        softcap: then softcap * tanh(logits / softcap) (Gemma 2); None for none.
+        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling); 0, or between 1e-30
+            and 1e30 in size.
+        softcap: then softcap * tanh(logits / softcap) (Gemma 2), at least 1e-30; None, or 1e30 and more, for none.
         weight_grad: "dense", (V, H); or "sparse", a row-sparse gradient over the ids that occur, as nn.Embedding with
             sparse=True gives and torch.optim.SparseAdam and SGD take, whose number of rows is read on the host: not
-            within a CUDA graph or torch.compile(fullgraph=True).
+            within a CUDA graph or torch.compile(fullgraph=True). "sparse" needs a student_weight that is a leaf.
 
     Returns:
         float32, or float64 from float64. Dot products are summed in float32; the gradients of head and bias too, over
-        all positions, and in a fixed order: the same bits every run.
+        all positions, and in a fixed order: the same bits every run. Each gradient has the dtype of its tensor.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from topk_rkl import checks, ops
 from topk_rkl.autograd import HeadOptions, LinearMassLoss, MassLoss, Options, SelectLoss, SparseHeadLoss, SupportLoss
 from topk_rkl.backends import requested
-from topk_rkl.backends.linear_mass import all_logits
+from topk_rkl.backends.products import all_logits
 from topk_rkl.diagnostics import measure
 from topk_rkl.divergence import Code, Divergence, ReverseKL, Terms
 from topk_rkl.mass import classes
@@ -91,6 +91,7 @@ def topk_divergence(
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
     checks.logits("student_logits", student_logits)
+    checks.plain(student_logits=student_logits, teacher=teacher, weights=weights)
     checks.weights(weights, student_logits)
     checks.temperature(temperature)
     checks.reduction(reduction, denominator, student_logits)
@@ -147,7 +148,8 @@ def linear_topk_divergence(
         divergence, mass, sampled_ids, diagnostics: see `topk_divergence`. With a mass other than "renormalized" all
             logits count: they are made a block of positions by a block of the vocabulary at a time, forwards and again
             backwards, in float32 (float64) and plain PyTorch on any device; diagnostics make them some positions at a
-            time. Nothing of size N V exists; the head's gradient is dense.
+            time. Nothing of size N V exists; the head's gradient is dense. Those products have as many bits as
+            torch.backends.fp32_precision and its like allow, and a position may get other last bits in another batch.
         others: see `linear_topk_reverse_kl`.
 
     Raises:
@@ -155,11 +157,16 @@ def linear_topk_divergence(
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
     checks.head("student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias)
+    checks.plain(
+        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
+        weights=weights,
+    )  # fmt: skip
     checks.weights(weights, student_hidden, "student_hidden")
     checks.temperature(temperature)
     checks.reduction(reduction, denominator, student_hidden)
-    checks.logit_options(logit_scale, softcap)
+    logit_scale, softcap = checks.logit_options(logit_scale, softcap)
     checks.weight_grad(weight_grad)
+    checks.sparse_leaf(weight_grad, student_weight)
     checks.objective(divergence, mass)
     checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support), temperature)
     if sampled_ids is not None:
@@ -168,8 +175,7 @@ def linear_topk_divergence(
         checks.dense_weight_grad(weight_grad, mass)
     k = _check_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
     weights = as_factors(weights, student_hidden)
-    temperature, logit_scale = float(temperature), float(logit_scale)
-    softcap = None if softcap is None else float(softcap)
+    temperature = float(temperature)
     settings = pack(temperature, _code(divergence), logit_scale, softcap)
     options = HeadOptions(_terms(divergence), mass, weight_grad, requested())
     support = _support(teacher, k) if diagnostics or mass == "renormalized" else None

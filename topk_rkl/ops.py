@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from topk_rkl.backends import choose, choose_head, choose_plain
+from topk_rkl.backends.products import LOGITS, all_logits, logits_at
 from topk_rkl.backends.reference import result_dtype
-from topk_rkl.divergence import Terms
+from topk_rkl.divergence import Terms, capped
 from topk_rkl.rows import row_views
 from topk_rkl.settings import unpack
+
+CHUNK_BYTES = 128 << 20  # of logits at a time: enough rows for a matrix product at full speed
 
 _implementations: dict[Callable, Callable] = {}
 
@@ -250,38 +253,48 @@ def _(g: Tensor, ids: Tensor, grad_output: Tensor, out: Tensor, unique: bool, ba
 
 
 @_op(
-    "(Tensor hidden, Tensor head, Tensor? bias, int k, int chunk_rows, Tensor? settings, str backend)"
-    " -> (Tensor, Tensor)"
+    "(Tensor hidden, Tensor head, Tensor? bias, int k, int? chunk_rows, Tensor? settings, bool normalize, bool full,"
+    " str backend) -> (Tensor, Tensor)"
 )
 def linear_select(
     hidden: Tensor,  # (..., H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     k: int,
-    chunk_rows: int,
+    chunk_rows: int | None,
     settings: Tensor | None,
+    normalize: bool,
+    full: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # (..., K) int32, (..., K) float32
-    """Logits by the platform's own matrix product, some rows at a time in one buffer, and `select` on those."""
-    lead, vocab, at = hidden.shape[:-1], head.shape[0], unpack(settings)
-    buffer = hidden.new_empty(min(chunk_rows, lead.numel()), vocab)
+    """Logits some rows at a time in one buffer, and `select` on those.
+
+    By the platform's own matrix product; or, if `full` or where the dtypes differ, by one in float32 (float64).
+    """
+    lead, vocab, dtype, at = hidden.shape[:-1], head.shape[0], result_dtype(hidden), unpack(settings)
+    full |= any(x is not None and x.dtype != hidden.dtype for x in (head, bias))
+    buffer_dtype = dtype if full else hidden.dtype
+    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (vocab * buffer_dtype.itemsize))
+    buffer = hidden.new_empty((min(chunk_rows, lead.numel()), vocab), dtype=buffer_dtype)
     module = choose(backend, k, buffer)
     ids = hidden.new_empty((lead.numel(), k), dtype=torch.int32)
-    values = hidden.new_empty((lead.numel(), k), dtype=result_dtype(hidden))
+    values = hidden.new_empty((lead.numel(), k), dtype=dtype)
     done = 0
     for (rows,) in row_views(hidden):
         for part in rows.split(chunk_rows):
             logits = buffer[: len(part)]
-            if bias is None:
-                torch.mm(part, head.T, out=logits)
+            if full:
+                all_logits(part, head, bias, at.logit_scale, at.softcap, logits)
             else:
-                torch.addmm(bias, part, head.T, out=logits)
-            if at.logit_scale != 1:
-                logits.mul_(at.logit_scale)
-            if at.softcap is not None:
-                logits.div_(at.softcap).tanh_().mul_(at.softcap)
+                if bias is None:
+                    torch.mm(part, head.T, out=logits)
+                else:
+                    torch.addmm(bias, part, head.T, out=logits)
+                if at.logit_scale != 1 or at.softcap is not None:
+                    for few in logits.split(max(1, LOGITS // (vocab * dtype.itemsize))):
+                        few.copy_(capped(few.to(dtype), at.logit_scale, at.softcap)[0])
             chunk = slice(done, done + len(part))
-            ids[chunk], values[chunk] = module.select(logits, k)
+            ids[chunk], values[chunk] = module.select(logits, k, normalize)
             done += len(part)
     return ids.view(*lead, k), values.view(*lead, k)
 
@@ -292,12 +305,39 @@ def _(
     head: Tensor,
     bias: Tensor | None,
     k: int,
-    chunk_rows: int,
+    chunk_rows: int | None,
     settings: Tensor | None,
+    normalize: bool,
+    full: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (*hidden.shape[:-1], k)
     return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=result_dtype(hidden))
+
+
+@_op("(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor? settings) -> Tensor")
+def linear_values(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    settings: Tensor | None,
+) -> Tensor:  # (..., K)
+    """The logits at ids, -inf outside the vocabulary, in plain PyTorch on any device."""
+    rows, columns = (x.reshape(-1, x.shape[-1]) for x in (hidden, ids))
+    at = unpack(settings)
+    return logits_at(rows, head, bias, columns, at.logit_scale, at.softcap).view(ids.shape)
+
+
+@torch.library.register_fake("topk_rkl::linear_values")
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    settings: Tensor | None,
+) -> Tensor:
+    return hidden.new_empty(ids.shape, dtype=result_dtype(hidden))
 
 
 @_op(

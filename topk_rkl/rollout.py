@@ -144,6 +144,7 @@ def sampled_token_loss(
     """
     checks.logits("student_logits", student_logits)
     checks.logits("teacher_logits", teacher_logits)
+    checks.plain(student_logits=student_logits, teacher_logits=teacher_logits, weights=weights)
     checks.constant("teacher_logits", teacher_logits)
     checks.same_positions("teacher_logits", teacher_logits, student_logits)
     checks.sampled_ids(ids, student_logits)

@@ -120,9 +120,17 @@ def choose_head(
     """
     module = choose(name, k, hidden, divergence=divergence, head=True)
     dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES
-    if name == "auto" and dense_pays and torch.get_float32_matmul_precision() == "highest":
+    if name == "auto" and dense_pays and _products_are_float32():
         return _load("dense_head")
     return module
+
+
+def _products_are_float32() -> bool:
+    """Whether no setting allows a CPU's float32 products fewer bits."""
+    newer = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on; the older may raise once it was used
+    if newer is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return newer.fp32_precision in ("none", "ieee")
 
 
 def choose_plain(name: str, mass: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """Refusals of what stands around the losses: masks, supports, composed teachers, rewards."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def cumulative_lengths(
 
 def special_tokens(
     response_ids: Tensor,  # (..., T)
-    token_ids: Iterable[int] | Tensor,
+    token_ids: object,  # an Iterable[int] or Tensor
     occurrences: str,
     cu_seqlens: Tensor | None,  # (responses + 1,)
 ) -> list[int] | Tensor:
@@ -111,24 +111,24 @@ def special_tokens(
 
 def id_set(
     ids: Sequence[int] | Tensor,  # (K,) or (..., K)
-    teacher: Tensor,  # (..., V)
+    teacher: Tensor,  # (..., V) or (..., H)
+    vocab: int,
+    name: str = "teacher_logits",
 ) -> list[int] | Tensor:
     """The ids, as ints."""
     if isinstance(ids, Tensor):
         tensor("ids", ids, INTEGERS)
         if ids.dim() == 0 or ids.shape[-1] == 0 or (ids.dim() > 1 and ids.shape[:-1] != teacher.shape[:-1]):
             raise ValueError(
-                f"ids has shape {shape(ids)} and teacher_logits {shape(teacher)}; ids must be (K,), or (..., K) with "
-                "the positions of teacher_logits, K at least 1"
+                f"ids has shape {shape(ids)} and {name} {shape(teacher)}; ids must be (K,), or (..., K) with the "
+                f"positions of {name}, K at least 1"
             )
-        same_device("ids", ids, "teacher_logits", teacher)
+        same_device("ids", ids, name, teacher)
         return ids
     ids = integers("ids", ids)
-    outside = [x for x in ids if not 0 <= x < teacher.shape[-1]]
+    outside = [x for x in ids if not 0 <= x < vocab]
     if outside or len(set(ids)) < len(ids) or not ids:
-        raise ValueError(
-            f"ids is {ids!r}; it must hold different ids, at least one, from 0 to V - 1 = {teacher.shape[-1] - 1}"
-        )
+        raise ValueError(f"ids is {ids!r}; it must hold different ids, at least one, from 0 to V - 1 = {vocab - 1}")
     return ids
 
 

@@ -7,20 +7,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from topk_rkl.checks.values import (
     FLOATS,
     INTEGERS,
+    NO_CAP,
     NUMBERS,
+    TEMPERATURES,
     constant,
     count,
     denominator_value,
     flag,
+    float64_alike,
     kind,
     number,
     one_of,
     same_device,
-    same_dtype,
     shape,
     tensor,
     top,
@@ -58,6 +61,21 @@ def constant_logits(
 ) -> None:
     logits(name, x)
     constant(name, x)
+
+
+def plain(**tensors: Tensor | Support | None) -> None:
+    """Refuses what torch.func, vmap and forward mode make of tensors: kernels take none of it."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in tensors.items():
+        for x in value if isinstance(value, Support) else (value,):
+            if isinstance(x, Tensor) and (
+                torch.func.debug_unwrap(x, recurse=False) is not x or forward_ad.unpack_dual(x).tangent is not None
+            ):
+                raise NotImplementedError(
+                    f"{name} is under torch.func, vmap or forward mode, which no loss takes; use backward() or "
+                    "torch.autograd.grad, once a sample on reduction='none' for gradients of each sample"
+                )
 
 
 def teacher_logits(
@@ -123,8 +141,6 @@ def head(
     tensor(hidden_name, hidden, FLOATS)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{hidden_name} has shape {shape(hidden)}; it must be (..., H) with H of at least 1")
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(f"{weight_name} is sharded, a DTensor; pass {weight_name}.full_tensor()")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
             f"{weight_name} is partitioned by DeepSpeed ZeRO-3 and holds nothing here; call the loss inside "
@@ -138,7 +154,7 @@ def head(
             f"{weight_name} has shape {shape(weight)} and {hidden_name} {shape(hidden)}; the head must be (V, H), "
             f"one row of H = {hidden.shape[-1]} a token, as nn.Linear keeps it (a sharded one: gathered first)"
         )
-    same_dtype(weight_name, weight, hidden_name, hidden)
+    float64_alike(weight_name, weight, hidden_name, hidden)
     same_device(weight_name, weight, hidden_name, hidden)
     if bias is None:
         return
@@ -148,7 +164,7 @@ def head(
             f"{bias_name} has shape {shape(bias)}; it must be (V,), here ({weight.shape[0]},) as "
             f"{weight_name} has shape {shape(weight)}"
         )
-    same_dtype(bias_name, bias, hidden_name, hidden)
+    float64_alike(bias_name, bias, hidden_name, hidden)
     same_device(bias_name, bias, hidden_name, hidden)
 
 
@@ -156,25 +172,34 @@ def linear_teacher(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    k: int,
     chunk_rows: int | None,
-) -> tuple[int, int | None]:
-    """K and chunk_rows, as ints."""
+) -> int | None:
+    """chunk_rows, as an int."""
     head("teacher_hidden", hidden, "teacher_weight", weight, "bias", bias)
     for name, x in (("teacher_hidden", hidden), ("teacher_weight", weight), ("bias", bias)):
         if x is not None:
             constant(name, x)
-    k = top(k, weight.shape[0], "teacher_hidden @ teacher_weight.T")
-    single_slot(k)
-    return k, count("chunk_rows", chunk_rows)
+    return count("chunk_rows", chunk_rows)
 
 
-def logit_options(logit_scale: float, softcap: float | None) -> None:
+def logits_dtype(value: torch.dtype | None, hidden: Tensor) -> None:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if value not in (None, wide):
+        raise ValueError(f"logits_dtype is {value}; use None, or {wide} with teacher_hidden of {hidden.dtype}")
+
+
+def logit_options(logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """The two as the ops take them; a cap so high that it changes nothing is None."""
     number("logit_scale", logit_scale)
-    if softcap is not None:
-        number("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap")
+    low, high = TEMPERATURES
+    if logit_scale != 0 and not low <= abs(logit_scale) <= high:
+        raise ValueError(f"logit_scale is {logit_scale}; its size must be 0, or between {low} and {high}")
+    if softcap is None:
+        return float(logit_scale), None
+    number("softcap", softcap)
+    if softcap < low:
+        raise ValueError(f"softcap is {softcap}; it must be positive, at least {low}, or None for no cap")
+    return float(logit_scale), None if softcap >= NO_CAP else float(softcap)
 
 
 def weight_grad(value: str) -> None:
@@ -190,6 +215,19 @@ def options(
     """What a module can check before it sees a tensor: k and diagnostics, as they are kept."""
     flag("overwrite_student_logits", overwrite_student_logits)
     return count("k", k), None if diagnostics is None else diagnostic_names(diagnostics)
+
+
+def sparse_leaf(
+    value: str,
+    weight: Tensor,  # (V, H)
+) -> None:
+    """What made the head of others would be given a row-sparse gradient, which few operations can take further."""
+    if value == "sparse" and not torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.grad_fn:
+        raise ValueError(
+            f"student_weight is no leaf but the result of {weight.grad_fn.name()} (a merged adapter, a view, a cast?) "
+            "with weight_grad='sparse', whose gradient a leaf alone can hold; use weight_grad='dense', or pass the "
+            "parameter itself"
+        )
 
 
 def single_slot(k: int) -> None:

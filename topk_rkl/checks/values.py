@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ INTEGERS = (torch.int32, torch.int64)
 LARGEST = torch.iinfo(torch.int64).max
 NUMBERS = (torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS)
 TEMPERATURES = (1e-30, 1e30)
+NO_CAP = 1e30  # from here on softcap * tanh(z / softcap) is z to the last bit, for every |z| below 1e22
 
 
 def constant(name: str, x: Tensor) -> None:
@@ -116,6 +118,8 @@ def top(k: object, vocab: int, name: str) -> int:
 def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {kind(x)}; it must be a torch.Tensor")
+    if hasattr(x, "full_tensor"):
+        raise TypeError(f"{name} is sharded, a DTensor; pass {name}.full_tensor()")
     if x.is_nested:
         rows = f"{name}.values()" if x.layout == torch.jagged else f"torch.cat({name}.unbind())"
         raise TypeError(f"{name} is a nested tensor; pass {rows}, its positions in a row, and every other argument so")
@@ -125,10 +129,12 @@ def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name} has layout {x.layout}; pass a dense tensor, such as {name}.to_dense()")
 
 
-def number(name: str, value: object) -> None:
+def number(name: str, value: Any) -> None:
+    plain = value
     if isinstance(value, (bool, Fraction)) or not isinstance(value, Real):
         raise TypeError(f"{name} is {kind(value)}; it must be a number, an int or a float")
-    plain = value if isinstance(value, (int, float)) else float(value)
+    if type(plain) not in (int, float):  # a numpy number, whose type may not hold the bounds
+        plain = float(plain)
     if not -sys.float_info.max <= plain <= sys.float_info.max:
         raise ValueError(f"{name} is {value}; it must be finite")
 
@@ -182,9 +188,12 @@ def same_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} and {other} on {y.device}; move one: {name}.to({str(y.device)!r})")
 
 
-def same_dtype(name: str, x: Tensor, other: str, y: Tensor) -> None:
-    if x.dtype != y.dtype:
-        raise TypeError(f"{name} is {x.dtype} and {other} {y.dtype}; cast one, such as {name}.to({y.dtype})")
+def float64_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if (x.dtype == torch.float64) != (y.dtype == torch.float64):
+        raise TypeError(
+            f"{name} is {x.dtype} and {other} {y.dtype}; float64 goes with float64 alone, the others with each other: "
+            f"cast one, such as {name}.to({y.dtype})"
+        )
 
 
 def shape(x: Tensor) -> str:

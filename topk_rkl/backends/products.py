@@ -1,0 +1,138 @@
+"""Products of hidden states with the head, in plain PyTorch on any device, a block of positions by a block of tokens.
+
+They are float32, or float64 for float64. Beyond the results a few blocks are held: nothing of size N V or N K H exists.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from topk_rkl.backends.reference import result_dtype
+from topk_rkl.divergence import capped
+
+# At most, of a block:
+ROWS = 512  # positions
+SLOTS = 1 << 19  # of all its positions
+LOGITS = 4 << 20  # bytes
+WEIGHTS = 12 << 20  # bytes of the head's rows, and of the hidden states
+SOLVED = 1 << 17  # slots whose loss is found at once: some 250 bytes each, in float64
+
+
+def parts(total: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def row_blocks(
+    ids: Tensor,  # (N, K)
+    hidden: Tensor,  # (N, H)
+) -> Iterator[slice]:
+    return parts(len(ids), _most_rows(ids.shape[1], hidden))
+
+
+def slot_blocks(
+    ids: Tensor,  # (N, K)
+) -> Iterator[slice]:
+    return parts(len(ids), SOLVED // ids.shape[1])
+
+
+def token_blocks(
+    ids: Tensor,  # (N, K)
+    hidden: Tensor,  # (N, H)
+    vocab: int,
+) -> Iterator[slice]:
+    """As many tokens as go with a block of positions."""
+    rows = max(1, min(len(ids), _most_rows(ids.shape[1], hidden)))
+    return parts(vocab, min(LOGITS // rows, WEIGHTS // hidden.shape[1]) // result_dtype(hidden).itemsize)
+
+
+def _most_rows(k: int, hidden: Tensor) -> int:
+    return max(1, min(ROWS, SLOTS // k, WEIGHTS // (hidden.shape[1] * result_dtype(hidden).itemsize)))
+
+
+def product(
+    hidden: Tensor,  # (n, H)
+    head: Tensor,  # (TOKENS, H) of the result's dtype
+    bias: Tensor | None,  # (TOKENS,)
+) -> Tensor:  # (n, TOKENS)
+    with torch.autocast(hidden.device.type, enabled=False):  # a trainer's would take the products in 16 bits
+        raw = hidden.to(head.dtype) @ head.T
+    return raw if bias is None else raw.add_(bias)
+
+
+def all_logits(
+    hidden: Tensor,  # (n, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,  # (n, V)
+) -> Tensor:  # (n, V)
+    """Of so few positions that they may all exist."""
+    if out is None:
+        out = hidden.new_empty((len(hidden), len(head)), dtype=result_dtype(hidden))
+    for tokens in token_blocks(hidden[:, :1], hidden, len(head)):
+        raw = product(hidden, head[tokens].to(result_dtype(hidden)), None if bias is None else bias[tokens])
+        out[:, tokens] = capped(raw, logit_scale, softcap)[0]
+    return out
+
+
+def logits_at(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (N, K)
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:  # (N, K), -inf at ids outside the vocabulary
+    """Of the tokens named alone, whose rows of the head are gathered some at a time."""
+    known = (ids >= 0) & (ids < len(head))
+    columns = torch.where(known, ids, 0).long()
+    dtype, width = result_dtype(hidden), hidden.shape[1]
+    raw = hidden.new_empty(ids.shape, dtype=dtype)
+    most = WEIGHTS // (width * dtype.itemsize)
+    for slots in parts(ids.shape[1], most):
+        for rows in parts(len(ids), most // (slots.stop - slots.start)):
+            kept = head[columns[rows, slots]].to(dtype)  # (n, k, H)
+            raw[rows, slots] = (kept * hidden[rows, None].to(dtype)).sum(2)
+    if bias is not None:
+        raw += bias[columns]
+    return torch.where(known, capped(raw, logit_scale, softcap)[0], -torch.inf)
+
+
+def inside(
+    ids: Tensor,  # (n, K)
+    tokens: slice,
+) -> tuple[Tensor, Tensor]:  # (n, K) bool: the id is in the block; (n, K) int64: its column there
+    return (ids >= tokens.start) & (ids < tokens.stop), ids.long() - tokens.start
+
+
+def add_at(
+    out: Tensor,  # (n, K)
+    block: Tensor,  # (n, TOKENS)
+    within: Tensor,  # (n, K) bool
+    place: Tensor,  # (n, K)
+) -> None:
+    """Adds what the block holds at the slots within it."""
+    out += torch.where(within, block.gather(1, torch.where(within, place, 0)), 0)
+
+
+def finite(
+    x: Tensor,  # (n, H)
+    dtype: torch.dtype,
+) -> Tensor:  # (n, H)
+    """0 for what is not finite, since 0 times that is NaN; a position that reads it is NaN in its own right."""
+    return x.to(dtype, copy=True).nan_to_num_(0, 0, 0)
+
+
+def zeros_for(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Where a sum that goes to `out` is kept: there, if it has the sum's dtype."""
+    if out is None:
+        return None
+    return out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
+
+
+def store(total: Tensor | None, out: Tensor | None) -> None:
+    if out is not None and total is not None and total is not out:
+        out.copy_(total)
