@@ -73,7 +73,7 @@ Objective objective_of(const Case& c) {
   switch (c.vocab % 4) {
     case 0: return {};
     case 1: return {Form::clamped, Mass::renormalized, {-1, 1}};
-    case 2: return {Form::blended, Mass::renormalized, {0.7, 0.3, 0.3, 0.7}};
+    case 2: return {Form::blended, Mass::renormalized, {0.7, 0.7, 0.3, 0.3}};
     default: return {Form::alpha_beta, Mass::renormalized, {0.4, 0.3}};
   }
 }

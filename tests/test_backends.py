@@ -15,7 +15,15 @@ import torch
 from conftest import BACKENDS, DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from topk_rkl import backends, ops, teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl import (
+    backends,
+    linear_topk_reverse_kl,
+    ops,
+    teacher_topk,
+    topk_divergence,
+    topk_reverse_kl,
+    use_backend,
+)
 
 
 def test_auto_takes_the_fastest_that_fits_and_the_reference_otherwise() -> None:
@@ -193,6 +201,29 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=120
     )
+
+
+def test_a_backward_pass_takes_the_backend_of_its_forward_pass(monkeypatch) -> None:
+    native = pytest.importorskip("topk_rkl.backends.native")
+
+    def other(*_: object) -> None:
+        raise AssertionError("the backend in force, not that of the forward pass")
+
+    for name in ("scatter", "spread", "sparse_head_weight_grad"):
+        monkeypatch.setattr(native, name, other)
+    z, head = torch.randn(3, 20, requires_grad=True), torch.randn(60, 20, requires_grad=True)
+    w = torch.randn(3, 20)
+    with use_backend("reference"):
+        losses = [
+            topk_reverse_kl(z, w, k=5),
+            topk_reverse_kl(z, teacher_topk(w, 5)),
+            topk_divergence(z, w, k=5, mass="tail"),
+            linear_topk_reverse_kl(z, head, w, k=5),
+            linear_topk_reverse_kl(z, head, w, k=5, weight_grad="sparse"),
+        ]
+    for loss in losses:
+        loss.backward()
+    assert z.grad.isfinite().all()
 
 
 def test_the_environment_variable_sets_the_backend() -> None:

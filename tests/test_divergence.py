@@ -1,5 +1,6 @@
 """Every divergence, over S alone and with the mass outside it, on every backend that has it."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import DEVICE, EVERY_OBJECTIVE
 from hypothesis import given
+from mpmath import mp, mpf
 from test_properties import QUARTERS, SEARCH, SEEDS, SHAPES
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -35,6 +37,8 @@ from topk_rkl.divergence import MASSES
 from topk_rkl.rollout import sampled_token_loss
 
 HAVE_IT = EVERY_OBJECTIVE
+LARGEST = torch.finfo(torch.float32).max
+mp.dps = 50
 Formula = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -319,6 +323,153 @@ def test_the_largest_ratios_keep_their_accuracy(backend) -> None:
         assert ((grad - want_grad).abs().amax(1) <= bound).all()
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_of_the_teacher_is_never_lost(backend, divergence, bad: float) -> None:
+    """At an id that the student lacks, and where the student has no probability on all of S."""
+    z = torch.randn(4, 20, device=DEVICE)
+    z[1] = -torch.inf
+    ids = torch.tensor([[4, 20, 7], [4, 5, 7], [20, 21, 22], [4, -1, 7]], device=DEVICE)
+    values = torch.tensor([0.5, bad, -1.0], device=DEVICE).expand(4, 3)
+    leaf = z.clone().requires_grad_()
+    options = {"divergence": divergence, "reduction": "none"}
+    loss, grad = gradient(topk_divergence(leaf, Support(ids, values), **options), leaf)
+    assert loss.isnan().tolist() == [True, True, True, False]
+    assert grad[:2, [4, 7]].isnan().all() and grad[2:].isfinite().all()
+
+
+def test_a_function_spoils_its_row_and_no_other() -> None:
+    """Also one that does not look at the teacher, and one that has no derivative where a slot is empty."""
+    z, w = torch.randn(2, 3, 12, device=DEVICE)
+    w[0, 11], z[1] = torch.nan, -torch.inf
+    ids = torch.tensor([[0, 11, 2], [0, 11, 2], [0, -1, 2]], device=DEVICE)
+    values = torch.tensor([[0.0, torch.nan, 1.0], [0.0, torch.nan, 1.0], [0.0, 0.5, 1.0]], device=DEVICE)
+    leaf = z.clone().requires_grad_()
+    for function in (lambda p, _: p.exp() * p, lambda p, q: (p - q).abs().sqrt()):
+        loss = topk_divergence(leaf, Support(ids, values), divergence=function, reduction="none")
+        loss, grad = gradient(loss, leaf)
+        assert loss.isnan().tolist() == [True, True, False] and grad[2].isfinite().all()
+
+
+def terms_and_slope(divergence: object, p: mpf, q: mpf) -> tuple[mpf, mpf]:
+    """A term of the definition, and its derivative with respect to p."""
+    d = mp.log(p) - mp.log(q)
+    if isinstance(divergence, ReverseKL):
+        low, high = divergence.clamp or (-mp.inf, mp.inf)
+        bounded = min(max(d, low), high)
+        return p * bounded, bounded + (low <= d <= high)
+    if isinstance(divergence, AlphaBeta):
+        a, b = mpf(divergence.alpha), mpf(divergence.beta)
+        r = a + b
+        if a == b == 0:
+            return d * d / 2, d / p
+        if a == 0:
+            return (b * p**b * d - p**b + q**b) / b**2, p ** (b - 1) * d
+        if b == 0:
+            return (p**a - q**a - a * q**a * d) / a**2, (p ** (a - 1) - q**a / p) / a
+        if r == 0:
+            return ((q / p) ** a - 1 + a * d) / a**2, (1 - (q / p) ** a) / (a * p)
+        return -(q**a * p**b - a / r * q**r - b / r * p**r) / (a * b), (p ** (r - 1) - q**a * p ** (b - 1)) / a
+    # c KL(p | s p + (1 - s) q) + e KL(q | t q + (1 - t) p)
+    share = mpf(getattr(divergence, "lam", getattr(divergence, "beta", 0)))
+    c, s, e, t = {
+        ForwardKL: (0, 1, 1, 0), JensenShannon: (1 - share, 1 - share, share, share),
+        Mixture: (1 - share, 0, share, 0), SkewReverseKL: (1, share, 0, 1), SkewForwardKL: (0, 1, 1, share),
+    }[type(divergence)]  # fmt: skip
+    of_p, of_q = s * p + (1 - s) * q, t * q + (1 - t) * p
+    slope = c * (mp.log(p / of_p) + 1 - s * p / of_p) - e * (1 - t) * q / of_q
+    return c * p * mp.log(p / of_p) + e * q * mp.log(q / of_q), slope
+
+
+def exact(
+    z: list[float],  # (V,)
+    w: list[float],  # (V,)
+    ids: list[int],  # (K,)
+    divergence: object,
+    mass: str,
+    temperature: float,
+    sampled: int,
+) -> tuple[mpf, list[mpf], mpf]:  # loss, gradient (V,), the largest |log ratio|
+    """Every mass by its definition, in 50 digits whose exponents have no bounds."""
+    z, w = ([mpf(y) / mpf(temperature) for y in x] for x in (z, w))
+    among = range(len(z)) if mass != "renormalized" else ids
+    p, q = ([mp.exp(y) / mp.fsum(mp.exp(x[v]) for v in among) for y in x] for x in (z, w))
+    classes = [[v] for v in ids] + [[v for v in among if v not in ids]] * (mass == "tail")
+    p_of, q_of = ([mp.fsum(x[v] for v in tokens) for tokens in classes] for x in (p, q))
+    loss, slopes = zip(*(terms_and_slope(divergence, *pair) for pair in zip(p_of, q_of, strict=True)), strict=True)
+    loss = mp.fsum(loss)
+    forward = isinstance(divergence, ForwardKL)
+    if mass == "raw_stop_grad" or (mass == "ema_pg_corrected" and not forward):
+        shift = 0.4 if isinstance(divergence, Mixture) else -1 if forward else 1
+        slopes = [slope - shift for slope in slopes]
+    weights = [mpf(0)] * len(z)
+    for tokens, slope in zip(classes, slopes, strict=True):
+        for v in tokens:
+            weights[v] = p[v] * slope
+    ratios = [abs(mp.log(a / b)) for a, b in zip(p_of, q_of, strict=True)]
+    if mass.startswith("ema_pg") and sampled not in ids:
+        d = mp.log(p[sampled] / q[sampled])
+        loss += -mp.exp(-d) * d if forward else d
+        weights[sampled] = (mass == "ema_pg") - mp.exp(-d) if forward else d
+        ratios.append(abs(d))
+    total = mp.fsum(weights)
+    gradient = [(x - y * total) / mpf(temperature) for x, y in zip(weights, p, strict=True)]
+    return loss, [g if v in among else mpf(0) for v, g in enumerate(gradient)], max(ratios)
+
+
+ENDS = [
+    JensenShannon(1e-20), JensenShannon(1 - 1e-15), Mixture(1e-25), Mixture(1.0), SkewReverseKL(1e-25),
+    SkewReverseKL(1 - 1e-12), SkewForwardKL(1e-25), ReverseKL(clamp=(-1e39, 1e39)), ReverseKL(clamp=(-math.inf, 2.0)),
+    AlphaBeta(-1.5, 0.5), AlphaBeta(-0.5, 2.0), AlphaBeta(1.0, -1.0), AlphaBeta(-1.0, -1.0),
+]  # fmt: skip
+
+
+def extreme_rows() -> tuple[Tensor, Tensor]:  # (N, V), (N, V)
+    """Gaps of up to a million logits on one slot or several, on either side or on both."""
+    rows = []
+    for gap in (40.0, 1e4, 1e6):
+        for of_z, of_w in ((1, 0), (0, 1), (0.5, 1)):
+            z, w = torch.randn(2, 7)
+            lower = torch.rand(7) < 0.4
+            rows.append((z - of_z * gap * lower, w - of_w * gap * lower))
+    return tuple(torch.stack(side).to(DEVICE) for side in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDS], ids=str)
+def test_extremes_are_exact_or_infinite_and_never_nan(backend, divergence) -> None:
+    interpreted = backend == "triton" and DEVICE == "cpu"  # where a few rows have to do
+    z, w = (x[:: 4 if interpreted else 1] for x in extreme_rows())
+    masses = ["renormalized", "tail"]
+    masses += ["raw", "raw_stop_grad"] * (divergence in RAW)
+    if backend == "reference" and divergence in RAW[:2]:
+        masses += ["ema_pg", "ema_pg_corrected"]
+    y = torch.randint(7, (len(z),), device=DEVICE)
+    for mass, temperature in itertools.product(masses, (0.05, 20.0)):
+        options = {"sampled_ids": y} if mass.startswith("ema_pg") else {}
+        if interpreted and mass != "renormalized" and temperature != 0.05:
+            continue
+        leaf, support = z.clone().requires_grad_(), chosen(w, 5)
+        options |= {"divergence": divergence, "mass": mass, "temperature": temperature, "reduction": "none"}
+        teacher = {"teacher": support} if mass == "renormalized" else {"teacher": w, "k": 5}
+        loss, grad = gradient(topk_divergence(leaf, **teacher, **options), leaf)
+        ids = support.ids
+        for row in range(len(z)):
+            seen = (mass, temperature, row, loss[row], grad[row])
+            want, want_grad, ratio = exact(
+                z[row].tolist(), w[row].tolist(), ids[row].tolist(), divergence, mass, temperature, int(y[row])
+            )
+            largest = max(map(abs, want_grad))
+            assert not grad[row].isnan().any(), seen
+            if abs(want) > LARGEST:
+                assert loss[row].isinf(), (*seen, want)
+                continue
+            # A difference of float64 numbers as large as the loss is as exact as those.
+            bound = 2e-6 * (1 + ratio) + 1e-14 * abs(want) / temperature
+            assert abs(loss[row].item() - want) <= bound + 2e-7 * abs(want), (*seen, want)
+            for got, wanted in zip(grad[row].tolist(), want_grad, strict=True):
+                assert largest > LARGEST or abs(got - wanted) <= bound + 2e-6 * largest, (*seen, want, want_grad)
+
+
 def test_a_function_is_its_formula() -> None:
     """The same numbers as the divergence that is built in, through autograd over the slots."""
     z, w = torch.randn(2, 4, 50, device=DEVICE)
@@ -424,6 +575,9 @@ def test_a_named_backend_says_what_it_does_not_have(name: str) -> None:
             topk_divergence(z, w, k=3, divergence=kl)
         with pytest.raises(RuntimeError, match="use 'auto' or 'reference'"):
             topk_divergence(z, w, k=3, mass="ema_pg", sampled_ids=w.argmin(1))
+        if name == "triton":
+            with pytest.raises(RuntimeError, match="1e-40 is too small; use 'reference'"):
+                topk_divergence(z, w, k=3, divergence=SkewReverseKL(1e-40))
         with pytest.raises(RuntimeError, match="no mass='tail' from hidden states"):
             linear_topk_divergence(z, torch.randn(9, 20, device=DEVICE), w, k=3, mass="tail")
 

@@ -140,8 +140,8 @@ DTYPES = [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torc
 @pytest.mark.parametrize(("of_hidden", "of_head"), DTYPES, ids=str)
 def test_hidden_states_and_head_of_different_dtypes(backend, vocab: int, mass: str, of_hidden, of_head) -> None:
     """Their own numbers are multiplied, neither rounded to the other's dtype, under autocast too."""
-    if mass != "renormalized" and backend != "reference":
-        pytest.skip("the reference alone has it")
+    if backend != "reference" and (mass, vocab) != ("renormalized", V):
+        pytest.skip("one backend alone has it")
     hidden, head, bias, support = inputs()
     hidden = hidden.detach().to(of_hidden).requires_grad_()
     head, bias = (x.detach()[:vocab].to(of_head).requires_grad_() for x in (head, bias))
@@ -162,7 +162,7 @@ def test_hidden_states_and_head_of_different_dtypes(backend, vocab: int, mass: s
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_16_bit_model_is_its_own_teacher_through_float32_logits(backend, dtype: torch.dtype) -> None:
-    hidden, head, bias, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(dtype, n=40))
+    hidden, head, bias, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(dtype, n=12))
     options = {"logit_scale": 1.5, "softcap": 4.0}
     losses = []
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -188,7 +188,7 @@ def test_linear_teacher_topk_gives_log_probs_of_its_buffer(backend) -> None:
     assert all(map(torch.equal, got, map(torch.cat, zip(*parts, strict=True))))
 
 
-@pytest.mark.parametrize("softcap", [1e30, 1e39, 1.7e308])
+@pytest.mark.parametrize("softcap", [1e30, 1.7e308])
 def test_a_softcap_that_changes_nothing_is_none(backend, softcap: float) -> None:
     hidden, head, bias, support = inputs()
     support = Support(support.ids, support.log_probs.log_softmax(1) - 0.1)
@@ -216,7 +216,7 @@ def test_a_softcap_of_16_bit_logits_is_taken_in_float32(dtype: torch.dtype) -> N
     assert all(map(torch.equal, got, want))
 
 
-def test_a_sparse_gradient_is_for_a_leaf(backend) -> None:
+def test_a_sparse_gradient_is_for_a_leaf() -> None:
     """What the refusal advises works, and what needs no gradient, or gives one to the bias alone, is not refused."""
     hidden, head, bias, support = inputs()
     for made in (head * 1, head.T.T, head[:50], head.to(torch.bfloat16)):
@@ -398,6 +398,38 @@ def test_nan_stays_in_its_row_and_what_is_not_named_is_not_read(backend) -> None
     assert torch.equal(loss.isnan(), bad) and torch.equal(dhidden.isnan().any(1), bad)
     clean = torch.ones(V, dtype=torch.bool, device=DEVICE).index_fill_(0, support.ids[2], False)
     assert dhead[clean].isfinite().all() and dhead[~clean].isnan().all()
+
+
+@pytest.mark.parametrize("weight_grad", ["dense", "sparse"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("vocab", [12, 90])  # K at and below a quarter of V
+def test_nan_of_the_teacher_is_never_lost(backend, vocab: int, bad: float, weight_grad: str) -> None:
+    """At an id that the head lacks; a slot without an id is empty, and far ids of 64 bits are beyond the head."""
+    hidden, head, _, _ = inputs(n=4)
+    head = head[:vocab].detach().requires_grad_()
+    ids = torch.tensor([[4, vocab, 7], [vocab, vocab + 1, 2**32 + 1], [4, -1, 7], [4, -(2**32) + 5, 7]], device=DEVICE)
+    values = torch.tensor([0.5, bad, -1.0], device=DEVICE).expand(4, 3)
+    for name in {backend, "auto"}:
+        with use_backend(name):
+            loss = linear_topk_reverse_kl(hidden, head, Support(ids, values), reduction="none", weight_grad=weight_grad)
+            assert loss.isnan().tolist() == [True, True, False, False]
+            dhidden, dhead = gradients(loss, hidden, head)
+        assert dhidden.isnan().all(1).tolist() == [True, False, False, False] and (dhidden[1] == 0).all()
+        assert dhead[[4, 7]].isnan().all() and dhead[:4].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float64])
+def test_a_support_and_weights_of_any_dtype(backend, dtype: torch.dtype) -> None:
+    hidden, head, bias, support = inputs()
+    values, weights = (support.log_probs * 4).round() / 4, torch.tensor([1.0, 0.0, -2.0, 0.5, 1.0, 1.0], device=DEVICE)
+    want, got = (
+        linear_topk_reverse_kl(
+            hidden, head, Support(support.ids, values.to(to)), student_bias=bias, weights=weights.to(to)
+        )
+        for to in (torch.float32, dtype)
+    )
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, gradients(got, hidden, head, bias), gradients(want, hidden, head, bias)))
 
 
 def test_a_token_of_probability_zero_is_not_multiplied(backend) -> None:

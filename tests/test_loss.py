@@ -203,6 +203,55 @@ def test_nan_and_inf_stay_in_their_row(backend, bad: float) -> None:
         assert torch.equal(loss[others], clean[0][others]) and torch.equal(grad[others], clean[1][others])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_of_the_teacher_is_never_lost(backend, bad: float) -> None:
+    """At ids that the student lacks, and where the student has no probability; but an empty slot is empty."""
+    z = torch.randn(7, 20, device=DEVICE)
+    z[3] = -torch.inf
+    ids = torch.tensor([[4, 20, 7], [20, 25, 30], [4, -1, 7], [4, 5, 7], [4, 20, 7], [4, 2**32 + 5, 7], [4, -3, 20]])
+    values = torch.randn(7, 3).index_fill(1, torch.tensor(1), bad)
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    ids, values, weights = ids.to(DEVICE), values.to(DEVICE), weights.to(DEVICE)
+    spoilt = [True, True, False, True, False, True, False]
+    loss, grad = run(z, Support(ids, values), weights=weights, reduction="none")
+    assert loss.isnan().tolist() == spoilt
+    named = grad.gather(1, ids.clamp(0, 19)[:, ::2]).isnan()  # of the first and the last slot
+    assert named.tolist() == [
+        [x and id < 20 for id in row] for x, row in zip(spoilt, ids[:, ::2].tolist(), strict=True)
+    ]
+    assert loss[4] == 0 and (grad[4] == 0).all()
+    teacher = torch.randn(7, 25, device=DEVICE)
+    teacher[:3, 20:] = bad
+    loss, grad = run(z, teacher, k=3, reduction="none")
+    assert loss.isnan().tolist() == [True] * 3 + [False] * 4 and not grad[3:].isnan().any()
+
+
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31, 2**32 + 2, -(2**32) + 2, 2**63 - 1, -(2**63)])
+def test_empty_slots_of_ids_that_32_bits_cannot_hold(backend, far: int) -> None:
+    z, values = torch.randn(3, 20, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    ids = torch.tensor([[2, far, 7, 5]] * 3, device=DEVICE)
+    ids[1] = far
+    want = run(z, Support(ids.clamp(-1, 20).int(), values), reduction="none")
+    got = run(z, Support(ids, values), reduction="none")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[0][1] == 0
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32, torch.float64])
+def test_a_support_and_weights_of_any_dtype(backend, dtype: torch.dtype) -> None:
+    """Numbers that every dtype holds: the same bits."""
+    z, ids = torch.randn(4, 30, device=DEVICE), torch.rand(4, 30).argsort(1)[:, :5].to(DEVICE)
+    values, weights = (
+        torch.randint(-8, 8, (4, 5), device=DEVICE) / 4,
+        torch.tensor([1.0, 0.0, -2.0, 0.5], device=DEVICE),
+    )
+    want = run(z, Support(ids, values), weights=weights, reduction="none")
+    got = run(z, Support(ids, values.to(dtype)), weights=weights.to(dtype), reduction="none")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    leaf = z.clone().requires_grad_()
+    topk_reverse_kl(leaf, Support(ids, values), weights=weights, reduction="none").to(dtype).sum().backward()
+    assert torch.equal(leaf.grad, want[1])
+
+
 def test_nan_of_the_student_outside_the_support_is_not_seen(backend) -> None:
     student, teacher = torch.randn(2, 4, 300, device=DEVICE)
     clean = run(student, teacher, k=5)

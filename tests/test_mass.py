@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, EVERY_OBJECTIVE, same_bits
+from conftest import DEVICE, EVERY_OBJECTIVE, LiveBytes, same_bits
 from test_divergence import FORMULAS, RAW, UNCLAMPED, both, gradient, kl, log_probs, plain
 from test_linear import small_blocks
 from test_loss import NoHostSync
@@ -16,10 +16,13 @@ from topk_rkl import (
     ReverseKL,
     Support,
     linear_topk_divergence,
+    ops,
     teacher_topk,
     topk_divergence,
     use_backend,
 )
+from topk_rkl.mass import classes
+from topk_rkl.settings import pack
 
 HAVE_IT = EVERY_OBJECTIVE
 MASSES = ["tail", "raw", "raw_stop_grad"]
@@ -186,6 +189,13 @@ def test_inputs_untouched_by_a_mass(backend) -> None:
     mass_gradient(z, w, k=9, weights=weights)
     mass_gradient(z, support, weights=weights)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+def test_memory_of_what_is_compared() -> None:
+    """N K 20 bytes for a Support, whichever its ids; of int64 they would be 38."""
+    n, k = 50, 1_000
+    ids, values = torch.arange(k).expand(n, k).contiguous(), torch.randn(n, k).log_softmax(1)
+    with LiveBytes() as memory:
+        classes(Support(ids, values), None, k, 1.0, None, "reference")
+    assert 0 < memory.peak <= 21 * n * k
 
 
 def test_mass_with_one_slot_does_not_warn(recwarn) -> None:
@@ -230,6 +240,106 @@ def test_expected_gradient_of_the_sampled_masses(dtype: torch.dtype, bound: floa
             )  # fmt: skip
             torch.testing.assert_close(loss, full, rtol=bound, atol=bound)
             torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], want, rtol=bound, atol=bound)
+
+
+BEYOND = [2**31 - 1, 2**31, 2**32 + 2, -(2**32) + 2, 2**63 - 1, -(2**63)]  # which 32 bits take for ids, or for nothing
+
+
+def outside(w: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """The rest of each row as a logit, in float64, of ids in any order."""
+    vocab = w.shape[1]
+    named = torch.where((ids < 0) | (ids >= vocab), vocab, ids).long()
+    kept = torch.ones(len(w), vocab + 1, dtype=torch.bool, device=w.device).scatter(1, named, False)[:, :-1]
+    return temperature * (w.double() / temperature).masked_fill(~kept, -torch.inf).logsumexp(1)
+
+
+def test_the_rest_of_ids_in_any_order(backend) -> None:
+    w = torch.randn(4, 3_000, device=DEVICE) * 4
+    ids = torch.rand(4, 3_000).argsort(1)[:, :20].to(DEVICE)
+    w.scatter_(1, ids, 15.0)  # so that each counts
+    ids[0, 3], ids[1, 0], ids[1, 9], ids[2, 5] = -1, -1, 3_000, ids[2, 17]
+    ids[3, 2 : 2 + len(BEYOND)] = torch.tensor(BEYOND, device=DEVICE)
+    for given in (ids, ids[:3].int()):
+        got = ops.rest(w[: len(given)], given, pack(0.7), backend)
+        torch.testing.assert_close(got, outside(w[: len(given)], given, 0.7), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("where", ["before", "among", "behind", "in it", -1, 4_000, 4_500, *BEYOND])
+def test_the_sampled_token_may_stand_anywhere(backend, where: str | int) -> None:
+    """Before, among and behind the best, in them, nowhere, beyond the student's vocabulary or the teacher's."""
+    w = torch.randn(1, 4_200, device=DEVICE)
+    best = [1_500, 1_600, 3_500]
+    w[0, best] = torch.tensor([9.0, 7.0, 8.0], device=DEVICE)
+    y = {"before": 10, "among": 1_550, "behind": 3_900, "in it": 3_500}.get(where, where)
+    ids, values, tail = classes(w, 3, 4_000, 1.0, torch.tensor([y], device=DEVICE), backend)
+    known = y not in best and 0 <= y < 4_000
+    assert ids.tolist() == [[*best, y if known else -1]] and (values[0, 3] != -torch.inf) == known
+    torch.testing.assert_close(tail, outside(w, ids, 1.0), rtol=2e-6, atol=2e-6)
+    z = torch.randn(1, 4_000, device=DEVICE)
+    options = {"k": 3, "mass": "ema_pg", "sampled_ids": torch.tensor([y], device=DEVICE), "reduction": "none"}
+    with use_backend("reference"):
+        want = mass_gradient(z.double(), w.double(), **options)
+    with use_backend("auto"):
+        loss, grad = mass_gradient(z, w, **options)
+    torch.testing.assert_close((loss.double(), grad.double()), want, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_of_the_teacher_is_never_lost(backend, mass: str, bad: float) -> None:
+    """At ids that the student lacks, in a slot that repeats an id, and where the student has no probability on S."""
+    z = torch.randn(5, 20, device=DEVICE)
+    z[3, 4:8] = -torch.inf
+    ids = torch.tensor([[4, 20, 7], [4, 4, 7], [4, -1, 7], [4, 5, 7], [4, 2**32 + 5, 7]]).to(DEVICE)
+    values = torch.tensor([-2.0, bad, -3.0], device=DEVICE).expand(5, 3)
+    loss, _ = mass_gradient(z, Support(ids, values), mass=mass)
+    assert loss.isnan().tolist() == [True, True, False, True, True]
+    weights = torch.zeros(5, device=DEVICE)
+    assert all((x == 0).all() for x in mass_gradient(z, Support(ids, values), mass=mass, weights=weights))
+    teacher = torch.randn(5, 25, device=DEVICE)
+    teacher[:2, 22] = bad
+    loss, _ = mass_gradient(z, teacher, k=3, mass=mass)
+    assert loss[:2].isnan().all() and loss[[2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("far", BEYOND)
+def test_ids_that_32_bits_cannot_hold_are_empty(backend, far: int) -> None:
+    z, values = torch.randn(2, 20, device=DEVICE), torch.randn(2, 3, device=DEVICE) - 5
+    ids = torch.tensor([[2, far, 7], [far, far, far]], device=DEVICE)
+    want = mass_gradient(z, Support(ids.clamp(-1, 20).int(), values))
+    got = mass_gradient(z, Support(ids, values))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    ids[:, :2] = torch.tensor([2, 7], device=DEVICE)
+    ids[:, 2] = far  # in order, as the op is given them
+    tail = torch.zeros(2, device=DEVICE, dtype=torch.float64)
+    got, want = (
+        ops.mass_loss(z, x, values, tail, None, None, "tail", backend)
+        for x in (ids, ids.clamp(-1, 20))
+    )
+    assert all(map(torch.equal, got, want)) and got[0].isfinite().all()
+    out = torch.empty_like(z)
+    ops.spread(got[1], ids, got[2], torch.ones(2, device=DEVICE), z, out, None, backend)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_log_probs_and_weights_of_any_dtype(backend, dtype: torch.dtype) -> None:
+    z, ids = torch.randn(3, 20, device=DEVICE), torch.tensor([[1, 2, 3]] * 3, device=DEVICE)
+    values, weights = (
+        torch.tensor([[-2.0, -1.5, -3.0]] * 3, device=DEVICE),
+        torch.tensor([1.0, 0.0, -2.0], device=DEVICE),
+    )
+    want = mass_gradient(z, Support(ids, values), weights=weights)
+    got = mass_gradient(z, Support(ids, values.to(dtype)), weights=weights.to(dtype))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_ids_out_of_order_are_not_silent(backend) -> None:
+    z = torch.randn(5, 50, device=DEVICE)
+    ids = torch.tensor([[1, 4, 9], [1, 9, 4], [1, -1, 9], [4, 4, 9], [1, -1, -1]], device=DEVICE)
+    tail = torch.zeros(5, device=DEVICE, dtype=torch.float64)
+    loss, _, _ = ops.mass_loss(z, ids, z[:, :3] - 5, tail, None, None, "tail", backend)
+    assert loss.isnan().tolist() == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("mass", [*MASSES, "ema_pg", "ema_pg_corrected"])

@@ -125,6 +125,17 @@ def test_normalize_gives_true_log_probs(backend, dtype: torch.dtype) -> None:
     torch.testing.assert_close(support.log_probs.double(), want, rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalize_keeps_its_bits_at_any_offset(backend, dtype: torch.dtype) -> None:
+    rows = cases.rows(5_003, 8, torch.float32, ["random", "peaked", "all_equal", "two_valued"], DEVICE)
+    for offset in (0.0, 1e2, 1e3, 1e4, -6e4):
+        logits = (rows + offset).to(dtype)
+        support = teacher_topk(logits[:, : None if offset == 0 else 300], 8, normalize=True)
+        x = logits[:, : None if offset == 0 else 300].double()
+        want = (x - x.logsumexp(1, keepdim=True)).gather(1, support.ids.long())
+        torch.testing.assert_close(support.log_probs.double(), want, rtol=1e-7, atol=1e-6)
+
+
 def test_normalize_of_rows_without_a_distribution(backend) -> None:
     logits = torch.randn(4, 100, device=DEVICE)
     logits[0, 50] = torch.nan

@@ -309,6 +309,17 @@ def test_remapped_probabilities_are_those_of_the_new_tokens(ids, old, new, other
     assert [{v: pytest.approx(math.exp(x), rel=1e-5) for v, x in row.items()} for row in got] == [want]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_remap_does_not_lose_a_nan_beyond_the_students_vocabulary(backend, bad: float) -> None:
+    support = Support(tensor([[1, 11, 2], [1, 12, 2]]), tensor([[0.5, bad, 1.0], [0.5, 0.25, 1.0]]))
+    mapped = remap(support, {1: 3}, student_vocab=10)
+    assert mapped.ids[1].tolist() == [3, -1, 2]
+    assert topk_reverse_kl(torch.randn(2, 10, device=DEVICE), mapped, reduction="none").isnan().tolist() == [
+        True,
+        False,
+    ]
+
+
 def test_remap_swaps_two_tokens_and_keeps_the_places() -> None:
     support = some([[4, 2, 9, -1]])
     got = remap(support, {4: 2, 2: 4})

@@ -38,7 +38,7 @@ class _Gradient(torch.autograd.Function):
 def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A backward(ctx, grad_output, *saved) of the first output alone, whose own derivative raises however asked for.
 
-    What is saved has to lead back to each input: the input itself, or an output.
+    What is saved has to lead back to each input: the input itself, or an output. Under torch.compile torch refuses.
     """
 
     def refusing(ctx: Any, grad_output: Tensor | None, *_: None) -> Gradients:
@@ -65,7 +65,8 @@ def savable(x: Tensor, copy: bool = True) -> Tensor:
         return x if x.is_floating_point() else ops.kept(x)
     if not x.is_inference():
         return x
-    return x.clone() if copy else x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+    memory = x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+    return x.clone() if copy else x.new_empty(0).set_(*memory)
 
 
 @dataclass(frozen=True)
@@ -232,10 +233,10 @@ class SparseHeadLoss(torch.autograd.Function):
     def backward(
         ctx: Any,
         grad_output: Tensor,  # (...), any strides
-        dhidden: Tensor,  # (..., H), None where not asked for
-        g: Tensor,  # (..., K), as the next two None where neither head nor bias is asked for
-        ids: Tensor,  # (..., K)
-        hidden: Tensor,  # (..., H)
+        dhidden: Any,  # (..., H), or None if hidden has no gradient
+        g: Any,  # (..., K), or None if neither head nor bias has one
+        ids: Any,  # (..., K), as g
+        hidden: Any,  # (..., H), as g
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         sparse = of_head and ctx.options.weight_grad == "sparse"
@@ -289,14 +290,11 @@ class LinearMassLoss(torch.autograd.Function):
         others: Tensor,  # (..., 2)
         hidden: Tensor,  # (..., H)
         head: Tensor,  # (V, H)
-        bias: Tensor | None,  # (V,)
+        bias: Any,  # (V,), or None
         settings: Tensor | None,  # (numbers,)
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other six
         asked = zip(ctx.needs_input_grad[:3], (hidden, head, bias))
-        outs = [
-            None if x is None or not wanted else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            for wanted, x in asked
-        ]
+        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
         options = ctx.options
         ops.linear_mass_grad(
             g, ids, others, grad_output, hidden, head, bias, settings, *outs, options.mass, options.backend

@@ -280,7 +280,7 @@ def remap(
             ids = ids.masked_fill(live == old, new)
     if student_vocab is not None:
         beyond = ids >= min(student_vocab, torch.iinfo(ids.dtype).max)  # an int above the ids' dtype would wrap
-        ids = ids.masked_fill(beyond, -1)
+        ids = ids.masked_fill(beyond & (support.log_probs < torch.inf), -1)  # NaN still spoils the row
     return _merge_duplicates(Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)))
 
 

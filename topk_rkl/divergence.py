@@ -12,7 +12,7 @@ A constant a slot times p may be added to h without a change. For the truncated,
 Three forms cover those that are built in, each with a few numbers, as which a divergence crosses the border of an op:
 
     reverse KL    L = sum p d,   d = log p - log q clamped to [low, high]
-    blended KLs   L = c KL(p | (1 - s) p + s q) + e KL(q | (1 - t) q + t p)
+    blended KLs   L = c KL(p | s p + (1 - s) q) + e KL(q | t q + (1 - t) p)
     alpha-beta    L = -1/(alpha beta) sum [ q^alpha p^beta - alpha/r q^r - beta/r p^r ],   r = alpha + beta
 """
 
@@ -26,6 +26,8 @@ from topk_rkl.checks import values as checks
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 Code = Sequence[float]
+
+LARGEST_EXPONENT, SUMMABLE = 709.0, 1e300  # of what exp can take in float64, and of what can be added up
 
 REVERSE, CLAMPED, BLENDED, ALPHA_BETA = range(4)
 REVERSE_KL: Code = (REVERSE,)
@@ -66,7 +68,7 @@ class ForwardKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 0.0, 0.0, 1.0, 1.0)
+        return (BLENDED, 0.0, 1.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class JensenShannon(Divergence):
     @property
     def code(self) -> Code:
         beta = float(self.beta)
-        return (BLENDED, 1.0 - beta, beta, beta, 1.0 - beta)
+        return (BLENDED, 1.0 - beta, 1.0 - beta, beta, beta)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Mixture(Divergence):
     @property
     def code(self) -> Code:
         lam = float(self.lam)
-        return (BLENDED, 1.0 - lam, 1.0, lam, 1.0) if lam else REVERSE_KL
+        return (BLENDED, 1.0 - lam, 0.0, lam, 0.0) if lam else REVERSE_KL
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class SkewReverseKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 1.0, 1.0 - float(self.lam), 0.0, 0.0) if self.lam else REVERSE_KL
+        return (BLENDED, 1.0, float(self.lam), 0.0, 1.0) if self.lam else REVERSE_KL
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class SkewForwardKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 0.0, 0.0, 1.0, 1.0 - float(self.lam))
+        return (BLENDED, 0.0, 1.0, 1.0, float(self.lam))
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ class AlphaBeta(Divergence):
     the three is 0: (1, 0) is forward KL, (0, 1) reverse KL, (0, 0) half the sum of (log p - log q)^2. At alpha = 0 the
     limit has a factor 1/beta^2 (1/alpha^2 at beta = 0 and at r = 0), where published code has 1/beta. A student logit
     of -inf in S makes the loss +inf unless beta > 0 and r > 0.
+
+    With a negative alpha, beta or r a term can exceed any float. The loss is then +inf. Gradients that grow with the
+    term are infinite or huge, with their sign, and none is NaN.
     """
 
     alpha: float
@@ -159,17 +164,18 @@ def slots_loss(
     all other logits / temperature, so that p and q are probabilities among all tokens.
 
     float64, because at temperature 0.05 float32 misses the promised accuracy by a factor of 3.5; on K numbers a row
-    it costs nothing that can be measured. A row without a live slot gives 0; a NaN or +inf on a live slot gives NaN;
-    a student logit of -inf has probability 0 and gradient 0, and leaves the teacher's side as it is.
+    it costs nothing that can be measured. A row without a live slot gives 0; a NaN or +inf on a live slot, or of the
+    teacher on any, gives NaN, and on the live slots a gradient of NaN; a student logit of -inf has probability 0 and
+    gradient 0, and leaves the teacher's side as it is.
     """
     inv_t = 1.0 / temperature
     z = torch.where(live, z.double(), -torch.inf)
-    w = torch.where(live, w.double(), -torch.inf)
+    w = torch.where(live | ~(w < torch.inf), w.double(), -torch.inf)
     a = z - _finite_max(z)
     b = w - _finite_max(w)
     p, q = (a * inv_t).exp(), (b * inv_t).exp()
     p_sum, q_sum = _nonzero(p.sum(-1, keepdim=True)), _nonzero(q.sum(-1, keepdim=True))
-    p, q = p / p_sum, q / q_sum
+    p, q, poison = p / p_sum, q / q_sum, 0 * (p_sum + q_sum)  # 0, or NaN
     # The difference of the logits is taken first, so that equal logits give 0 and not a rounding error.
     d = torch.where(live, (a - b) * inv_t - (p_sum.log() - q_sum.log()), 0)
     log_q = torch.where(live, b * inv_t - q_sum.log(), 0)
@@ -179,12 +185,12 @@ def slots_loss(
     else:
         terms, h = _terms(divergence, p, q, d, log_q)
         if mass not in ("renormalized", "tail"):
-            terms, h = _head_only(divergence, mass, terms, h, p, d, live)
+            terms, h = _head_only(divergence, mass, terms, h, p, d, reachable)
     loss = terms.sum(-1, keepdim=True)
     if mass in ("renormalized", "tail") and not callable(divergence) and divergence[0] in (BLENDED, ALPHA_BETA):
         loss = torch.where(loss < 0, 0, loss)  # which only rounding makes it
     gradient = torch.where(reachable, (h - p * h.sum(-1, keepdim=True)) * inv_t, 0)
-    return loss.squeeze(-1), gradient
+    return (loss + poison).squeeze(-1), torch.where(live, gradient + poison, 0)
 
 
 def _terms(
@@ -196,20 +202,20 @@ def _terms(
 ) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
     """The terms of the sum, and h: both 0 where p = q, so that a distribution is at distance 0 from itself."""
     if code[0] == REVERSE:
-        x = p * torch.where(p == 0, 0, d)
+        x = _times(p, d)
         return x, x
     if code[0] == CLAMPED:
         low, high = code[1:]
         inside = (d >= low) & (d <= high)
-        bounded = torch.where(p == 0, 0, d).clamp(low, high)
-        return p * bounded, p * torch.where(inside, bounded, bounded - 1)
+        bounded = d.clamp(low, high)
+        return _times(p, bounded), _times(p, torch.where(inside, bounded, bounded - 1))
     if code[0] == BLENDED:
-        of_p, share_of_q, of_q, share_of_p = code[1:]
-        log_p_blend, q_part = _blend(d, share_of_q)
-        log_q_blend, p_part = _blend(-d, share_of_p)
+        of_p, own_p, of_q, own_q = code[1:]
+        log_p_blend, q_part = _blend(d, own_p)
+        log_q_blend, p_part = _blend(-d, own_q)
         terms = of_p * _times(p, log_p_blend) + of_q * _times(q, log_q_blend)
-        rise = _times(p, log_p_blend + (q_part - share_of_q))
-        fall = (q - p) * p_part + p * (p_part - share_of_p)  # split so that fusion leaves nothing where p = q
+        rise = _times(p, log_p_blend + (q_part - (1 - own_p)))
+        fall = (q - p) * p_part + p * (p_part - (1 - own_q))  # split so that fusion leaves nothing where p = q
         return terms, of_p * rise - of_q * fall
     return _alpha_beta(code[1], code[2], d, log_q)
 
@@ -221,7 +227,7 @@ def _head_only(
     h: Tensor,  # (..., K)
     p: Tensor,  # (..., K)
     d: Tensor,  # (..., K)
-    live: Tensor,  # (..., K) bool
+    reachable: Tensor,  # (..., K) bool
 ) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
     """Without a term of the rest; "ema_pg" has one of the sampled token, the last slot but one, in its stead.
 
@@ -229,27 +235,28 @@ def _head_only(
     the generalised KL, sum [ p log(p / q) - p + q ]; the terms as they are have h + kappa p.
     """
     forward = code[0] == BLENDED and code[1] == 0
-    kappa = 1.0 if code[0] == REVERSE else code[1] * code[2] - code[3] * code[4]
+    kappa = 1.0 if code[0] == REVERSE else code[1] * (1 - code[2]) - code[3] * (1 - code[4])
     if mass in ("raw", "ema_pg") or (mass == "ema_pg_corrected" and forward):
         h = h + kappa * p
     terms, h = terms.clone(), h.clone()
     terms[..., -1] = h[..., -1] = 0
     if mass in ("ema_pg", "ema_pg_corrected"):
-        d, drawn = d[..., -2], live[..., -2]
+        d, drawn = d[..., -2], reachable[..., -2]
         ratio = (-d).exp()
         terms[..., -2] = torch.where(drawn, -ratio * d if forward else d, 0)
         published = 1.0 if mass == "ema_pg" else 0.0
-        h[..., -2] = torch.where(drawn, published - ratio if forward else d, 0)
+        h[..., -2] = torch.where(drawn, _summable(published - ratio) if forward else d, 0)
     return terms, h
 
 
-def _blend(d: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Of x and y with d = log x - log y, and B = (1 - share) x + share y: log x - log B, and share y / B."""
-    if share == 1:
-        return d, torch.ones_like(d)
+def _blend(d: Tensor, own: float) -> tuple[Tensor, Tensor]:
+    """Of x and y with d = log x - log y, and B = own x + (1 - own) y: log x - log B, and (1 - own) y / B."""
+    other = 1 - own
+    if own == 0 or own == 1:  # B is y, or x, and the other may be 0
+        return d if other else torch.zeros_like(d), torch.full_like(d, other)
     smaller = (-d.abs()).exp()  # over the larger
-    blend = torch.where(d < 0, share + (1 - share) * smaller, (1 - share) + share * smaller)  # over the larger
-    return torch.where(d < 0, d, 0) - blend.log(), torch.where(d < 0, share, share * smaller) / blend
+    blend = torch.where(d < 0, other + own * smaller, own + other * smaller)  # over the larger
+    return torch.where(d < 0, d, 0) - blend.log(), torch.where(d < 0, other, other * smaller) / blend
 
 
 def _alpha_beta(
@@ -261,7 +268,7 @@ def _alpha_beta(
     """A term is d^2 times the second divided difference of exp at r log q, alpha log q + beta log p and r log p.
 
     That has no denominator which vanishes with alpha, beta or r, so it holds in the limits and near them; h is d times
-    the first divided difference at the last two.
+    the first divided difference at the last two. Beyond float64 a term is inf, and h as large as can be added up.
     """
     r = alpha + beta
     vanished = d == -torch.inf  # the student's probability is 0
@@ -269,13 +276,25 @@ def _alpha_beta(
     first, second = beta * d, r * d  # the points, less the one of q
     low, high = torch.minimum(first, second).clamp(max=0), torch.maximum(first, second).clamp(min=0)
     middle = first + second - low - high
-    terms = d * d * (r * log_q + high).exp() * _second_chord(middle - high, low - high)
+    root = _root_exp(r * log_q + high)
+    terms = (d * root) * (d * root) * _second_chord(middle - high, low - high)
     top = torch.maximum(first, second)
-    h = d * (r * log_q + top).exp() * _chord(-(alpha * d).abs())
+    root = _root_exp(r * log_q + top)
+    h = (d * root) * root * _chord(-(alpha * d).abs())
     limit = (r * log_q).exp()
     end_term = limit / (beta * r) if beta > 0 and r > 0 else torch.full_like(limit, torch.inf)
     end_h = -limit / alpha if beta == 0 and alpha > 0 else torch.zeros_like(limit)
-    return torch.where(vanished, end_term, terms), torch.where(vanished, end_h, h)
+    return torch.where(vanished, end_term, terms), torch.where(vanished, end_h, _summable(h))
+
+
+def _root_exp(x: Tensor) -> Tensor:
+    """exp(x / 2), finite: 0 times it stays 0, and d times it, twice, reaches inf where d exp(x) d exceeds float64."""
+    return (x / 2).clamp(max=LARGEST_EXPONENT).exp()
+
+
+def _summable(h: Tensor) -> Tensor:
+    """What exceeds float64 as a number of which many can be added, so that inf - inf does not occur."""
+    return h.clamp(-SUMMABLE, SUMMABLE)
 
 
 def _chord(x: Tensor) -> Tensor:
@@ -302,7 +321,7 @@ def _autograd(
         checks.terms(terms, function(leaf.detach(), log_q.clone()), leaf)
         terms = torch.where(reachable.clone(), terms, 0)
         (h,) = torch.autograd.grad(terms.sum(), leaf)
-    return terms.detach(), h
+    return terms.detach(), torch.where(reachable, h, 0)  # elsewhere the function may have no derivative
 
 
 def _times(probability: Tensor, x: Tensor) -> Tensor:

@@ -27,15 +27,17 @@ def classes(
     if isinstance(teacher, Support):
         ids, values = _distinct(teacher.ids, teacher.log_probs, student_vocab)
         values = true_log_probs(values, values)
-        return ids, values, _log_rest(values)
+        bad = (teacher.ids >= 0) & ~(teacher.log_probs < torch.inf)  # dropped ones too
+        return ids, values, _log_rest(values).masked_fill(bad.any(-1), torch.nan)
     assert k is not None
     ids, values = ops.select(teacher, k, False, backend)
     ids, values = _distinct(ids, values, student_vocab)
     if sampled_ids is not None:
-        y = sampled_ids.to(ids.dtype)[..., None]
-        named = (ids == y).any(-1, keepdim=True) | (y >= min(student_vocab, teacher.shape[-1]))
-        ids = torch.cat((ids, torch.where(named, -1, y)), -1)
-        values = torch.cat((values, teacher.gather(-1, ids[..., -1:].clamp(min=0).long()).to(values.dtype)), -1)
+        y = sampled_ids[..., None]
+        named = (ids == y).any(-1, keepdim=True) | (y < 0) | (y >= min(student_vocab, teacher.shape[-1]))
+        y = y.masked_fill(named, -1).to(ids.dtype)
+        value = teacher.gather(-1, y.clamp(min=0).long()).masked_fill(named, -torch.inf)
+        ids, values = torch.cat((ids, y), -1), torch.cat((values, value.to(values.dtype)), -1)
     return ids, values, ops.rest(teacher, ids, pack(temperature), backend)
 
 
@@ -45,17 +47,18 @@ def _distinct(
     vocab: int,
 ) -> tuple[Tensor, Tensor]:
     live = (ids >= 0) & (ids < vocab) & (values != -torch.inf)
-    ids, slots = torch.where(live, ids, LAST).sort(dim=-1, stable=True)
+    ids, slots = torch.where(live, ids, LAST).int().sort(dim=-1, stable=True)
     empty = ids == LAST
     empty[..., 1:] |= ids[..., 1:] == ids[..., :-1]
-    ids = ids.masked_fill(empty, LAST)
-    values = values.gather(-1, slots).masked_fill(empty, -torch.inf)
+    ids.masked_fill_(empty, LAST)
+    values = values.gather(-1, slots).masked_fill_(empty, -torch.inf)
+    del live, slots, empty  # N K numbers each
     ids, slots = ids.sort(dim=-1, stable=True)  # the emptied ones to the end
-    return ids.masked_fill(ids == LAST, -1), values.gather(-1, slots)
+    return ids.masked_fill_(ids == LAST, -1), values.gather(-1, slots)
 
 
 def _log_rest(
     log_probs: Tensor,  # (..., K)
 ) -> Tensor:  # (...) float64
-    total = log_probs.double().logsumexp(-1)
-    return (-total.clamp(max=-torch.finfo(log_probs.dtype).eps / 2).expm1()).log()
+    total = log_probs.to(torch.float64, copy=True).exp_().sum(-1)
+    return (-total.clamp(max=1 - torch.finfo(log_probs.dtype).eps / 2)).log1p()

@@ -139,11 +139,13 @@ def _(
 @_op("(Tensor logits, Tensor ids, Tensor? settings, str backend) -> Tensor")
 def rest(
     logits: Tensor,  # (..., V)
-    ids: Tensor,  # (..., K) ascending, none twice in a row, the negative ones last
+    ids: Tensor,  # (..., K)
     settings: Tensor | None,
     backend: str,
 ) -> Tensor:  # (...) float64
     module, temperature = choose(backend, ids.shape[-1], logits, mass="tail"), unpack(settings).temperature
+    vocab = logits.shape[-1]
+    ids = torch.where((ids < 0) | (ids >= vocab), vocab, ids).int().sort(-1).values  # as the kernels need them
     (out,) = _cat((module.rest(*rows, temperature),) for rows in _views(module, logits, ids.contiguous()))
     return out.view(logits.shape[:-1])
 
@@ -159,7 +161,7 @@ def _(logits: Tensor, ids: Tensor, settings: Tensor | None, backend: str) -> Ten
 )
 def mass_loss(
     student: Tensor,  # (..., V)
-    ids: Tensor,  # (..., K) as for `rest`
+    ids: Tensor,  # (..., K) ascending, none twice in a row, the negative ones last; with "ema_pg" in any order
     values: Tensor,  # (..., K)
     tail: Tensor,  # (...)
     weights: Tensor | None,  # (...)
@@ -170,6 +172,11 @@ def mass_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (..., K), (..., 2) float64
     at = unpack(settings, terms)
     module = choose(backend, ids.shape[-1], student, divergence=at.divergence, mass=mass)
+    ids = ids.clamp(-1, student.shape[-1]).int()  # beyond the vocabulary as before, and within the kernels' integers
+    if not mass.startswith("ema_pg"):  # which the reference alone serves
+        before, after = ids[..., :-1], ids[..., 1:]
+        ordered = torch.where(before < 0, after < 0, (after < 0) | (before < after))  # (..., K - 1)
+        tail = tail.masked_fill(~ordered.all(-1), torch.nan)
     loss, g, others = _cat(
         module.mass_loss(*rows, at.temperature, at.divergence, mass)
         for rows in _views(

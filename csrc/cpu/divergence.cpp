@@ -19,16 +19,23 @@ struct Term {
 double times(double probability, double x) { return probability == 0 ? 0 : probability * x; }
 
 struct Blend {
-  double log_ratio, share;
+  double log_ratio, part;
 };
 
-// Of x and y with d = log x - log y, and B = (1 - share) x + share y: log x - log B, and share y / B.
-Blend blend(double d, double share) {
-  if (share == 1) return {d, 1};
+// Of x and y with d = log x - log y, and B = own x + (1 - own) y: log x - log B, and (1 - own) y / B.
+Blend blend(double d, double own) {
+  const double other = 1 - own;
+  if (own == 0 || own == 1) return {other != 0 ? d : 0, other};  // B is y, or x, and the other may be 0
   const double smaller = std::exp(-std::abs(d));
-  const double sum = d < 0 ? share + (1 - share) * smaller : (1 - share) + share * smaller;
-  return {(d < 0 ? d : 0) - std::log(sum), (d < 0 ? share : share * smaller) / sum};
+  const double sum = d < 0 ? other + own * smaller : own + other * smaller;
+  return {(d < 0 ? d : 0) - std::log(sum), (d < 0 ? other : other * smaller) / sum};
 }
+
+// exp(x / 2), finite: 0 times it stays 0, and d times it, twice, reaches inf where d exp(x) d exceeds float64.
+double root_exp(double x) { return std::exp(std::min(x / 2, 709.0)); }
+
+// What exceeds float64 as a number of which many can be added, so that inf - inf does not occur.
+double summable(double h) { return std::clamp(h, -1e300, 1e300); }
 
 // (exp(x) - 1) / x of x <= 0, and 1 at 0.
 double chord(double x) { return x == 0 ? 1 : std::expm1(x) / x; }
@@ -47,8 +54,9 @@ Term alpha_beta(double alpha, double beta, double d, double log_q) {
   }
   const double first = beta * d, second = r * d, top = std::max(first, second);
   const double low = std::min({first, second, 0.0}), high = std::max(top, 0.0), middle = first + second - low - high;
-  return {d * d * std::exp(r * log_q + high) * second_chord(middle - high, low - high),
-          d * std::exp(r * log_q + top) * chord(-std::abs(alpha * d))};
+  const double of_term = root_exp(r * log_q + high), of_h = root_exp(r * log_q + top);
+  return {(d * of_term) * (d * of_term) * second_chord(middle - high, low - high),
+          summable((d * of_h) * of_h * chord(-std::abs(alpha * d)))};
 }
 
 Term term_of(const Objective& at, double p, double q, double d, double log_q) {
@@ -62,8 +70,8 @@ Term term_of(const Objective& at, double p, double q, double d, double log_q) {
     case Form::blended: {
       const Blend of_p = blend(d, x[1]), of_q = blend(-d, x[3]);
       const double value = x[0] * times(p, of_p.log_ratio) + x[2] * times(q, of_q.log_ratio);
-      const double rise = times(p, of_p.log_ratio + (of_p.share - x[1]));
-      const double fall = (q - p) * of_q.share + p * (of_q.share - x[3]);
+      const double rise = times(p, of_p.log_ratio + (of_p.part - (1 - x[1])));
+      const double fall = (q - p) * of_q.part + p * (of_q.part - (1 - x[3]));
       return {value, x[0] * rise - x[2] * fall};
     }
     default: return alpha_beta(x[0], x[1], d, log_q);
@@ -86,7 +94,7 @@ double divergence(const Objective& at, double* z, double* w, double* p, double* 
   const double p_log_sum = std::log(softmax(z, n, inv_t, p)), q_log_sum = std::log(softmax(w, n, inv_t, q));
   const bool head_only = at.mass == Mass::raw || at.mass == Mass::raw_stop_grad;
   const double* x = at.numbers;
-  const double kappa = at.mass != Mass::raw ? 0 : at.form == Form::reverse ? 1 : x[0] * x[1] - x[2] * x[3];
+  const double kappa = at.mass != Mass::raw ? 0 : at.form == Form::reverse ? 1 : x[0] * (1 - x[1]) - x[2] * (1 - x[3]);
   double loss = 0, sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double d = (z[i] - w[i]) * inv_t - (p_log_sum - q_log_sum);

@@ -78,6 +78,10 @@ class Worker {
       const int64_t id = id_of(row, j);
       const double w = load(at_.values.at(row, j), at_.values.kind);
       if (id < 0 || w == -INF) continue;
+      if (id >= at_.vocab) {
+        slots_.leave_out(w);
+        continue;
+      }
       if (j + 1 < at_.k) prefetch(id_of(row, j + 1));
       const int64_t i = slots_.live();
       rows_[i] = contiguous(at_.head, id, copies_.empty() ? nullptr : copies_.data() + (i + 1) * bytes);
@@ -97,14 +101,10 @@ class Worker {
     return at_.softcap * bent;
   }
 
-  // -1 where the head has no such row.
-  int64_t id_of(int64_t row, int64_t j) const {
-    const int64_t id = load_integer(at_.ids.at(row, j), at_.ids.kind);
-    return id < at_.vocab ? id : -1;
-  }
+  int64_t id_of(int64_t row, int64_t j) const { return load_integer(at_.ids.at(row, j), at_.ids.kind); }
 
   void prefetch(int64_t id) const {
-    if (id < 0 || at_.head.step != 1) return;
+    if (id < 0 || id >= at_.vocab || at_.head.step != 1) return;
     const int64_t bytes = std::min(AHEAD, at_.head.columns * size_of(at_.head.kind));
     for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(at_.head.at(id) + i);
   }

@@ -15,6 +15,8 @@ void Slots::add(int64_t j, double z, double w) {
   part(3)[live_++] = double(j);
 }
 
+void Slots::leave_out(double w) { finite_ = finite_ && w < INF; }
+
 void Slots::add_row(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k) {
   double *z = part(0), *w = part(1), *places = part(3), *all_w = part(4);
   load_integers(ids, row, k, columns_.data());
@@ -23,25 +25,29 @@ void Slots::add_row(const Matrix& student, const Matrix& ids, const Matrix& valu
   const int64_t step = student.step * size_of(student.kind);
   for (int64_t j = 0; j < k; ++j) {
     const int64_t id = columns_[j];
-    if (id < 0 || id >= student.columns || all_w[j] == -INF) continue;
+    if (id < 0 || all_w[j] == -INF) continue;
+    if (id >= student.columns) {
+      leave_out(all_w[j]);
+      continue;
+    }
     __builtin_prefetch(logits + id * step);  // all at once, and not one after the other as they are needed
     columns_[live_] = id;
     w[live_] = all_w[j];
     places[live_++] = double(j);
   }
   gather(student, row, columns_.data(), live_, z);
-  bool finite = true;
+  bool finite = finite_;
   for (int64_t i = 0; i < live_; ++i) finite &= (z[i] < INF) & (w[i] < INF);
   finite_ = finite;
 }
 
 double Slots::solve(const Isa& isa, const Objective& objective, double temperature, double weight) {
   double *z = part(0), *w = part(1), *g = part(2);
-  if (live_ == 0) return 0;
   if (!finite_) {
     std::fill_n(g, live_, NAN);
     return NAN;
   }
+  if (live_ == 0) return 0;
   double loss;
   if (objective.plain()) {
     const int64_t padded = padded_slots(live_);

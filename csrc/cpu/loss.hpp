@@ -15,9 +15,11 @@ class Slots {
   void clear() { live_ = 0, finite_ = true; }
   // Slot j of the row, which is in S, with the logits of student and teacher.
   void add(int64_t j, double z, double w);
+  // A slot that the student's vocabulary lacks.
+  void leave_out(double w);
   // Those of the k slots of a row that are in S; for slots that hold none yet.
   void add_row(const Matrix& student, const Matrix& ids, const Matrix& values, int64_t row, int64_t k);
-  // The loss times the weight. A NaN or +inf on a slot makes everything NaN.
+  // The loss times the weight. A NaN or +inf on a slot, or of the teacher on one left out, makes everything NaN.
   double solve(const Isa& isa, const Objective& objective, double temperature, double weight);
 
   int64_t live() const { return live_; }

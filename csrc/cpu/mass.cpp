@@ -1,5 +1,6 @@
 // The loss with the rest of the vocabulary as one more class: one read of the student's row forwards, one backwards.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -111,7 +112,8 @@ void mass_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, c
       else g[row * k + slots.slot(i)] = float(slots.g(i));
     }
     others[2 * row] = rest.peak;
-    others[2 * row + 1] = of_rest == 0 ? 0 : of_rest / rest.total;
+    // Within float32, since inf times an exponential that is 0 would be NaN.
+    others[2 * row + 1] = of_rest == 0 ? 0 : std::clamp<double>(of_rest / rest.total, -FLT_MAX, FLT_MAX);
   });
 }
 

@@ -165,8 +165,10 @@ struct Mass {
     for (int e = 0; e < PACKS * SIZE; ++e) top = fmaxf(top, to_float(x[e / SIZE].template element<T>(e % SIZE)));
     const float base = top == -INFINITY ? 0 : top;
     sum *= expf(peak - base);
+    float added = 0;  // before they join the sum of the others, so that a long sum does not lose bits
 #pragma unroll
-    for (int e = 0; e < PACKS * SIZE; ++e) sum += expf(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
+    for (int e = 0; e < PACKS * SIZE; ++e) added += expf(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
+    sum += added;
     peak = top;
   }
 

@@ -45,9 +45,13 @@ __device__ inline double sum_of_exponentials(const double* x, int k, double inv_
   return sum == 0 ? 1 : sum;
 }
 
-// Calls put(j, gradient) for each slot, and returns the loss. A thread reads only what it wrote of z and w.
+// 0, or NaN where the teacher's logit is NaN or +inf, which spoils the row whether or not the student has the token.
+__device__ inline double poison_of(double w) { return w < INFINITY ? 0 : NAN; }
+
+// Calls put(j, gradient) for each slot, and returns the loss, to which each thread adds its poison. A thread reads only
+// what it wrote of z and w.
 template <class Put>
-__device__ double reverse_kl(const Slots& slots, int k, double inv_t, Put put) {
+__device__ double reverse_kl(const Slots& slots, int k, double inv_t, double poison, Put put) {
   unsigned live = 0;  // a bit for each slot of this thread
   for (int j = threadIdx.x, bit = 0; j < k; j += blockDim.x, ++bit) live |= unsigned(!(slots.w[j] == -INFINITY)) << bit;
   subtract_largest(slots.z, k, slots.of_warp);
@@ -55,7 +59,7 @@ __device__ double reverse_kl(const Slots& slots, int k, double inv_t, Put put) {
   const double p_sum = sum_of_exponentials(slots.z, k, inv_t, slots.of_warp);
   const double q_sum = sum_of_exponentials(slots.w, k, inv_t, slots.of_warp);
   const double shift = log(p_sum) - log(q_sum);
-  double sum = 0;
+  double sum = poison;
   for (int j = threadIdx.x, bit = 0; j < k; j += blockDim.x, ++bit) {
     const double p = exp(slots.z[j] * inv_t) / p_sum;
     // The difference of the logits is taken first, so that equal logits give 0 and not a rounding error.
@@ -76,6 +80,7 @@ template <class SlotOf>
 __device__ void store_loss_row(const Matrix& student, int64_t row, const Slots& slots, int k, double weight,
                                double inv_t, float* loss, float* g, SlotOf slot_of) {
   const int64_t start = student.offset(row);
+  double poison = 0;
   for (int j = threadIdx.x; j < k; j += blockDim.x) {
     int64_t id;
     double w;
@@ -83,8 +88,9 @@ __device__ void store_loss_row(const Matrix& student, int64_t row, const Slots& 
     const bool live = id >= 0 && id < student.columns && !(w == -INFINITY);
     slots.z[j] = live ? real_at(student.data, student.kind, start + id * student.step) : -INFINITY;
     slots.w[j] = live ? w : -INFINITY;
+    if (id >= 0) poison += poison_of(w);
   }
-  const double row_loss = reverse_kl(slots, k, inv_t, [&](int j, double dz) { g[row * k + j] = float(dz * weight); });
+  const double row_loss = reverse_kl(slots, k, inv_t, poison, [&](int j, double dz) { g[row * k + j] = float(dz * weight); });
   if (threadIdx.x == 0) loss[row] = float(row_loss * weight);
 }
 

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(THREADS, 2) sparse_head_kernel(Problem p) {
   multiply(slice, pieces);
   cluster_sync();
 
+  double poison = 0;
   for (int j = threadIdx.x; j < p.k; j += THREADS) {
     const int64_t id = slice.live_id(j);
     double raw = 0;
@@ -182,9 +183,11 @@ __global__ void __launch_bounds__(THREADS, 2) sparse_head_kernel(Problem p) {
     if (p.bias.data && id >= 0) raw += real_at(p.bias.data, p.bias.kind, id * p.bias.stride);
     const double z = capped(raw, p, pieces.slope[j]);
     pieces.slots.z[j] = id < 0 ? -INFINITY : z;
-    pieces.slots.w[j] = id < 0 ? -INFINITY : real_at(p.values, slice.row, j);
+    const double w = real_at(p.values, slice.row, j);
+    pieces.slots.w[j] = id < 0 ? -INFINITY : w;
+    if (integer_at(p.ids, slice.row, j) >= 0) poison += poison_of(w);
   }
-  const double loss = reverse_kl(pieces.slots, p.k, p.inv_t, [&](int j, double dz) {
+  const double loss = reverse_kl(pieces.slots, p.k, p.inv_t, poison, [&](int j, double dz) {
     dz *= weight;
     pieces.factor[j] = float(dz == 0 ? 0 : dz * pieces.slope[j]);
     if (rank == 0) p.g[slice.row * p.k + j] = pieces.factor[j];

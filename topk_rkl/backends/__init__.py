@@ -180,6 +180,8 @@ def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | 
         return None
     if callable(divergence):
         return "it has no kernel for a divergence that is a function; use 'auto' or 'reference'"
+    if name == "triton" and (tiny := [x for x in divergence[1:] if 0 < abs(x) < 1e-30]):
+        return f"its kernels take the numbers of a divergence as float32, and {tiny[0]} is too small; use 'reference'"
     if name == "cuda" and (mass != "renormalized" or tuple(divergence) != REVERSE_KL):
         return "it has kernels for the renormalised ReverseKL() alone; use 'auto' or 'reference'"
     if mass.startswith("ema_pg"):

@@ -70,11 +70,13 @@ def all_logits(
     out: Tensor | None = None,  # (n, V)
 ) -> Tensor:  # (n, V)
     """Of so few positions that they may all exist."""
+    dtype, no_slots = result_dtype(hidden), hidden[:, :1]
     if out is None:
-        out = hidden.new_empty((len(hidden), len(head)), dtype=result_dtype(hidden))
-    for tokens in token_blocks(hidden[:, :1], hidden, len(head)):
-        raw = product(hidden, head[tokens].to(result_dtype(hidden)), None if bias is None else bias[tokens])
-        out[:, tokens] = capped(raw, logit_scale, softcap)[0]
+        out = hidden.new_empty((len(hidden), len(head)), dtype=dtype)
+    for tokens in token_blocks(no_slots, hidden, len(head)):
+        weight, biases = head[tokens].to(dtype), None if bias is None else bias[tokens]
+        for rows in row_blocks(no_slots, hidden):
+            out[rows, tokens] = capped(product(hidden[rows], weight, biases), logit_scale, softcap)[0]
     return out
 
 

@@ -21,13 +21,13 @@ def select(
     n, vocab = logits.shape
     ids = torch.empty((n, k), dtype=torch.int32, device=logits.device)
     values = torch.empty((n, k), dtype=result_dtype(logits), device=logits.device)
-    for rows in _chunks(n, bytes_per_row=16 * vocab):
+    for rows in _chunks(n, bytes_per_row=(40 if normalize else 16) * vocab):
         x = logits[rows]
         chosen = _top_ids(x, k)
         w = x.gather(1, chosen).to(values.dtype)
         empty = w == -torch.inf
-        if normalize:
-            total = x.to(values.dtype).logsumexp(1, keepdim=True)
+        if normalize:  # rounded once the difference is taken
+            total = x.double().logsumexp(1, keepdim=True)
             w = w - total.masked_fill(total == torch.inf, torch.nan)
         ids[rows] = chosen.int().masked_fill(empty, -1)
         values[rows] = w.masked_fill(empty, -torch.inf)
@@ -69,7 +69,8 @@ def support_loss(
         live = live_slots(ids[rows], values[rows], student.shape[1])
         z = student[rows].gather(1, torch.where(live, ids[rows], 0).long())
         weight = None if weights is None else weights[rows]
-        loss[rows], g[rows] = _weigh(*slots_loss(z, values[rows], live, temperature, divergence), weight)
+        w = told(ids[rows], values[rows])
+        loss[rows], g[rows] = _weigh(*slots_loss(z, w, live, temperature, divergence), weight)
     return loss, g
 
 
@@ -152,7 +153,7 @@ def mass_loss(
         peak, total = _outside(student[rows], torch.where(live, ids[rows], -1), temperature)
         weight = None if weights is None else weights[rows]
         loss[rows], row_g, others[rows, 1] = mass_slots_loss(
-            z, values[rows], live, peak, total, tail[rows], weight, temperature, divergence, mass
+            z, told(ids[rows], values[rows]), live, peak, total, tail[rows], weight, temperature, divergence, mass
         )
         g[rows], others[rows, 0] = row_g.to(g.dtype), peak
     return loss, g, others
@@ -160,7 +161,7 @@ def mass_loss(
 
 def mass_slots_loss(
     z: Tensor,  # (N, K)
-    values: Tensor,  # (N, K)
+    values: Tensor,  # (N, K) as `told` has them
     live: Tensor,  # (N, K) bool
     peak: Tensor,  # (N,) the largest of the student's logits outside S
     total: Tensor,  # (N,) the sum over them of exp((logit - peak) / temperature)
@@ -287,7 +288,8 @@ def raw_slots_loss(
     divergence: Code | Terms,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float64: the loss, and its gradient with respect to raw
     z, slope = capped(raw, logit_scale, softcap)
-    loss, dz = _weigh(*slots_loss(z, values, live_slots(ids, values, vocab), temperature, divergence), weights)
+    live, w = live_slots(ids, values, vocab), told(ids, values)
+    loss, dz = _weigh(*slots_loss(z, w, live, temperature, divergence), weights)
     # An empty slot has gradient 0 even where the row of the head that stands in for it is not finite.
     return loss, torch.where(dz == 0, 0, dz * slope)
 
@@ -333,6 +335,11 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 def live_slots(ids: Tensor, values: Tensor, vocab: int) -> Tensor:  # (N, K) bool
     return (ids >= 0) & (ids < vocab) & (values != -torch.inf)
+
+
+def told(ids: Tensor, values: Tensor) -> Tensor:  # (N, K)
+    """The teacher's values but for slots without an id: NaN or +inf at an id that the student lacks spoils the row."""
+    return values.masked_fill(ids < 0, -torch.inf)
 
 
 def _weigh(

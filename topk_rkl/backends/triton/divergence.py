@@ -9,6 +9,8 @@ from topk_rkl.backends.triton.launch import float32_halves
 REVERSE = tl.constexpr(divergence.REVERSE)
 CLAMPED = tl.constexpr(divergence.CLAMPED)
 BLENDED = tl.constexpr(divergence.BLENDED)
+LARGEST_EXPONENT = tl.constexpr(divergence.LARGEST_EXPONENT)
+SUMMABLE = tl.constexpr(divergence.SUMMABLE)
 
 RENORMALIZED, TAIL, RAW = map(tl.constexpr, range(3))  # and RAW_STOP_GRAD
 
@@ -24,9 +26,19 @@ def number(numbers, PLACE: tl.constexpr):
 
 
 @triton.jit
+def told(
+    column,  # [K] ids
+    w,  # [K] the teacher's values
+    vocab,  # the student's
+):
+    """As slots_loss takes them: -inf where the slot is not in S, unless a NaN or +inf there has to spoil the row."""
+    return tl.where((column >= 0) & ((column < vocab) | ~(w < float("inf"))), w, float("-inf"))
+
+
+@triton.jit
 def slots_loss(
     z,  # [K] the student's logits, -inf where the slot is empty
-    w,  # [K] the teacher's, likewise
+    w,  # [K] the teacher's, likewise, but for a NaN or +inf, which spoils the row
     live,  # [K] bool: the slot is in S
     inv_t,  # float64: 1 / temperature
     numbers,
@@ -54,12 +66,15 @@ def slots_loss(
         return loss, tl.where(live, p * (d - loss) * inv_t, 0.0)
     else:
         q = q / q_sum
+        poison = 0.0 * (p_sum + q_sum)  # 0, or NaN
         d = tl.where(live, (a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum)), 0.0)  # [K]
         term, h = _terms(p, q, d, tl.where(live, b * inv_t - tl.log(q_sum), 0.0), numbers, FORM)
         if MASS == RAW:
             kappa = 1.0
             if FORM == BLENDED:
-                kappa = number(numbers, 0) * number(numbers, 1) - number(numbers, 2) * number(numbers, 3)
+                kappa = number(numbers, 0) * (1.0 - number(numbers, 1)) - number(numbers, 2) * (
+                    1.0 - number(numbers, 3)
+                )
             h += kappa * p
         if MASS > TAIL:
             term = tl.where(head, term, 0.0)
@@ -67,7 +82,8 @@ def slots_loss(
         loss = tl.sum(term, 0)
         if MASS <= TAIL and FORM >= BLENDED:
             loss = tl.where(loss < 0.0, 0.0, loss)  # which only rounding makes it
-        return loss, tl.where(live & (z != float("-inf")), (h - p * tl.sum(h, 0)) * inv_t, 0.0)
+        gradient = tl.where(z != float("-inf"), (h - p * tl.sum(h, 0)) * inv_t, 0.0)
+        return loss + poison, tl.where(live, gradient + poison, 0.0)
 
 
 @triton.jit
@@ -91,8 +107,8 @@ def _terms(
         log_p_blend, q_part = _blend(d, number(numbers, 1))
         log_q_blend, p_part = _blend(-d, number(numbers, 3))
         term = number(numbers, 0) * _times(p, log_p_blend) + number(numbers, 2) * _times(q, log_q_blend)
-        fall = (q - p) * p_part + p * (p_part - number(numbers, 3))
-        rise = _times(p, log_p_blend + (q_part - number(numbers, 1)))
+        fall = (q - p) * p_part + p * (p_part - (1.0 - number(numbers, 3)))
+        rise = _times(p, log_p_blend + (q_part - (1.0 - number(numbers, 1))))
         return term, number(numbers, 0) * rise - number(numbers, 2) * fall
     else:
         return _alpha_beta(number(numbers, 0), number(numbers, 1), d, log_q)
@@ -105,13 +121,15 @@ def _times(probability, x):
 
 
 @triton.jit
-def _blend(d, share):
-    """Of x and y with d = log x - log y, and B = (1 - share) x + share y: log x - log B, and share y / B."""
+def _blend(d, own):
+    """Of x and y with d = log x - log y, and B = own x + (1 - own) y: log x - log B, and (1 - own) y / B."""
+    other = 1.0 - own
     smaller = tl.exp(-tl.abs(d))
-    total = tl.where(d < 0.0, share + (1.0 - share) * smaller, (1.0 - share) + share * smaller)
+    total = tl.where(d < 0.0, other + own * smaller, own + other * smaller)
     log_ratio = tl.where(d < 0.0, d, 0.0) - tl.log(total)
-    part = tl.where(d < 0.0, share, share * smaller) / total
-    return tl.where(share == 1.0, d, log_ratio), tl.where(share == 1.0, 1.0, part)
+    part = tl.where(d < 0.0, other, other * smaller) / total
+    inside = (own > 0.0) & (own < 1.0)  # else B is y, or x, and the other may be 0
+    return tl.where(inside, log_ratio, tl.where(own == 0.0, d, 0.0)), tl.where(inside, part, other)
 
 
 @triton.jit
@@ -125,12 +143,21 @@ def _alpha_beta(alpha, beta, d, log_q):
     low = tl.minimum(tl.minimum(first, second), 0.0)
     high = tl.maximum(top, 0.0)
     middle = first + second - low - high
-    term = d * d * tl.exp(r * log_q + high) * _second_chord(middle - high, low - high)
-    h = d * tl.exp(r * log_q + top) * _chord(-tl.abs(alpha * d))
+    root = _root_exp(r * log_q + high)
+    term = (d * root) * (d * root) * _second_chord(middle - high, low - high)
+    root = _root_exp(r * log_q + top)
+    h = (d * root) * root * _chord(-tl.abs(alpha * d))
+    h = tl.where(tl.abs(h) > SUMMABLE, tl.where(h < 0.0, -SUMMABLE, SUMMABLE), h)
     limit = tl.exp(r * log_q)
     end_term = tl.where((beta > 0.0) & (r > 0.0), limit / (beta * r), float("inf"))
     end_h = tl.where((beta == 0.0) & (alpha > 0.0), -limit / alpha, 0.0)
     return tl.where(vanished, end_term, term), tl.where(vanished, end_h, h)
+
+
+@triton.jit
+def _root_exp(x):
+    """exp(x / 2), finite."""
+    return tl.exp(tl.minimum(0.5 * x, LARGEST_EXPONENT))
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Launch sizes: the one place that turns a vocabulary, a K and a dtype into block sizes and warps."""
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ MAX_K = 1024
 MAX_VOCAB = 1 << 20
 RESIDENT_WARPS = 64  # of one core, at most
 HELD_BYTES = 1 << 16  # of the head, a program: four programs on each core of an H100 fill two thirds of its L2
+FLOAT32_MAX = torch.finfo(torch.float32).max
 SCRATCH_BYTES = 48 << 20
 """Scratch memory held at a time; a launch covers as much as fits."""
 
@@ -146,6 +148,6 @@ def compile_options(hip: bool, registers: int = 128) -> dict[str, int]:
 
 
 def float32_halves(x: float) -> tuple[float, float]:
-    """A float64 as the sum of two float32, since Triton takes a Python float as a float32."""
-    high = ctypes.c_float(x).value
-    return high, x - high
+    """A float64 as the sum of two float32, since Triton takes a Python float as one: the nearest there is."""
+    high = ctypes.c_float(x if math.isinf(x) else min(max(x, -FLOAT32_MAX), FLOAT32_MAX)).value
+    return high, 0.0 if math.isinf(x) else x - high

@@ -8,10 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.divergence import TAIL, encoded, slots_loss
+from topk_rkl.backends.triton import launch
+from topk_rkl.backends.triton.divergence import TAIL, encoded, slots_loss, told
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_rest, plan_scatter
 from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, product, rounded, row_of
 from topk_rkl.divergence import MASSES, Code
+
+FLOAT32_MAX = tl.constexpr(launch.FLOAT32_MAX)
 
 
 @triton.jit
@@ -120,14 +123,17 @@ def mass_loss_kernel(
         counted = rest & (w != float("-inf"))
     live = live | counted
     z = tl.where(live, z, float("-inf"))
-    w = tl.where(live, w, float("-inf"))
+    w = tl.where(counted, w, told(column, w, student_vocab))
     row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, slot < k, FORM, MASS)
     row_g *= weight
     of_rest = tl.sum(tl.where(rest, row_g, 0.0), 0)
     tl.store(loss + row, (row_loss * weight).to(tl.float32))
     tl.store(g + slot, row_g.to(tl.float32), mask=slot < k)
     tl.store(others, peak.to(tl.float64))
-    tl.store(others + 1, tl.where(of_rest == 0.0, 0.0, of_rest / total))
+    # Within float32, since inf times an exponential that is 0 would be NaN.
+    factor = tl.where(of_rest == 0.0, 0.0, of_rest / total)
+    factor = tl.where(factor > FLOAT32_MAX, FLOAT32_MAX, tl.where(factor < -FLOAT32_MAX, -FLOAT32_MAX, factor))
+    tl.store(others + 1, factor)
 
 
 @triton.jit

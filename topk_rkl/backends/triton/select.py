@@ -138,7 +138,8 @@ def _scan(
     BLOCK: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """The only full read of the row: one maximum a group -> the log of the sum of exponentials, if asked for."""
+    """The only full read of the row: one maximum a group -> the largest of all and, where the row is normalised, the
+    log of the sum of exponentials less it: apart, since a sum of both would be rounded like the largest."""
     TILE: tl.constexpr = BLOCK // GROUP
     tile = tl.arange(0, TILE)  # [TILE]
     column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
@@ -153,11 +154,11 @@ def _scan(
         x = tl.load(logits + (whole + column).to(tl.int64) * step, mask=inside, other=float("-inf"))
         first = whole // GROUP
         peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
-    log_total = 0.0
+    highest, log_total = 0.0, 0.0
     if NORMALIZE:
         highest = tl.max(peak, 0)
-        log_total = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
-    return log_total
+        log_total = tl.log(tl.sum((mass * tl.exp(peak - highest)).to(tl.float64), 0))
+    return highest, log_total
 
 
 @triton.jit
@@ -227,7 +228,7 @@ def select_kernel(
     group_max += place.to(tl.int64) * groups
 
     # 1. The only full read of the row: one maximum a group.
-    log_total = _scan(logits, step, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
+    highest, log_total = _scan(logits, step, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
     fence()
 
     # 2. The K best groups. Until the end the output rows hold what was picked: groups in values, columns in ids.
@@ -266,7 +267,7 @@ def select_kernel(
     w = tl.load(logits + column.to(tl.int64) * step, mask=filled, other=float("-inf")).to(tl.float32)
     column = tl.where(filled, column, -1)
     if NORMALIZE:
-        w = tl.where(filled, w - log_total, float("-inf"))
+        w = tl.where(filled, w.to(tl.float64) - highest - log_total, float("-inf")).to(tl.float32)
     tl.store(ids + slot, column, mask=slot < k)
     tl.store(values + slot, w, mask=slot < k)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss
+from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss, told
 from topk_rkl.backends.triton.launch import (
     SCRATCH_BYTES,
     compile_options,
@@ -144,7 +144,7 @@ def sparse_head_kernel(
         slope *= scale
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     z = tl.where(live, z, float("-inf"))
-    w = tl.where(live, w, float("-inf"))
+    w = told(column, w, vocab)
     row_loss, dz = slots_loss(z, w, live, inv_t, numbers, None, FORM, RENORMALIZED)
     dz *= weight
     tl.store(loss, (row_loss * weight).to(tl.float32))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss
+from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss, told
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, slot_warps
 from topk_rkl.backends.triton.memory import layout_of, on_device_of, row_of
 from topk_rkl.divergence import REVERSE_KL, Code
@@ -29,7 +29,7 @@ def store_loss_row(
 ):
     live = (column >= 0) & (column < student_vocab) & (w != float("-inf"))  # [K]
     z = tl.load(student + column * student_step, mask=live, other=float("-inf"))  # [K]
-    w = tl.where(live, w, float("-inf"))
+    w = told(column, w, student_vocab)
     row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, None, FORM, RENORMALIZED)
     tl.store(loss, (row_loss * weight).to(tl.float32))
     tl.store(g + slot, (row_g * weight).to(tl.float32), mask=slot < k)
@@ -68,7 +68,7 @@ def support_loss_kernel(
             tl.store(g + slot, 0.0, mask=slot < k)
             return
     column = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int64)  # [K]
-    w = tl.load(values + slot, mask=slot < k, other=float("-inf"))  # [K]
+    w = tl.load(values + slot, mask=slot < k, other=float("-inf")).to(tl.float64)  # [K]
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     store_loss_row(student, student_layout[3], student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FORM)
 
