@@ -19,6 +19,7 @@ UNTESTED = {
     "benchmarks": "the registry and the report of the benchmarks, on CPU tensors",
     "checks": "refusals before any launch, on CPU tensors",
     "collect_env": "a report of this machine, not of kernels",
+    "compile": "tracing, which is the same on a CPU",
     "compiled_cost": "ptxas counts registers without a GPU",
     "cuda_launch": "launches on stand-ins for the CUDA run time",
     "cuda_on_host": "the CUDA sources compiled for the host",

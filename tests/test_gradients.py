@@ -3,7 +3,7 @@
 import gc
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,14 @@ from conftest import DEVICE
 from torch import Tensor
 from torch.autograd.functional import hessian, hvp, jacobian, vhp
 
-from topk_rkl import Support, linear_topk_divergence, linear_topk_reverse_kl, teacher_topk, topk_divergence
+from topk_rkl import (
+    Support,
+    linear_topk_divergence,
+    linear_topk_reverse_kl,
+    teacher_topk,
+    topk_divergence,
+    use_backend,
+)
 from topk_rkl import topk_reverse_kl as by_topk
 from topk_rkl.divergence import MASSES
 from topk_rkl.rollout import sampled_token_loss
@@ -112,7 +119,7 @@ ENTRIES |= {name: (LINEAR, entry) for name, entry in HIDDEN.items()}
 
 
 @pytest.fixture(params=ENTRIES)
-def entry(request: pytest.FixtureRequest, backend: str) -> tuple[tuple[str, ...], Callable[..., Tensor]]:
+def entry(request: pytest.FixtureRequest, backend: str) -> Iterator[tuple[tuple[str, ...], Callable[..., Tensor]]]:
     """The names of its leaves, and what gives the loss, where the backend has it."""
     name = request.param
     plain = name == "sampled" or (name.startswith("hidden, ") and name != "hidden, sparse")
@@ -120,9 +127,8 @@ def entry(request: pytest.FixtureRequest, backend: str) -> tuple[tuple[str, ...]
         pytest.skip("the same code as on the reference")
     if (backend == "cuda" and name in WITH_A_TAIL) or (backend != "reference" and name.startswith("ema_pg")):
         pytest.skip("the backend has no such mass")
-    if name == "hidden, dense product":
-        request.getfixturevalue("monkeypatch").setattr("topk_rkl.backends._requested", "auto")
-    return ENTRIES[name]
+    with use_backend("auto" if name == "hidden, dense product" else backend):
+        yield ENTRIES[name]
 
 
 def dense(gradients: tuple[Tensor, ...]) -> list[Tensor]:

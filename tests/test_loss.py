@@ -336,6 +336,8 @@ def test_overwrite_student_logits_leaves_other_gradients_their_own_memory(backen
         logits.detach().fill_(torch.nan)
         assert torch.equal(logits.grad, want)
     assert torch.equal(leaf.grad, want * 4)
+
+
 def test_numpy_numbers_are_numbers() -> None:
     """Neither refused nor computed with in their own type, in which 1 - 2 is 255 and 1 - 0.3 has 11 bits."""
     student, teacher = torch.randn(2, 3, 40, device=DEVICE)

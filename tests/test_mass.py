@@ -189,6 +189,8 @@ def test_inputs_untouched_by_a_mass(backend) -> None:
     mass_gradient(z, w, k=9, weights=weights)
     mass_gradient(z, support, weights=weights)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
 def test_memory_of_what_is_compared() -> None:
     """N K 20 bytes for a Support, whichever its ids; of int64 they would be 38."""
     n, k = 50, 1_000
@@ -312,10 +314,7 @@ def test_ids_that_32_bits_cannot_hold_are_empty(backend, far: int) -> None:
     ids[:, :2] = torch.tensor([2, 7], device=DEVICE)
     ids[:, 2] = far  # in order, as the op is given them
     tail = torch.zeros(2, device=DEVICE, dtype=torch.float64)
-    got, want = (
-        ops.mass_loss(z, x, values, tail, None, None, "tail", backend)
-        for x in (ids, ids.clamp(-1, 20))
-    )
+    got, want = (ops.mass_loss(z, x, values, tail, None, None, "tail", backend) for x in (ids, ids.clamp(-1, 20)))
     assert all(map(torch.equal, got, want)) and got[0].isfinite().all()
     out = torch.empty_like(z)
     ops.spread(got[1], ids, got[2], torch.ones(2, device=DEVICE), z, out, None, backend)

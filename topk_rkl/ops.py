@@ -543,5 +543,5 @@ def _views(module: ModuleType, first: Tensor, *others: Tensor | None) -> Iterato
 
 
 def _cat(parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    columns = list(zip(*parts, strict=True))
+    columns = list(zip(*parts))
     return tuple(column[0] if len(column) == 1 else torch.cat(column) for column in columns)

@@ -449,7 +449,7 @@ def overwritable(student: Tensor) -> None:
 
 def _overlaps(x: Tensor) -> bool:
     """Whether steps along one dimension lead where steps along those of smaller strides do."""
-    dims = sorted(((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1), reverse=True)
+    dims = sorted(((s, n) for s, n in zip(x.stride(), x.shape) if n > 1), reverse=True)
     if any(stride == 0 for stride, _ in dims):
         return True
     for i, (stride, size) in enumerate(dims):

@@ -1,7 +1,6 @@
 """Refusals of single values and tensors, which the others are made of."""
 
 import operator
-import sys
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from numbers import Real
@@ -13,6 +12,7 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 LARGEST = torch.iinfo(torch.int64).max
+LARGEST_FLOAT = torch.finfo(torch.float64).max
 NUMBERS = (torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS)
 TEMPERATURES = (1e-30, 1e30)
 NO_CAP = 1e30  # from here on softcap * tanh(z / softcap) is z to the last bit, for every |z| below 1e22
@@ -130,12 +130,10 @@ def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    plain = value
     if isinstance(value, (bool, Fraction)) or not isinstance(value, Real):
         raise TypeError(f"{name} is {kind(value)}; it must be a number, an int or a float")
-    if type(plain) not in (int, float):  # a numpy number, whose type may not hold the bounds
-        plain = float(plain)
-    if not -sys.float_info.max <= plain <= sys.float_info.max:
+    plain = value if type(value) in (int, float) else float(value)  # numpy's own may not hold the bounds
+    if not -LARGEST_FLOAT <= plain <= LARGEST_FLOAT:
         raise ValueError(f"{name} is {value}; it must be finite")
 
 
