@@ -606,7 +606,8 @@ NUMBER = {"zero", "negative", "huge", "numpy int", "numpy float"}
 ROWS = {"of another rank", "of other rows", "meta"}  # of the argument that says how many positions there are
 RIGHT = {  # what else may stand there; every dtype but float8 is right where floats are
     "k": {"numpy int", "huge", "None"}, "chunk_rows": {"numpy int", "huge", "None"},
-    "student_vocab": {"numpy int", "huge", "None"}, "ids": {"int tensor", "array"}, "sampled_ids": {"int tensor"},
+    "divergence": {"None"}, "student_vocab": {"numpy int", "huge", "None"},
+    "ids": {"int tensor", "array"}, "sampled_ids": {"int tensor"},
     "response_ids": ROWS | {"int tensor"}, "token_ids": {"empty", "array", "int tensor"},
     "mapping": {"of other rows", "int tensor"}, "temperature": NUMBER - {"zero", "negative"},
     "denominator": NUMBER | {"None", "0-d", "int tensor"}, "norm": NUMBER - {"zero", "negative"} | {"None"},

@@ -247,7 +247,7 @@ class TopKDivergenceLoss(nn.Module):
         self,
         k: int | None = None,
         *,
-        divergence: Divergence | Terms = REVERSE_KL,
+        divergence: Divergence | Terms | None = None,  # ReverseKL()
         mass: Mass = "renormalized",
         temperature: float = 1.0,
         reduction: Reduction = "mean",
@@ -255,6 +255,7 @@ class TopKDivergenceLoss(nn.Module):
         diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        divergence = REVERSE_KL if divergence is None else divergence
         checks.objective(divergence, mass)
         checks.temperature(temperature)
         checks.reduction(reduction, None)
@@ -288,7 +289,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         self,
         k: int | None = None,
         *,
-        divergence: Divergence | Terms = REVERSE_KL,
+        divergence: Divergence | Terms | None = None,  # ReverseKL()
         mass: Mass = "renormalized",
         temperature: float = 1.0,
         reduction: Reduction = "mean",
@@ -298,6 +299,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        divergence = REVERSE_KL if divergence is None else divergence
         checks.objective(divergence, mass)
         checks.temperature(temperature)
         checks.reduction(reduction, None)
