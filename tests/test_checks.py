@@ -514,7 +514,27 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "topk_divergence on a support": (topk_divergence, ANY | {"student_logits": Z, "teacher": S}),
     "linear_teacher_topk": (
         linear_teacher_topk,
-        {"teacher_hidden": H, "teacher_weight": HEAD_16, "k": 3, "bias": B, "chunk_rows": 2, "softcap": 30.0},
+        {
+            "teacher_hidden": H,
+            "teacher_weight": HEAD_16,
+            "k": 3,
+            "bias": B,
+            "chunk_rows": 2,
+            "softcap": 30.0,
+            "normalize": True,
+            "logits_dtype": torch.float32,
+        },
+    ),
+    "linear_fixed_ids": (
+        linear_fixed_ids,
+        {
+            "teacher_hidden": H,
+            "teacher_weight": HEAD_16,
+            "ids": [1, 2],
+            "bias": B,
+            "logit_scale": 2.0,
+            "normalize": True,
+        },
     ),
     "linear_topk_reverse_kl": (linear_topk_reverse_kl, LOSS | LINEAR),
     "linear_topk_divergence": (linear_topk_divergence, ANY | LINEAR),
@@ -563,6 +583,14 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "extrapolated_log_ratio": (rewards.extrapolated_log_ratio, {**SIDES, "base_log_probs": Z, "lam": 1.0}),
     "contrast": (rewards.contrast, {"right_log_probs": Z, "wrong_log_probs": [Z, W]}),
     "return_to_go": (rewards.return_to_go, {"rewards": Z, "mask": torch.ones(3, 40), "gamma": 0.9}),
+    **{
+        name: (call, {"cu_seqlens": torch.tensor([0, 2, 3])})
+        for name, call in {
+            "packed returns": lambda cu_seqlens: return_to_go(Z, cu_seqlens=cu_seqlens),
+            "packed aggregate": lambda cu_seqlens: aggregate(Z, W, cu_seqlens=cu_seqlens),
+            "packed special_token_mask": lambda cu_seqlens: special_token_mask(IDS, [1], cu_seqlens=cu_seqlens),
+        }.items()
+    },
     "k1": (rewards.k1, SIDES),
     "k2": (rewards.k2, SIDES),
     "k3": (rewards.k3, SIDES),
@@ -620,6 +648,8 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "teacher_logits": ROWS, "logits": ROWS | {"grad"}, "teacher_hidden": {"of other rows"}, "bias": {"None"},
     "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
+    "logits_dtype": {"None"},
+    "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip
 

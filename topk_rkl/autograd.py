@@ -54,6 +54,7 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For the backward pass, in the order of its arguments after grad_output."""
     if not torch.compiler.is_compiling():  # which drops what is not used
         ctx.set_materialize_grads(False)  # of the outputs that are there only to be saved
     ctx.save_for_backward(*[None if x is None else savable(x) for x in tensors])

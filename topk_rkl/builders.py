@@ -156,6 +156,7 @@ def linear_fixed_ids(
     """
     chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
     ids = checks.id_set(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
+    checks.flag("normalize", normalize)
     settings = pack(1.0, REVERSE_KL, *checks.logit_options(logit_scale, softcap))
     ids = torch.as_tensor(ids, device=teacher_hidden.device)
     ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
@@ -309,8 +310,9 @@ def _from_best(
     values: Tensor,  # (..., X)
     top: Tensor,  # (..., 1) the logit of the best token
     best: Tensor,  # (..., 1)
-    log_prob: Tensor,  # (..., 1)
+    log_prob: Tensor,  # (..., 1) its log-prob
 ) -> Tensor:  # (..., X)
+    """The log-probs: a difference of two logits first, so that large ones lose no bits."""
     return (values - top.masked_fill(best < 0, 0)).add_(log_prob.masked_fill(best < 0, 0))
 
 

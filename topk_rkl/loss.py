@@ -184,6 +184,7 @@ def linear_teacher_topk(
     chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
     k = checks.top(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
     checks.single_slot(k)
+    checks.flag("normalize", normalize)
     checks.logits_dtype(logits_dtype, teacher_hidden)
     settings = pack(1.0, REVERSE_KL.code, *checks.logit_options(logit_scale, softcap))
     head, full = (teacher_hidden, teacher_weight, bias), logits_dtype is not None

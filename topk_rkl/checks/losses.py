@@ -184,7 +184,7 @@ def linear_teacher(
 
 def logits_dtype(value: torch.dtype | None, hidden: Tensor) -> None:
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if value not in (None, wide):
+    if value is not None and value is not wide:
         raise ValueError(f"logits_dtype is {value}; use None, or {wide} with teacher_hidden of {hidden.dtype}")
 
 
