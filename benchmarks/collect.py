@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.results import FOLDER, Line, is_clean, load
+from benchmarks.records import FOLDER, Line, is_clean, load
 
 FAILED = ("failed", "error")
 

@@ -31,15 +31,15 @@ from benchmarks import phases
 from benchmarks.phases import SELECTS, Cycles
 from benchmarks.sass import Loop, Sass
 from topk_rkl.backends.triton import (
+    linear_loss,
+    linear_weight_grad,
+    mass_grad,
     mass_loss,
-    rest,
     scatter,
     select,
     select_loss,
-    sparse_head,
-    sparse_head_weight_grad,
-    spread,
     support_loss,
+    tail_logit,
 )
 from topk_rkl.backends.triton.memory import INTERPRETED
 from topk_rkl.divergence import REVERSE_KL, AlphaBeta, JensenShannon
@@ -50,13 +50,13 @@ ROWS = 9  # more than a core has places for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SLOTS = ("support_loss", "scatter", "scatter_repeated")
-FORMS = {
+FAMILIES = {
     "support_loss": REVERSE_KL,
     "support_loss of Jensen-Shannon": JensenShannon().code,
     "support_loss of alpha-beta": AlphaBeta(0.5, 0.5).code,
 }
-MASSES = ("rest", "mass_loss", "spread")
-HEADS = ("sparse_head", "sparse_head_weight_grad")
+MASSES = ("tail_logit", "mass_loss", "mass_grad")
+HEADS = ("linear_loss", "linear_weight_grad")
 # Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
 # may start at any address.
 CASES = {
@@ -81,7 +81,7 @@ CASES = {
         (SELECTS, (BF16,), (151936,), (32,)),
         (SELECTS, (BF16, FP16, FP32), (50257,), (64,)),
         ((*SLOTS, *MASSES), (BF16, FP16, FP32), (151936,), (64, 1024)),
-        (tuple(FORMS), (BF16,), (151936,), (64, 1024)),
+        (tuple(FAMILIES), (BF16,), (151936,), (64, 1024)),
         (HEADS, (BF16, FP16, FP32), (151936,), (64, 1024), (4096,)),
         (HEADS, (BF16,), (151936,), (32,), (4096,)),
     ],
@@ -213,14 +213,14 @@ def call_launcher(case: Case) -> None:
     weights = torch.empty(ROWS)
     if case.kernel == "select_loss":
         select_loss(logits, logits, case.k, weights, 1.0)
-    elif case.kernel in FORMS:
-        support_loss(logits, ids, slots, weights, 1.0, FORMS[case.kernel])
-    elif case.kernel == "rest":
-        rest(logits, ids, 1.0)
+    elif case.kernel in FAMILIES:
+        support_loss(logits, ids, slots, weights, 1.0, FAMILIES[case.kernel])
+    elif case.kernel == "tail_logit":
+        tail_logit(logits, ids, 1.0)
     elif case.kernel == "mass_loss":
         mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_KL, "tail")
-    elif case.kernel == "spread":
-        spread(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, logits, 1.0)
+    elif case.kernel == "mass_grad":
+        mass_grad(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, logits, 1.0)
     elif case.kernel in SLOTS:
         scatter(slots, ids, weights, logits, unique=case.kernel == "scatter")
     else:
@@ -233,10 +233,10 @@ def call_head_launcher(case: Case) -> None:
     head = torch.empty((case.vocab, case.width), dtype=case.dtype)
     ids = torch.zeros((n, case.k), dtype=torch.int32)
     slots = torch.ones((n, case.k))
-    if case.kernel == "sparse_head":
-        sparse_head(hidden, head, head[:, 0].contiguous(), ids, slots, slots[:, 0].contiguous(), 1.0, 1.0, 30.0, True)
+    if case.kernel == "linear_loss":
+        linear_loss(hidden, head, head[:, 0].contiguous(), ids, slots, slots[:, 0].contiguous(), 1.0, 1.0, 30.0, True)
     else:
-        sparse_head_weight_grad(slots, ids, hidden, head, None)
+        linear_weight_grad(slots, ids, hidden, head, None)
 
 
 def compile_call(call: Callable[[], None], target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:

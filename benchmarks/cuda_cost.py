@@ -20,7 +20,7 @@ from benchmarks.sass import Sass, load_bits
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
-FILES = ("select", "support_loss", "scatter", "sparse_head", "weight_grad")
+FILES = ("select", "support_loss", "scatter", "linear_loss", "linear_weight_grad")
 DTYPES = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
 PACKS = 4  # of 16 bytes that a thread takes in one turn of the loop, as in select.cu; so many elements:
 ELEMENTS = {"select_kernel": {"bfloat16": 32, "float16": 32, "float32": 16}}

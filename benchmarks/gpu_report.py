@@ -8,8 +8,8 @@ import json
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.entries import digits, table
-from benchmarks.results import FOLDER, Line, load
+from benchmarks.records import FOLDER, Line, load
+from benchmarks.summaries import digits, table
 
 NONE = "No GPU has been measured yet.\n"
 MARGIN = 0.03  # by which another form has to be faster than the first to win

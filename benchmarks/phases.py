@@ -16,7 +16,7 @@ from benchmarks.simulate import path, run
 from topk_rkl.backends.triton.launch import IDLE_BITS, plan_select
 
 SELECTS = ("select", "normalize", "select_loss")
-KERNELS = (*SELECTS, "sparse_head", "scatter")
+KERNELS = (*SELECTS, "linear_loss", "scatter")
 TARGETS = ("sm_90", "sm_100")
 DTYPES = (torch.bfloat16, torch.float32)  # float16 compiles to the code of bfloat16 but for conversions
 PICKS = 2  # turns of the loop that places what was picked: as many as one of its rows of sixteen keys holds
@@ -61,7 +61,7 @@ def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
     streams, searches = _streams(sass), _searches(sass)
     bisections = search_turns(case)[2 - len(searches) :]  # a first one of few keys per thread is unrolled
     outer = [loop for loop in sass.ranges if any(_inside(stream, loop) for stream in streams)]
-    if case.kernel == "sparse_head":
+    if case.kernel == "linear_loss":
         counts = [-(-case.width // launch["BLOCK"]), -(-case.k // launch["TERMS"])]
         outer_counts = [-(-case.k // launch["SLOTS"]), -(-case.width // launch["SPAN"])]
     else:

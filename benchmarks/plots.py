@@ -4,9 +4,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from benchmarks.entries import NAMES, contests, label, middle
 from benchmarks.fit import line, points
-from benchmarks.results import FOLDER
+from benchmarks.records import FOLDER
+from benchmarks.summaries import NAMES, contests, label, middle
 
 AXES = {"n": "positions N", "k": "tokens a position K", "v": "vocabulary V", "h": "hidden size H"}
 COLOURS = {"topk_rkl": "tab:blue", "plain": "tab:orange"}

@@ -24,7 +24,7 @@ from functools import cache
 from math import ceil
 from typing import Any
 
-from benchmarks.results import FOLDER
+from benchmarks.records import FOLDER
 from topk_rkl.backends.triton.launch import plan_scatter, plan_select
 
 REACHED = 0.86  # of the nominal bandwidth, by a plain read on an H100 (quack); taken for writes and the others too
@@ -112,7 +112,7 @@ def throughput(programs: int, transfer: float, elsewhere: float) -> float:
 def needed_bytes(cost: Cost) -> int:
     """Per row: of the matrix that is read or written, once."""
     itemsize: int = ITEMSIZES[cost["dtype"]]
-    return itemsize * (cost["k"] * cost["width"] if cost["kernel"] == "sparse_head" else cost["vocab"])
+    return itemsize * (cost["k"] * cost["width"] if cost["kernel"] == "linear_loss" else cost["vocab"])
 
 
 def moved_bytes(cost: Cost, card: Card, programs: int) -> float:
@@ -121,7 +121,7 @@ def moved_bytes(cost: Cost, card: Card, programs: int) -> float:
     missed = max(0.0, 1 - card.cache_megabytes * 1e6 / (programs * needed))  # of what is read a second time
     if cost["kernel"] == "scatter":
         return needed + 8 * k
-    if cost["kernel"] == "sparse_head":
+    if cost["kernel"] == "linear_loss":
         hidden = cost["width"] * (itemsize + 4)  # read, and its gradient written
         return needed * (1 + missed) + hidden + 12 * k
     group = plan_select(cost["vocab"], k, itemsize, wide=True).group

@@ -19,7 +19,10 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from benchmarks import predict
-from benchmarks.entries import (
+from benchmarks.fit import exponents
+from benchmarks.gpu_report import gpu
+from benchmarks.records import FOLDER, Line, load
+from benchmarks.summaries import (
     FROZEN_ALL_THE_SAME,
     NAMES,
     SIZES,
@@ -33,9 +36,6 @@ from benchmarks.entries import (
     middle,
     table,
 )
-from benchmarks.fit import exponents
-from benchmarks.gpu_report import gpu
-from benchmarks.results import FOLDER, Line, load
 
 MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -142,7 +142,7 @@ def compiled(_: str) -> str:
 
 
 def measured_share(cost: Line) -> str:
-    work = {"select": "select", "select_loss": "loss", "sparse_head": "linear"}.get(cost["kernel"])
+    work = {"select": "select", "select_loss": "loss", "linear_loss": "linear"}.get(cost["kernel"])
     for case, contest in contests("gpu", ["select", "loss", "linear"]):
         sizes = (case["work"], case["v"], case["k"], case["dtype"])
         if sizes == (work, cost["vocab"], cost["k"], cost["dtype"]) and not gap(contest["topk_rkl"]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import records
 from benchmarks.against import Rival
 from benchmarks.cases import SUITES, Case
 from benchmarks.contestants import FROM_STATES, Contestant, Entry, Unavailable, taking_part
@@ -39,9 +39,9 @@ def run(options: Namespace) -> None:
     if device == "cpu":
         torch.set_num_threads(options.threads)
     cases = [case for case in SUITES[options.suite] if not options.case or case.name in options.case]
-    out: Path = options.out or results.FOLDER / f"{options.suite}.jsonl"
-    shared = results.setting(device)
-    if options.out is None and not results.is_clean(shared["commit"]):
+    out: Path = options.out or records.FOLDER / f"{options.suite}.jsonl"
+    shared = records.setting(device)
+    if options.out is None and not records.is_clean(shared["commit"]):
         sys.exit(
             f"the results would be of commit {shared['commit']}, which nobody can check out; commit the changes first, "
             "or name another file with --out"
@@ -50,7 +50,7 @@ def run(options: Namespace) -> None:
     with Rival(options.against, device, options.threads) if options.against else contextlib.nullcontext() as rival:
         for case in progress(cases):
             for line in tried(case, stage, options.rounds, options.seconds, rival, options.only_ours):
-                results.append({**line, **shared}, out)
+                records.append({**line, **shared}, out)
                 if line["contestant"].startswith("topk_rkl") and "refused" in line:
                     refused.append(f"{case.work} of {case.name}, {line['contestant']}: {line['refused']}")
     if refused:
@@ -74,7 +74,7 @@ def progress(cases: list[Case]) -> Iterator[Case]:
 
 def tried(
     case: Case, stage: Stage, rounds: int, seconds: float, rival: Rival | None, only_ours: bool
-) -> Iterator[results.Line]:
+) -> Iterator[records.Line]:
     """The lines of the case, or one line that says why it ended before them: the next case is measured either way."""
     try:
         yield from measured(case, stage, rounds, seconds, rival, only_ours)
@@ -85,7 +85,7 @@ def tried(
 
 def measured(
     case: Case, stage: Stage, rounds: int, seconds: float, rival: Rival | None, only_ours: bool = False
-) -> Iterator[results.Line]:
+) -> Iterator[records.Line]:
     """A line for every contestant, those that are missing or wrong included."""
     torch._dynamo.reset()  # a compiled function is compiled for eight shapes and then no more, without a word
     problem = Problem(case, stage.device)
@@ -115,7 +115,7 @@ def measured(
         yield line
 
 
-def sizes(case: Case) -> results.Line:
+def sizes(case: Case) -> records.Line:
     return {name: value for name, value in asdict(case).items() if value and name not in ("contestants", "peak")}
 
 
@@ -123,7 +123,7 @@ def in_short(reason: Exception) -> str:
     return f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
 
 
-def entered(problem: Problem, only_ours: bool) -> tuple[dict[str, Entry], dict[str, results.Line]]:
+def entered(problem: Problem, only_ours: bool) -> tuple[dict[str, Entry], dict[str, records.Line]]:
     """Who was found right, and what is known of each: without an entry, why."""
     entries, lines = {}, {}
     for contestant in taking_part(problem.case, problem.device, only_ours):
@@ -142,7 +142,7 @@ def entered(problem: Problem, only_ours: bool) -> tuple[dict[str, Entry], dict[s
     return entries, lines
 
 
-def checked(contestant: Contestant, entry: Entry, problem: Problem) -> results.Line:
+def checked(contestant: Contestant, entry: Entry, problem: Problem) -> records.Line:
     entry.fresh()
     out = entry.forward()
     entry.backward(out)
@@ -155,13 +155,13 @@ def checked(contestant: Contestant, entry: Entry, problem: Problem) -> results.L
     tolerance = TOLERANCE[problem.case.dtype]
     if not off <= tolerance:
         raise Wrong(f"off by {off:.1e} of the largest value, of which {tolerance:.0e} are allowed")
-    line: results.Line = {"objective": contestant.objective, "error": float(f"{off:.1e}")}
+    line: records.Line = {"objective": contestant.objective, "error": float(f"{off:.1e}")}
     if len(gradients) == 2:
         line["head_gradient"] = "sparse" if gradients[1].is_sparse else "dense"
     return line
 
 
-def memory(entry: Entry, problem: Problem, peak: int | None) -> results.Line:
+def memory(entry: Entry, problem: Problem, peak: int | None) -> records.Line:
     found: dict[str, Any] = {}
     if problem.case.work != "select":
         found["retained_bytes"] = retained_bytes(entry, problem)
@@ -170,5 +170,5 @@ def memory(entry: Entry, problem: Problem, peak: int | None) -> results.Line:
     return found if peak is None else {**found, "peak_bytes": peak}
 
 
-def ratio(times: dict[str, results.Line], name: str, other: str) -> float:
+def ratio(times: dict[str, records.Line], name: str, other: str) -> float:
     return round(times[name]["median_ms"] / times[other]["median_ms"], 3)

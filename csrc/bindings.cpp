@@ -68,9 +68,9 @@ PYBIND11_MODULE(_native, m) {
       },
       released);
   m.def(
-      "rest",
+      "tail_logit",
       [](M logits, int64_t n, int64_t k, M ids, double temperature, int threads, uintptr_t out) {
-        rest(matrix(logits), n, k, matrix(ids), temperature, threads, pointer<double>(out));
+        tail_logit(matrix(logits), n, k, matrix(ids), temperature, threads, pointer<double>(out));
       },
       released);
   m.def(
@@ -83,9 +83,9 @@ PYBIND11_MODULE(_native, m) {
       },
       released);
   m.def(
-      "spread",
+      "mass_grad",
       [](M g, M ids, M others, V grad_output, M student, M out, int64_t n, int64_t k, double temperature, int threads) {
-        spread(matrix(g), matrix(ids), matrix(others), vector(grad_output), matrix(student), matrix(out), n, k,
+        mass_grad(matrix(g), matrix(ids), matrix(others), vector(grad_output), matrix(student), matrix(out), n, k,
                temperature, threads);
       },
       released);
@@ -96,19 +96,19 @@ PYBIND11_MODULE(_native, m) {
       },
       released);
   m.def(
-      "sparse_head",
+      "linear_loss",
       [](M hidden, M head, int64_t vocab, V bias, int64_t n, int64_t k, M ids, M values, V weights, double temperature,
          double logit_scale, double softcap, D divergence, int threads, uintptr_t loss, uintptr_t g,
          uintptr_t dhidden) {
-        sparse_head(matrix(hidden), matrix(head), vocab, vector(bias), n, k, matrix(ids), matrix(values),
+        linear_loss(matrix(hidden), matrix(head), vocab, vector(bias), n, k, matrix(ids), matrix(values),
                     vector(weights), temperature, logit_scale, softcap, objective(divergence), threads,
                     pointer<float>(loss), pointer<float>(g), pointer<float>(dhidden));
       },
       released);
   m.def(
-      "sparse_head_weight_grad",
+      "linear_weight_grad",
       [](M g, M ids, M hidden, int64_t n, int64_t k, int64_t vocab, M dhead, V dbias, int threads) {
-        sparse_head_weight_grad(matrix(g), matrix(ids), matrix(hidden), n, k, vocab, matrix(dhead), vector(dbias),
+        linear_weight_grad(matrix(g), matrix(ids), matrix(hidden), n, k, vocab, matrix(dhead), vector(dbias),
                                 threads);
       },
       released);

@@ -117,19 +117,19 @@ void check_mass(const Case& c, int threads) {
     for (int64_t j = 0; j < c.k; ++j) ids[row * c.k + j] = int32_t(slots[j].first), values[row * c.k + j] = slots[j].second;
   }
   const Matrix of_ids{ids.data(), Kind::int32, c.k, c.k, 1}, of_values{values.data(), Kind::float32, c.k, c.k, 1};
-  rest(c.matrix(), c.n, c.k, of_ids, 1, threads, tail.data());
+  tail_logit(c.matrix(), c.n, c.k, of_ids, 1, threads, tail.data());
   Objective objective = objective_of(c);
   objective.mass = Mass::tail;
   mass_loss(c.matrix(), c.n, c.k, of_ids, of_values, {tail.data(), Kind::float64, 1}, {nullptr, Kind::float32, 0}, 1,
             objective, threads, loss.data(), g.data(), others.data());
-  for (float one : loss) require(one == 0 || std::isnan(one), "loss of a row and itself, with the rest", c);
+  for (float one : loss) require(one == 0 || std::isnan(one), "loss of a row and itself, with the tail_logit", c);
   std::vector<char> out(c.n * c.vocab * size_of(c.kind));
   const Matrix dense{out.data(), c.kind, c.vocab, c.vocab, 1};
-  spread({g.data(), Kind::float32, c.k, c.k, 1}, of_ids, {others.data(), Kind::float64, 2, 2, 1},
+  mass_grad({g.data(), Kind::float32, c.k, c.k, 1}, of_ids, {others.data(), Kind::float64, 2, 2, 1},
          {ones.data(), Kind::float32, 1}, c.matrix(), dense, c.n, c.k, 1, threads);
   for (int64_t row = 0; row < c.n; ++row) {
     for (int64_t i = 0; i < c.vocab; ++i) {
-      require(std::isnan(loss[row]) || load(dense.at(row, i), c.kind) == 0, "gradient with the rest", c);
+      require(std::isnan(loss[row]) || load(dense.at(row, i), c.kind) == 0, "gradient with the tail_logit", c);
     }
   }
 }
@@ -142,13 +142,13 @@ void check_head(const Case& c, int threads) {
   for (int64_t i = 0; i < n * k; ++i) ids[i] = int32_t(i * 7 % (c.n + 2)) - 1;
   std::vector<float> values(n * k, 0.5f), loss(n), g(n * k), dhidden(n * width), dbias(c.n);
   const Matrix of_ids{ids.data(), Kind::int32, k, k, 1}, of_values{values.data(), Kind::float32, k, k, 1};
-  sparse_head(head, head, c.n, {nullptr, Kind::float32, 0}, n, k, of_ids, of_values, {nullptr, Kind::float32, 0}, 1, 1,
+  linear_loss(head, head, c.n, {nullptr, Kind::float32, 0}, n, k, of_ids, of_values, {nullptr, Kind::float32, 0}, 1, 1,
               c.k % 2 ? 3 : 0, objective_of(c), threads, loss.data(), g.data(), dhidden.data());
   for (int64_t i = 0; i < n * k; ++i) g[i] = float(i % 4);
   if (c.step != 1) return;  // hidden states come contiguous
   std::vector<char> dhead(c.n * width * size_of(c.kind));
   const Matrix of_g{g.data(), Kind::float32, k, k, 1}, out{dhead.data(), c.kind, width, width, 1};
-  sparse_head_weight_grad(of_g, of_ids, head, n, k, c.n, out, {dbias.data(), Kind::float32, 1}, threads);
+  linear_weight_grad(of_g, of_ids, head, n, k, c.n, out, {dbias.data(), Kind::float32, 1}, threads);
   for (int64_t id = 0; id < c.n; ++id) {
     for (int64_t column = 0; column < width; ++column) {
       double want = 0, size = 0;

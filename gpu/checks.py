@@ -8,8 +8,8 @@ from typing import Any
 
 import cases
 import test_gpu
+import test_linear_loss
 import test_select
-import test_sparse_head
 import torch
 from conftest import DEVICE
 from torch import Tensor
@@ -133,28 +133,28 @@ def head(backend: str, small: bool) -> Iterator[Check]:
     sizes = [(40, 32, 3_000, 4_096), (40, 64, 3_000, 4_096), (9, 300, 900, 1_030), (5, 5, 60, 70)]
     for n, k, vocab, width in [(2, 2, 9, 18)] if small else sizes:
         for dtype in (BF16, torch.float32):
-            problem = test_sparse_head.draw(n, k, vocab, width, dtype, biased=True, weighted=True, softcap=20.0)
+            problem = test_linear_loss.draw(n, k, vocab, width, dtype, biased=True, weighted=True, softcap=20.0)
             size = f"{dtype} N {n} K {k} V {vocab} H {width}"
-            yield f"sparse_head {size}", partial(test_sparse_head.assert_equals_the_reference, module, problem)
+            yield f"linear_loss {size}", partial(test_linear_loss.assert_equals_the_reference, module, problem)
             yield f"weight_grad {size}", partial(assert_weight_grad, module, problem)
     if not small:
         ids = torch.randint(0, 50, (5_000, 4), device=DEVICE)
         ids[:, 0] = 7  # in every row
         g, hidden = torch.randn(5_000, 4, device=DEVICE), torch.randn(5_000, 1_030, device=DEVICE)
-        compared = test_sparse_head.assert_weight_grad_equals_the_reference
+        compared = test_linear_loss.assert_weight_grad_equals_the_reference
         yield "weight_grad N 5000 K 4 H 1030, an id in every row", partial(compared, module, g, ids, hidden, 60)
 
 
-def assert_weight_grad(module: Any, problem: test_sparse_head.Problem) -> None:
+def assert_weight_grad(module: Any, problem: test_linear_loss.Problem) -> None:
     _, g, _ = problem.run(reference)
-    test_sparse_head.assert_weight_grad_equals_the_reference(module, g, problem.ids, problem.hidden, len(problem.head))
+    test_linear_loss.assert_weight_grad_equals_the_reference(module, g, problem.ids, problem.hidden, len(problem.head))
 
 
 def mass(backend: str, small: bool) -> Iterator[Check]:
     module, (n, vocab, k) = backends._load(backend), (2, 300, 9) if small else (60, V, 20)
     student, teacher = normal(n, vocab, dtype=torch.float32) * 3, normal(n, vocab, dtype=torch.float32) * 3
     for divergence in (ReverseKL(), JensenShannon(0.3)):
-        name = f"rest, mass_loss, spread of {divergence} N {n} V {vocab} K {k}"
+        name = f"tail_logit, mass_loss, mass_grad of {divergence} N {n} V {vocab} K {k}"
         yield name, partial(assert_tail, module, student, teacher, k, divergence.code)
 
 
@@ -169,10 +169,10 @@ def assert_tail(
     results = []
     for which, z, w in ((module, student, teacher), (reference, student.double(), teacher.double())):
         w = w.log_softmax(1)
-        tail = which.rest(w, ids, 1.0)
+        tail = which.tail_logit(w, ids, 1.0)
         loss, g, others = which.mass_loss(z, ids, w.gather(1, ids), tail, None, 1.0, code, "tail")
         out = torch.full_like(z, torch.nan)
-        which.spread(g, ids, others, torch.ones_like(loss), z, out, 1.0)
+        which.mass_grad(g, ids, others, torch.ones_like(loss), z, out, 1.0)
         results.append([x.double() for x in (loss, g, out)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -260,16 +260,16 @@ def assert_repeats(
 def threads(backend: str, small: bool) -> Iterator[Check]:
     """Launches of one kernel with little and with much shared memory, which is an attribute of the kernel."""
     if not small:
-        module, problems = backends._load(backend), [test_sparse_head.draw(4, k, 300, 4_096, BF16) for k in (8, 64)]
-        yield "sparse_head K 8 and K 64 H 4096 from two threads", partial(assert_threads, module, problems)
+        module, problems = backends._load(backend), [test_linear_loss.draw(4, k, 300, 4_096, BF16) for k in (8, 64)]
+        yield "linear_loss K 8 and K 64 H 4096 from two threads", partial(assert_threads, module, problems)
 
 
-def assert_threads(module: Any, problems: list[test_sparse_head.Problem], seconds: float = 2.0) -> None:
+def assert_threads(module: Any, problems: list[test_linear_loss.Problem], seconds: float = 2.0) -> None:
     wants = [problem.run(module) for problem in problems]
     errors: list[str] = []
     until = time.monotonic() + seconds
 
-    def launch(problem: test_sparse_head.Problem, want: tuple[Tensor, ...]) -> None:
+    def launch(problem: test_linear_loss.Problem, want: tuple[Tensor, ...]) -> None:
         calls = 0
         try:
             while time.monotonic() < until:

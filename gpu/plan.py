@@ -11,7 +11,7 @@ from gpu.steps import Step
 
 # Ordered so that what takes longest begins first.
 TESTED = (
-    "gpu", "ops", "loss", "gradients", "linear", "select", "sparse_head", "cuda", "divergence", "mass", "supports",
+    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "cuda", "divergence", "mass", "supports",
     "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
@@ -47,7 +47,7 @@ BESIDE = "smoke triton"  # runs while the extension is built
 NEED_EXTENSION = ("smoke cuda", "sanitizer")
 NEED_CARD = ("suite", "sanitizer", "ncu")  # not in a rehearsal
 PATIENCE = 10  # times the limits, in a rehearsal on a machine that may be busy
-KERNELS = "regex:select_kernel|sparse_head_kernel|scatter_kernel"
+KERNELS = "regex:select_kernel|linear_loss_kernel|scatter_kernel"
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
 
 

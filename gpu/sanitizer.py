@@ -58,8 +58,8 @@ def run_cases(cuda: Any, device: str) -> None:
                 cuda.scatter(g, ids, loss, torch.empty_like(rows[:1]), unique)
         hidden, head = torch.randn(300, 1_030).to(dtype).to(device), torch.randn(400, 1_030).to(dtype).to(device)
         ids, values = torch.randint(-1, 400, (300, 100)).to(device), torch.randn(300, 100).to(device)
-        _, g, _ = cuda.sparse_head(hidden, head, head[:, 0], ids, values, None, 1.0, 1.0, 9.0, True)
-        cuda.sparse_head_weight_grad(g, ids, hidden, torch.empty_like(head), torch.empty_like(head[:, 0]))
+        _, g, _ = cuda.linear_loss(hidden, head, head[:, 0], ids, values, None, 1.0, 1.0, 9.0, True)
+        cuda.linear_weight_grad(g, ids, hidden, torch.empty_like(head), torch.empty_like(head[:, 0]))
     if device == "cuda":
         torch.cuda.synchronize()
 

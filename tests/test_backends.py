@@ -45,7 +45,7 @@ def test_auto_takes_cuda_from_the_k_that_was_measured(monkeypatch) -> None:
     monkeypatch.setattr(backends, "_refusal", lambda name, _k, _x: "no" if name in refused else None)
     assert backends.choose("auto", 1_024, on_gpu) == backends.choose("auto", 1_024, on_gpu, head=True) == "triton"
     monkeypatch.setattr(backends, "CUDA_FROM_K", 128)
-    monkeypatch.setattr(backends, "CUDA_HEAD_FROM_K", 8)
+    monkeypatch.setattr(backends, "CUDA_LINEAR_FROM_K", 8)
     assert [backends.choose("auto", k, on_gpu) for k in (127, 128)] == ["triton", "cuda"]
     assert [backends.choose("auto", k, on_gpu, head=True) for k in (7, 8)] == ["triton", "cuda"]
     assert backends.choose("auto", 128, on_gpu, mass="tail") == "triton"
@@ -209,7 +209,7 @@ def test_a_backward_pass_takes_the_backend_of_its_forward_pass(monkeypatch) -> N
     def other(*_: object) -> None:
         raise AssertionError("the backend in force, not that of the forward pass")
 
-    for name in ("scatter", "spread", "sparse_head_weight_grad"):
+    for name in ("scatter", "mass_grad", "linear_weight_grad"):
         monkeypatch.setattr(native, name, other)
     z, head = torch.randn(3, 20, requires_grad=True), torch.randn(60, 20, requires_grad=True)
     w = torch.randn(3, 20)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contestants, entries, fit, measure, problems, report, results, run
+from benchmarks import contestants, fit, measure, problems, records, report, run, summaries
 from benchmarks.cases import CPU, Case, Moved
 from benchmarks.contestants import Contestant, Entry, taking_part
 from benchmarks.measure import Floor, Passes, Stage, contest, summary
@@ -152,7 +152,7 @@ def test_a_result_of_ours_that_is_refused_does_not_end_the_suite(build, why, tmp
     with pytest.raises(SystemExit) as end:
         run.run(options(tmp_path / "lines.jsonl"))
     assert end.value.code == f"refused:\nselect of tiny, topk_rkl: {why}"  # a text: the exit code is 1
-    lines = results.load(tmp_path / "lines.jsonl")
+    lines = records.load(tmp_path / "lines.jsonl")
     ours = {line["work"]: line for line in lines if line["contestant"] == "topk_rkl"}
     assert ours["select"]["refused"] == why and ours["select"]["n"] == of("select").n
     assert "median_ms" in ours["loss"]
@@ -164,7 +164,7 @@ def test_a_refused_result_has_a_place_in_the_tables(tmp_path: Path, monkeypatch)
     times = {"forward_ms": 12.0, "backward_ms": 0.0, "median_ms": 12.34, "quartiles_ms": [12.0, 13.0]}
     lines = [ours, {**line, "contestant": "torch.topk", **times, "over_floor": 3.0}]
     (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for module in (entries, report):
+    for module in (summaries, report):
         monkeypatch.setattr(module, "FOLDER", tmp_path)
     assert "| bfloat16 | refused |  | torch.topk 12.3 ms |\n" in report.cases("gpu: select")
     assert "| this package | refused: Wrong: not the largest of each row |" in report.whole("gpu")
@@ -181,32 +181,32 @@ def test_only_ours_leaves_out_other_projects_and_torch_compile() -> None:
 
 def test_the_commit_comes_from_outside_where_there_is_no_repository(monkeypatch) -> None:
     monkeypatch.setenv("TOPK_RKL_COMMIT", "0123abc")
-    monkeypatch.setattr(results, "git", lambda *arguments: {"rev-parse": "89f8bb8"}.get(arguments[0], " M README.md"))
-    assert results.commit() == "89f8bb8-dirty"
-    monkeypatch.setattr(results, "git", lambda *_: "")
-    assert results.commit() == results.setting("cpu")["commit"] == "0123abc"
+    monkeypatch.setattr(records, "git", lambda *arguments: {"rev-parse": "89f8bb8"}.get(arguments[0], " M README.md"))
+    assert records.commit() == "89f8bb8-dirty"
+    monkeypatch.setattr(records, "git", lambda *_: "")
+    assert records.commit() == records.setting("cpu")["commit"] == "0123abc"
     monkeypatch.delenv("TOPK_RKL_COMMIT")
-    assert results.commit() == "unknown"
+    assert records.commit() == "unknown"
 
 
 def test_results_of_a_changed_tree_are_not_kept_with_the_others(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
     for commit in ("89f8bb8-dirty", "unknown"):
-        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(records, "commit", lambda commit=commit: commit)
         with pytest.raises(SystemExit, match=f"of commit {commit}.*commit the changes first, or .*--out"):
             run.run(options(None))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_committed_results_are_of_a_clean_tree() -> None:
-    for file in results.FOLDER.glob("*.jsonl"):
-        assert {line["commit"] for line in results.load(file) if not results.is_clean(line["commit"])} == set()
+    for file in records.FOLDER.glob("*.jsonl"):
+        assert {line["commit"] for line in records.load(file) if not records.is_clean(line["commit"])} == set()
 
 
 def test_a_command_that_fails_or_is_not_there_says_nothing(tmp_path: Path) -> None:
-    assert results.said(sys.executable, "-c", "print(7)") == "7"
-    assert results.said(sys.executable, "-c", "print(7); exit(1)") == ""
-    assert results.said(str(tmp_path / "nothing")) == ""
+    assert records.said(sys.executable, "-c", "print(7)") == "7"
+    assert records.said(sys.executable, "-c", "print(7); exit(1)") == ""
+    assert records.said(str(tmp_path / "nothing")) == ""
 
 
 def test_who_makes_the_teacher_s_logits_is_beside_ours_that_does(stage: Stage) -> None:
@@ -348,7 +348,7 @@ def test_a_table_follows_its_results(tmp_path: Path, monkeypatch) -> None:
     lines += [{**theirs, "median_ms": 12.34, "over_topk_rkl": ratio} for ratio in (12.0, 1.4, 6.0)]
     lines += [{**gone, "missing": "ImportError"}]
     (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setattr(entries, "FOLDER", tmp_path)
+    monkeypatch.setattr(summaries, "FOLDER", tmp_path)
     row = "| `teacher_topk` | 256 | 1,000 | 8 | bfloat16 | 2 ms, 3 MiB | 0.50 | "
     row += "torch.topk 12.3 ms (6.0); verl missing |\n"
     text = report.filled("<!-- cases cpu: select -->\nold\n<!-- end -->")
@@ -363,7 +363,7 @@ def test_a_table_has_the_faster_plain_form_and_marks_what_a_frozen_head_does_not
     lines[-1]["objective"] = WHOLE
     trained = [{**x, "gradients": "dense head"} for x in lines]
     (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, lines + trained)))
-    monkeypatch.setattr(entries, "FOLDER", tmp_path)
+    monkeypatch.setattr(summaries, "FOLDER", tmp_path)
     frozen_row, trained_row = report.cases("cpu: linear").splitlines()[2:]
     assert frozen_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl‡ 4 ms; Liger*‡ 5 ms |")
     assert trained_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl 4 ms; Liger* 5 ms |")

@@ -64,8 +64,8 @@ def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*_: object) -> None:
         raise AssertionError("an op ran before the refusal")
 
-    losses = ("support_loss", "select_loss", "mass_loss", "sparse_head", "linear_mass_loss")
-    for name in ("select", "rest", "scatter", "spread", "linear_select", "linear_values", *losses):
+    losses = ("support_loss", "select_loss", "mass_loss", "linear_loss", "linear_mass_loss")
+    for name in ("select", "tail_logit", "scatter", "mass_grad", "linear_select", "linear_values", *losses):
         monkeypatch.setattr(ops, name, launched)
 
 

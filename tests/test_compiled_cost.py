@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to compile")
 
 from benchmarks import cuda_cost
-from benchmarks.compiled_cost import CORES, FORMS, TARGETS, kept, loose_barriers, write
+from benchmarks.compiled_cost import CORES, FAMILIES, TARGETS, kept, loose_barriers, write
 from benchmarks.sass import Loop, Sass
 
 ROOT = Path(__file__).parent.parent
@@ -102,9 +102,9 @@ def costs_of(record: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed here")
 def test_the_cuda_kernels_are_no_dearer() -> None:
     committed = json.loads((RESULTS / "cuda_cost.json").read_text())
-    records = [asdict(cost) for cost in cuda_cost.measure("sm_90a", ["select", "sparse_head"])]
+    records = [asdict(cost) for cost in cuda_cost.measure("sm_90a", ["select", "linear_loss"])]
     assert [record for record in records if record["spills"]] == []
-    assert {record["kernel"] for record in records} == {"select_kernel", "merge_kernel", "sparse_head_kernel"}
+    assert {record["kernel"] for record in records} == {"select_kernel", "merge_kernel", "linear_loss_kernel"}
     if committed[0]["nvcc"] == records[0]["nvcc"]:
         assert_no_dearer(records, committed, itemgetter("target", "kernel", "dtype", "variant"))
 
@@ -167,11 +167,11 @@ def test_what_a_core_holds() -> None:
 
 
 def test_every_kernel_is_in_the_table_for_every_target() -> None:
-    kernels = {"select", "normalize", "select_loss", "support_loss", "scatter", "scatter_repeated", "sparse_head"}
-    kernels |= {"rest", "mass_loss", "spread", *FORMS}
+    kernels = {"select", "normalize", "select_loss", "support_loss", "scatter", "scatter_repeated", "linear_loss"}
+    kernels |= {"tail_logit", "mass_loss", "mass_grad", *FAMILIES}
     for target in TARGETS:
         found = [record for record in COMMITTED if record["target"] == target]
-        assert kernels | {"weight_grad", "window_sums"} == {record["kernel"] for record in found}
+        assert kernels | {"linear_weight_grad", "window_sums"} == {record["kernel"] for record in found}
         assert {(r["dtype"], r["k"]) for r in found if r["kernel"] == "select_loss"} >= {
             (dtype, k) for dtype in ("bfloat16", "float16", "float32") for k in (16, 64, 256, 1024)
         }

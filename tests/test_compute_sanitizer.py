@@ -89,7 +89,7 @@ def test_the_tool_takes_the_options(tool: str) -> None:
 
 
 def test_the_cases_are_calls_that_a_backend_takes() -> None:
-    entries = ("select", "select_loss", "support_loss", "scatter", "sparse_head", "sparse_head_weight_grad")
+    entries = ("select", "select_loss", "support_loss", "scatter", "linear_loss", "linear_weight_grad")
     backend = SimpleNamespace(**{name: Mock(wraps=getattr(reference, name)) for name in entries})
     sanitizer.run_cases(backend, "cpu")
     assert [getattr(backend, name).call_count for name in entries] == [6, 6, 6, 12, 2, 2]
@@ -107,8 +107,8 @@ def test_no_kernel_of_torch_makes_an_input() -> None:
         select_loss=lambda student, _, k, *__: outputs(student[:, 0], student[:, :k], student[:, :k]),
         support_loss=lambda *_: calls.append("support_loss"),
         scatter=lambda *_: calls.append("scatter"),
-        sparse_head=lambda *arguments: outputs(arguments[4][:, 0], arguments[4], arguments[0]),
-        sparse_head_weight_grad=lambda *_: calls.append("weight_grad"),
+        linear_loss=lambda *arguments: outputs(arguments[4][:, 0], arguments[4], arguments[0]),
+        linear_weight_grad=lambda *_: calls.append("weight_grad"),
     )
     with OnDevice() as seen:
         sanitizer.run_cases(backend, "meta")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
+from test_linear_loss import Problem, assert_equals_the_reference, assert_weight_grad_equals_the_reference, draw
 from test_select import DTYPES, assert_selects
-from test_sparse_head import Problem, assert_equals_the_reference, assert_weight_grad_equals_the_reference, draw
 from torch import Tensor
 
 from tests import cases
@@ -149,7 +149,7 @@ def head(cuda: Any) -> list[Tensor]:
     problem = draw(n=2, k=100, vocab=120, width=1_030, biased=True)
     loss, g, dhidden = problem.run(cuda)
     dhead = torch.empty_like(problem.head)
-    cuda.sparse_head_weight_grad(g, problem.ids, problem.hidden, dhead, None)
+    cuda.linear_weight_grad(g, problem.ids, problem.hidden, dhead, None)
     cuda.scatter(g, problem.ids, loss, out := torch.empty(2, 9_000), False)
     return [loss, g, dhidden, dhead, out]
 

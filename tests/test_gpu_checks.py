@@ -26,8 +26,8 @@ FAULTS = {
     "selection float32": "select",
     "loss": "select_loss support_loss",
     "scatter": "scatter",
-    "head": "sparse_head sparse_head_weight_grad",
-    "mass": "rest mass_loss spread",
+    "head": "linear_loss linear_weight_grad",
+    "mass": "tail_logit mass_loss mass_grad",
     "stress": "select_loss scatter",
     "slabs": "select select_loss scatter",
 }

@@ -101,7 +101,7 @@ def test_a_place_per_row_needs_no_claim() -> None:
 def test_an_override_of_the_head_changes_its_launch(label: str) -> None:
     hidden, values = torch.zeros(2, FULL.h, dtype=torch.bfloat16), torch.zeros(2, 32)
     ids = torch.zeros(2, 32, dtype=torch.int32)
-    call = partial(ops.sparse_head, hidden, hidden, None, ids, values, None, None, True, "triton")
+    call = partial(ops.linear_loss, hidden, hidden, None, ids, values, None, None, True, "triton")
     (planned,), (launch,) = (launches_of(call, experiments.HEADS[name]) for name in (AS_PLANNED, label))
     assert launch.keywords != planned.keywords, f"{label} is what is planned: leave it out"
     names = {"warps": "num_warps", "columns": "SPAN", "terms": "TERMS"}
@@ -113,9 +113,11 @@ def test_an_override_of_the_head_changes_its_launch(label: str) -> None:
 def test_an_override_of_the_head_gradient_changes_its_launches(label: str) -> None:
     hidden, dhead = torch.zeros(64, FULL.h), torch.zeros(50, FULL.h)
     ids = torch.randint(50, (64, 32), dtype=torch.int32)
-    call = partial(ops.sparse_head_weight_grad, torch.ones(64, 32), ids, hidden, dhead, None, "triton")
+    call = partial(ops.linear_weight_grad, torch.ones(64, 32), ids, hidden, dhead, None, "triton")
     planned, trial = (launches_of(call, experiments.WEIGHT_GRADS[name]) for name in (AS_PLANNED, label))
-    assert [x.kernel for x in planned] == [x.kernel for x in trial] == ["window_sums_kernel", "weight_grad_kernel"]
+    assert (
+        [x.kernel for x in planned] == [x.kernel for x in trial] == ["window_sums_kernel", "linear_weight_grad_kernel"]
+    )
     sizes = ("num_warps", "PAIRS", "BLOCK")
     for before, after in zip(planned, trial, strict=True):
         changed = {name for name in sizes if before.keywords[name] != after.keywords[name]}
@@ -131,7 +133,7 @@ def test_an_override_that_lost_its_object_is_an_error() -> None:
         pass
     x, ids = torch.ones(16, 16), torch.zeros(16, 16, dtype=torch.int32)
     with experiments.weight_grad(colour=3), pytest.raises(TypeError, match="colour"):
-        ops.sparse_head_weight_grad(x, ids, x, torch.zeros(4, 16), None, "triton")
+        ops.linear_weight_grad(x, ids, x, torch.zeros(4, 16), None, "triton")
 
 
 SMALL_ITEMS = registry.registry(Inputs(SMALL, "cpu"))
@@ -162,7 +164,7 @@ def test_the_registry_at_full_size() -> None:
     assert moved["copy"] == moved["loss and gradient K 64"] == (n * row, n * row)
     assert moved["scatter K 64"] == (0, n * row)
     assert moved["select K 64 N 256"] == (256 * row, 0)
-    assert moved["sparse_head K 32"] == (n * k * h * 2, 0)
+    assert moved["linear_loss K 32"] == (n * k * h * 2, 0)
     assert moved["linear K 32, dhidden and dhead"] == (n * k * h * 2, 151_936 * h * 2)
     assert moved["weight_grad K 32"] == (n * h * 2, 151_936 * h * 2)
     assert list(by_name["select K 64"].forms) == ["triton", "cuda", "torch.topk"]
@@ -289,7 +291,7 @@ def test_a_prediction_stands_beside_what_is_planned_alone() -> None:
     trial = items["select_loss K 64, warps and registers"]
     found = measured(trial, {label: [2.0] for label in trial.forms}, {}, H100)
     assert [label for label in found if "predicted_share" in found[label]] == [AS_PLANNED]
-    head = measured(items["sparse_head K 64"], {"triton": [5.0]}, {}, H100)
+    head = measured(items["linear_loss K 64"], {"triton": [5.0]}, {}, H100)
     assert 0 < head["triton"]["predicted_share"] <= 1
 
 
@@ -353,7 +355,7 @@ def test_the_profile_is_seven_launches_and_nothing_else(monkeypatch) -> None:
     monkeypatch.setattr(command, "unable", lambda form: "not here" if form.backend == "cuda" else None)
     with recorded() as launches:
         assert command.profile(inputs) == 1  # two are left out
-    assert [x.kernel for x in launches] == ["select_kernel"] * 3 + ["scatter_kernel", "sparse_head_kernel"]
+    assert [x.kernel for x in launches] == ["select_kernel"] * 3 + ["scatter_kernel", "linear_loss_kernel"]
     monkeypatch.setattr(command, "profiled", lambda inputs: registry.profiled(inputs)[:5])
     with recorded() as launches:
         assert command.profile(inputs) == 0

@@ -59,7 +59,7 @@ def test_a_rehearsal_ends_well_and_leaves_few_files(tmp_path: Path) -> None:
         ("card", 0, False), ("smoke triton", 0, False), ("tests", 0, False),
     ]  # fmt: skip
     found = {line["check"].split()[0]: line["outcome"] for line in read(tmp_path / "smoke.jsonl")}
-    assert found == {"scatter": "ok", "rest,": "ok"}
+    assert found == {"scatter": "ok", "tail_logit,": "ok"}
     tests = read(tmp_path / "tests.jsonl")
     assert len(tests) >= 2 and {line["outcome"] for line in tests} == {"passed"}
     assert f"tests: {len(tests)} passed" in done.stdout and "smoke: 6 ok" in done.stdout
@@ -73,7 +73,7 @@ def scatter(g, ids, grad_output, out, unique):
     if not unique:
         out[0, ids[0, 0]] += 1
 
-def rest(logits, ids, temperature):
+def tail_logit(logits, ids, temperature):
     import os, signal
     os.kill(os.getpid(), signal.SIGSEGV)
 """
@@ -98,7 +98,7 @@ def test_a_wrong_kernel_and_one_that_crashes_are_named_and_end_nothing_else(tmp_
         assert "Mismatched elements: 1 / 900" in line["error"] and "at checks.py:" in line["error"]
     assert sum(line["outcome"] == "ok" and line["group"] == "scatter" for line in lines) == 2
     (crash,) = (line for line in lines if line["group"] == "mass")
-    assert crash["check"] == "the group" and "exit -11" in crash["error"] and "rest, mass_loss" in crash["error"]
+    assert crash["check"] == "the group" and "exit -11" in crash["error"] and "tail_logit, mass_loss" in crash["error"]
     assert "FAIL triton scatter repeated torch.bfloat16 N 3 V 300 K 8" in done.stdout
     outcomes = {line["step"]: line["exit"] for line in read(out / "steps.jsonl") if "exit" in line}
     assert outcomes == {"card": 0, "smoke triton": 1, "tests": 0}

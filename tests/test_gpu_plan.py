@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
         ("CUDA error: an illegal memory access was encountered", True),
         ("Triton Error [CUDA]: misaligned address", True),
         ("CUDA error: unspecified launch failure", True),
-        ("sparse_head_kernel of N = 3: invalid argument", False),
+        ("linear_loss_kernel of N = 3: invalid argument", False),
         ("CUDA out of memory. Tried to allocate 2 GiB", False),
     ],
 )

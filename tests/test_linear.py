@@ -25,7 +25,7 @@ from topk_rkl import (
     topk_reverse_kl,
     use_backend,
 )
-from topk_rkl.backends import dense_head, products, reference
+from topk_rkl.backends import dense_linear, products, reference
 
 LOW = [torch.bfloat16, torch.float16]
 N, V, H, K = 6, 90, 24, 7
@@ -110,7 +110,7 @@ def test_a_long_sum_over_one_id_keeps_its_bits(module, dtype: torch.dtype) -> No
     ids = torch.tensor([[3, 1]], device=DEVICE).repeat(n, 1)
     ids[1::2, 1] = -1
     dhead, dbias = torch.full((6, 5), torch.nan, device=DEVICE, dtype=dtype), torch.empty(6, device=DEVICE, dtype=dtype)
-    module.sparse_head_weight_grad(g, ids, hidden, dhead, dbias)
+    module.linear_weight_grad(g, ids, hidden, dhead, dbias)
     live = torch.zeros(n, 6, dtype=torch.float64, device=DEVICE).scatter_add_(
         1, ids.clamp(min=0), torch.where(ids < 0, 0, g).double()
     )
@@ -126,7 +126,7 @@ def test_only_what_asks_gets_a_gradient(backend, monkeypatch, asked: tuple[bool,
     for leaf, wanted in zip(leaves, asked, strict=True):
         leaf.requires_grad_(wanted)
     if not any(asked[1:]):
-        monkeypatch.setattr(ops, "sparse_head_weight_grad", None)
+        monkeypatch.setattr(ops, "linear_weight_grad", None)
     linear_topk_reverse_kl(*leaves[:2], support, student_bias=leaves[2]).backward()
     for leaf, wanted, grad in zip(leaves, asked, want, strict=True):
         assert torch.equal(leaf.grad, grad) if wanted else leaf.grad is None
@@ -290,11 +290,11 @@ def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad
     values = torch.randn(n, k, device=DEVICE)
     h, w = hidden.detach(), head.detach()
     with Largest() as inside:  # an op hides what its backend allocates, so both are looked at
-        _, g, _ = module.sparse_head(h, w, None, ids, values, None, 1.0, 1.0, None, True)
+        _, g, _ = module.linear_loss(h, w, None, ids, values, None, 1.0, 1.0, None, True)
     assert 0 < inside.numel <= n * k
     dhead = torch.empty_like(head)
     with Largest() as inside:
-        module.sparse_head_weight_grad(g, ids, h, dhead, None)
+        module.linear_weight_grad(g, ids, h, dhead, None)
     pairs, bounds = 2 * n * k, vocab + 1
     one_scratch = module.__name__.endswith("cuda")  # where others have a tensor for each
     assert inside.numel <= (pairs + bounds if one_scratch else max(pairs, bounds))
@@ -314,7 +314,7 @@ def test_the_reference_gathers_in_chunks() -> None:
     hidden, head, _, support = inputs(n=200)
     with Largest() as largest, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CHUNK_BYTES", 200_000)
-        reference.sparse_head(hidden.detach(), head.detach(), None, *support, None, 1.0, 1.0, None, True)
+        reference.linear_loss(hidden.detach(), head.detach(), None, *support, None, 1.0, 1.0, None, True)
     assert 0 < largest.numel <= 200_000 // 8
 
 
@@ -504,8 +504,8 @@ def test_no_host_sync(module) -> None:
     hidden, head, bias, support = (x if isinstance(x, Support) else x.detach() for x in inputs())
     dhead, dbias = torch.empty_like(head), torch.empty_like(bias)
     with NoHostSync():
-        loss, g, dhidden = module.sparse_head(hidden, head, bias, *support, None, 1.0, 1.0, 2.0, True)
-        module.sparse_head_weight_grad(g, support.ids, hidden, dhead, dbias)
+        loss, g, dhidden = module.linear_loss(hidden, head, bias, *support, None, 1.0, 1.0, 2.0, True)
+        module.linear_weight_grad(g, support.ids, hidden, dhead, dbias)
     assert loss.isfinite().all() and dhidden.any() and dhead.any() and dbias.any()
 
 
@@ -520,8 +520,8 @@ def test_big_offsets_are_64_bit(module, stride: tuple[int, int]) -> None:
     ids, values = torch.tensor([[2, 0], [1, 2], [0, 1]]), torch.randn(3, 2)
     results = []
     for hidden, head, dhead in (far, [*near, torch.full((3, 30), torch.nan).bfloat16()]):
-        loss, g, dhidden = module.sparse_head(hidden, head, None, ids, values, None, 1.0, 1.0, None, True)
-        module.sparse_head_weight_grad(g, ids, hidden, dhead, None)
+        loss, g, dhidden = module.linear_loss(hidden, head, None, ids, values, None, 1.0, 1.0, None, True)
+        module.linear_weight_grad(g, ids, hidden, dhead, None)
         results.append((loss, g, dhidden, dhead.clone()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
@@ -536,12 +536,12 @@ def test_the_dense_product_is_the_same_loss(monkeypatch, size: tuple[int, ...]) 
     weights = torch.randn(n)
     weights[1], hidden[1] = 0, torch.nan
     arguments = (hidden, head, bias, ids, values, weights, 0.7, 1.3, 3.0, True)
-    want = reference.sparse_head(*arguments)
-    for a, b in zip(dense_head.sparse_head(*arguments), want, strict=True):
+    want = reference.linear_loss(*arguments)
+    for a, b in zip(dense_linear.linear_loss(*arguments), want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * b.abs().max().item())
     out = [torch.full(shape, torch.nan) for shape in ((vocab, width), (vocab,)) for _ in range(2)]
-    for kind, dhead, dbias in ((dense_head, out[0], out[2]), (reference, out[1], out[3])):
-        kind.sparse_head_weight_grad(want[1], ids, hidden, dhead, dbias)
+    for kind, dhead, dbias in ((dense_linear, out[0], out[2]), (reference, out[1], out[3])):
+        kind.linear_weight_grad(want[1], ids, hidden, dhead, dbias)
     for a, b in zip(out[::2], out[1::2], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * b.abs().max().item())
 
@@ -553,10 +553,10 @@ def test_the_dense_product_keeps_nan_where_it_belongs() -> None:
     head[30:34], head[34:] = torch.nan, torch.inf
     hidden[2], hidden[4, 0] = torch.nan, torch.inf
     results = []
-    for module in (dense_head, reference):
-        loss, g, dhidden = module.sparse_head(hidden, head, None, ids, values, None, 1.0, 1.0, None, True)
+    for module in (dense_linear, reference):
+        loss, g, dhidden = module.linear_loss(hidden, head, None, ids, values, None, 1.0, 1.0, None, True)
         dhead, dbias = torch.empty(40, 8), torch.empty(40)
-        module.sparse_head_weight_grad(g, ids, hidden, dhead, dbias)
+        module.linear_weight_grad(g, ids, hidden, dhead, dbias)
         results.append((loss, g, dhidden, dhead, dbias))
     assert results[0][2].isfinite().all(1).tolist() == [True, True, False, True, False, True]
     for a, b in zip(*results, strict=True):
@@ -567,7 +567,7 @@ def test_the_dense_product_keeps_nan_where_it_belongs() -> None:
 def test_autocast_does_not_take_the_dense_product_in_16_bits() -> None:
     hidden, head, _, support = inputs()
     head = head[:20].detach().requires_grad_()
-    assert backends.choose_head("auto", K, hidden, 20) is dense_head
+    assert backends.choose_head("auto", K, hidden, 20) is dense_linear
     want = linear_topk_reverse_kl(hidden, head, support)
     with torch.autocast("cpu", torch.bfloat16):
         got = linear_topk_reverse_kl(hidden, head, support)
@@ -577,8 +577,8 @@ def test_autocast_does_not_take_the_dense_product_in_16_bits() -> None:
 
 def test_the_dense_product_is_chosen_by_one_rule() -> None:
     hidden = torch.randn(3, 8)
-    assert backends.choose_head("auto", 25, hidden, 100) is dense_head
-    assert backends.choose_head("auto", 24, hidden, 100) is not dense_head
+    assert backends.choose_head("auto", 25, hidden, 100) is dense_linear
+    assert backends.choose_head("auto", 24, hidden, 100) is not dense_linear
     assert backends.choose_head("reference", 25, hidden, 100) is reference
     assert backends.choose_head("auto", 25, hidden.double(), 100) is reference
 
@@ -590,7 +590,7 @@ from topk_rkl.backends import choose_head
 hidden, head, teacher = torch.randn(3, 8), torch.randn(20, 8), torch.randn(3, 20)
 def took_dense():
     linear_topk_reverse_kl(hidden, head, teacher, k=10)
-    return choose_head("auto", 10, hidden, 20).__name__.endswith("dense_head")
+    return choose_head("auto", 10, hidden, 20).__name__.endswith("dense_linear")
 for setting, dense in SETTINGS:
     exec(setting)
     assert took_dense() == dense, setting

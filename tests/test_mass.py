@@ -213,9 +213,9 @@ def test_mass_does_not_read_the_device_on_the_host(module) -> None:
     ids, values = teacher_topk(w, 6)
     ids = ids.sort(1).values
     with NoHostSync():
-        tail = module.rest(w, ids, 1.0)
+        tail = module.tail_logit(w, ids, 1.0)
         _, g, others = module.mass_loss(z, ids, values, tail, None, 1.0, JensenShannon().code, "tail")
-        module.spread(g, ids, others, torch.ones(4, device=DEVICE), None, z, 1.0)
+        module.mass_grad(g, ids, others, torch.ones(4, device=DEVICE), None, z, 1.0)
         topk_divergence(z.requires_grad_(), w, k=6, mass="tail").backward()
     torch.testing.assert_close(z.grad.sum(1), torch.zeros(4, device=DEVICE))  # and it has written a gradient
     assert z.grad.abs().sum() > 0
@@ -262,7 +262,7 @@ def test_the_rest_of_ids_in_any_order(backend) -> None:
     ids[0, 3], ids[1, 0], ids[1, 9], ids[2, 5] = -1, -1, 3_000, ids[2, 17]
     ids[3, 2 : 2 + len(BEYOND)] = torch.tensor(BEYOND, device=DEVICE)
     for given in (ids, ids[:3].int()):
-        got = ops.rest(w[: len(given)], given, pack(0.7), backend)
+        got = ops.tail_logit(w[: len(given)], given, pack(0.7), backend)
         torch.testing.assert_close(got, outside(w[: len(given)], given, 0.7), rtol=2e-6, atol=2e-6)
 
 
@@ -317,7 +317,7 @@ def test_ids_that_32_bits_cannot_hold_are_empty(backend, far: int) -> None:
     got, want = (ops.mass_loss(z, x, values, tail, None, None, "tail", backend) for x in (ids, ids.clamp(-1, 20)))
     assert all(map(torch.equal, got, want)) and got[0].isfinite().all()
     out = torch.empty_like(z)
-    ops.spread(got[1], ids, got[2], torch.ones(2, device=DEVICE), z, out, None, backend)
+    ops.mass_grad(got[1], ids, got[2], torch.ones(2, device=DEVICE), z, out, None, backend)
     assert out.isfinite().all()
 
 

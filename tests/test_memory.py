@@ -286,10 +286,10 @@ def test_memory_that_the_launches_of_triton_ask_for(monkeypatch) -> None:
         lambda: module.select_loss(logits, out, K, row, 1.0),
         lambda: module.scatter(slots, ids, row, out, True),
         lambda: module.scatter(slots, ids, row, out, False),
-        lambda: module.rest(logits, ids, 1.0),
+        lambda: module.tail_logit(logits, ids, 1.0),
         lambda: module.mass_loss(logits, ids, slots, row, row, 1.0, kl, "tail"),
-        lambda: module.spread(slots, ids, others, row, logits, out, 1.0),
-        lambda: module.spread(slots, ids, others, row, None, out, 1.0),
+        lambda: module.mass_grad(slots, ids, others, row, logits, out, 1.0),
+        lambda: module.mass_grad(slots, ids, others, row, None, out, 1.0),
     ]
     for call in calls:
         with LiveBytes() as memory:
@@ -299,8 +299,8 @@ def test_memory_that_the_launches_of_triton_ask_for(monkeypatch) -> None:
     hidden, head, dhead = numbers(n, width), numbers(vocab, width), numbers(vocab, width)
     ids, slots = torch.randint(vocab, (n, K), dtype=torch.int32), torch.randn(n, K)
     with LiveBytes() as memory:
-        module.sparse_head(hidden, head, None, ids, slots, None, 1.0, 1.0, None, True)
+        module.linear_loss(hidden, head, None, ids, slots, None, 1.0, 1.0, None, True)
     assert memory.peak <= (OF_HIDDEN + OF_STATES) * MIB
     with LiveBytes() as memory:
-        module.sparse_head_weight_grad(slots, ids, hidden, dhead, None)
+        module.linear_weight_grad(slots, ids, hidden, dhead, None)
     assert memory.peak <= OF_STATES * MIB

@@ -59,10 +59,10 @@ def test_the_mass_outside_with_each_instruction_set(native, isa: str, vocab: int
     kinds = (native, student, teacher), (reference, student.double(), teacher.double())
     results = []
     for module, z, w in kinds:
-        tail = module.rest(w, ids, 0.7)
+        tail = module.tail_logit(w, ids, 0.7)
         loss, g, others = module.mass_loss(z, ids, values, tail, None, 0.7, (2, 0.4, 0.3, 0.6, 0.7), "tail")
         out = torch.empty_like(z)
-        module.spread(g, ids, others, torch.linspace(-1, 2, 7), z, out, 0.7)
+        module.mass_grad(g, ids, others, torch.linspace(-1, 2, 7), z, out, 0.7)
         results.append((tail, loss.double(), g.double(), out.double()))
     for got, want in zip(*results, strict=True):
         rounding = 2e-6 if got.dim() < 2 or dtype == torch.float32 else 2**-8
@@ -99,14 +99,14 @@ def test_the_sparse_head_with_each_instruction_set(native, isa: str, width: int,
     ids[2:][(ids[2:] == 3) | (ids[2:] == 4)] = -1
     ids[0, 0], ids[1, 0], ids[2, 0] = 3, 4, 5
     arguments = (bias, ids, values, torch.linspace(-1, 2, 9), 0.9, 0.1, 3.0, True)
-    got = native.sparse_head(hidden, head, *arguments)
-    want = reference.sparse_head(hidden.double(), head.double(), bias.double(), *arguments[1:])
+    got = native.linear_loss(hidden, head, *arguments)
+    want = reference.linear_loss(hidden.double(), head.double(), bias.double(), *arguments[1:])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5, equal_nan=True)
     outs = [torch.full(shape, torch.nan, dtype=dtype) for shape in ((40, width), (40,))]
-    native.sparse_head_weight_grad(got[1][2:], ids[2:], hidden[2:], *outs)
+    native.linear_weight_grad(got[1][2:], ids[2:], hidden[2:], *outs)
     exact = [torch.empty(out.shape, dtype=torch.float64) for out in outs]
-    reference.sparse_head_weight_grad(got[1][2:].double(), ids[2:], hidden[2:].double(), *exact)
+    reference.linear_weight_grad(got[1][2:].double(), ids[2:], hidden[2:].double(), *exact)
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
     for a, b in zip(outs, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1.01 * rounding, atol=1e-6)
@@ -189,7 +189,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(native) -> None:
     ):
         native.select_loss(torch.randn(2, 2, 9), x, 2, None, 1.0)
     with pytest.raises(ValueError, match=r"hidden has shape \(1, 3, 9\); it must be \(3, 8\)"):
-        native.sparse_head(x[None], x[:, :8], None, ids, values, None, 1.0, 1.0, None, True)
+        native.linear_loss(x[None], x[:, :8], None, ids, values, None, 1.0, 1.0, None, True)
     with pytest.raises(ValueError, match=r"logits has shape \(1, 1, 3, 9\); it must be rows"):
         native.select(x[None, None], 2)
     with pytest.raises(ValueError, match="values has shape"):

@@ -77,7 +77,7 @@ def test_the_sanitizer_catches_a_planted_fault_in_the_extension(build: Path) -> 
 
 def test_the_native_cases_without_a_fault(build: Path) -> None:
     options = ["-q", "-s", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore", "-k", "native"]
-    files = ("native", "select", "loss", "linear", "sparse_head", "divergence", "mass", "slabs")
+    files = ("native", "select", "loss", "linear", "linear_loss", "divergence", "mass", "slabs")
     tests = [f"tests/test_{file}.py" for file in files]
     outcome = python(build, "-m", "pytest", *options, *tests)
     assert outcome.returncode == 0 and " passed" in outcome.stdout, outcome.stdout + outcome.stderr

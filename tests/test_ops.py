@@ -36,14 +36,14 @@ def samples() -> dict[str, tuple]:
         "select": (teacher[:, 1:], 6, True, "reference"),
         "support_loss": (student, ids, values, weights, CLAMPED, "reference"),
         "select_loss": (student, teacher.bfloat16(), 6, None, CLAMPED, "reference"),
-        "rest": (student, ids, pack(0.7), "reference"),
+        "tail_logit": (student, ids, pack(0.7), "reference"),
         "mass_loss": (student, distinct, values, weights, weights, pack(0.7), "tail", "reference"),
-        "spread": (values, distinct, others, weights, student, student.clone(), pack(0.7), "reference"),
+        "mass_grad": (values, distinct, others, weights, student, student.clone(), pack(0.7), "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
         "linear_select": (hidden, head, bias, 6, 5, CLAMPED, True, False, "reference"),
         "linear_values": (hidden, head, bias, ids, CLAMPED),
-        "sparse_head": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
-        "sparse_head_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
+        "linear_loss": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
+        "linear_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
         "linear_mass_loss": (
             hidden, head, bias, distinct, values, weights, weights, None, "raw", "reference"
         ),
@@ -55,7 +55,7 @@ def samples() -> dict[str, tuple]:
 
 
 OPS = list(samples())
-WRITING = ("scatter", "spread", "sparse_head_weight_grad", "linear_mass_grad")
+WRITING = ("scatter", "mass_grad", "linear_weight_grad", "linear_mass_grad")
 
 
 @pytest.mark.parametrize("name", OPS)

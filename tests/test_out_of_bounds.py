@@ -21,9 +21,9 @@ for vocab, k in ((1, 1), (33, 33), (507, 16), (2049, 65)):
         backend.support_loss(student, ids, g, None, 1.0)
         ascending = torch.where(ids[:1] < 0, vocab, ids[:1]).sort().values.expand(2, k).contiguous()
         ascending[ascending == vocab] = -1
-        tail = backend.rest(teacher, ascending, 1.0)
+        tail = backend.tail_logit(teacher, ascending, 1.0)
         _, g, others = backend.mass_loss(student, ascending, g, tail, None, 1.0, (2.0, 0.5, 0.5, 0.5, 0.5), "tail")
-        backend.spread(g, ascending, others, loss, None, student.clone(), 1.0)
+        backend.mass_grad(g, ascending, others, loss, None, student.clone(), 1.0)
         for unique in (True, False):
             backend.scatter(g, ids, loss, torch.empty_like(student), unique)
 print("done")

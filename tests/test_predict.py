@@ -48,7 +48,7 @@ BY_HAND = [
     ("select_loss", 64, 0, 3, (45578, 15496, 59338), 1.93, 0.885, 0.815),
     ("select_loss", 256, 0, 1, (56144, 9547, 56144), 3.87, 0.44, 0.31),
     ("select_loss", 1024, 0, 1, (83709, 9372, 83709), None, 0.31, None),
-    ("sparse_head", 32, 4096, 4, (94727, 88979, 111553), 2.65, None, None),
+    ("linear_loss", 32, 4096, 4, (94727, 88979, 111553), 2.65, None, None),
     ("scatter", 64, 0, 16, (613, 0, 2512), 1.75, None, None),
 ]
 
@@ -84,7 +84,7 @@ def test_the_first_rows_are_read_together() -> None:
 def test_the_last_programs_leave_the_card_half_empty() -> None:
     """Memory without bound: two full rounds and a half, and half a round at the end."""
     fast = Card("sm_90", 100, 1.0, 1e6, 50)
-    found = cost("sparse_head", k=1, programs=1, cycles=(1_000, 1_000, 1_000), width=16)
+    found = cost("linear_loss", k=1, programs=1, cycles=(1_000, 1_000, 1_000), width=16)
     assert milliseconds(found, fast, n=250) == pytest.approx(3e-3, rel=1e-3)
     assert milliseconds(found, fast, n=101) == pytest.approx(2e-3, rel=1e-3)  # one row is a round
 
@@ -99,7 +99,7 @@ def test_bytes_beside_those_that_must_move() -> None:
     many = 2 * 50e6 / row  # half of it is read again
     again = row / group + 64 * group * 2 / 2
     assert predict.moved_bytes(cost(), card, many) == pytest.approx(row + again + outputs)
-    head = cost("sparse_head", width=4096)
+    head = cost("linear_loss", width=4096)
     rows = 64 * 4096 * 2
     assert predict.moved_bytes(head, card, 2 * 50e6 / rows) == pytest.approx(1.5 * rows + 4096 * 6 + 12 * 64)
 
@@ -150,7 +150,7 @@ def test_expected_reads_the_committed_record() -> None:
 
 def test_every_size_of_the_targets_is_predicted() -> None:
     sizes = [("select", k, 0) for k in (32, 64, 256, 1024)] + [("select_loss", k, 0) for k in (32, 64, 256, 1024)]
-    sizes += [("sparse_head", k, 4096) for k in (32, 64)] + [("scatter", 64, 0)]
+    sizes += [("linear_loss", k, 4096) for k in (32, 64)] + [("scatter", 64, 0)]
     found = {size: expected(size[0], "bfloat16", 151_936, *size[1:], "H100") for size in sizes}
     assert all(0.1 < value < 1 for value in found.values() if value) and None not in found.values(), found
 

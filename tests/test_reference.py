@@ -27,9 +27,9 @@ def test_sparse_head_is_the_loss_of_the_dense_logits(monkeypatch, softcap, biase
     want.sum().backward()
 
     tensors = hidden.detach(), head.detach(), None if bias is None else bias.detach()
-    loss, g, dhidden = reference.sparse_head(*tensors, ids, values, weights, temperature, scale, softcap, True)
+    loss, g, dhidden = reference.linear_loss(*tensors, ids, values, weights, temperature, scale, softcap, True)
     dhead, dbias = torch.full_like(tensors[1], torch.nan), torch.full((vocab,), torch.nan, dtype=torch.float64)
-    reference.sparse_head_weight_grad(g, ids, tensors[0], dhead, dbias)
+    reference.linear_weight_grad(g, ids, tensors[0], dhead, dbias)
     torch.testing.assert_close(loss, want.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dhidden, hidden.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dhead, head.grad, rtol=1e-12, atol=1e-12)
@@ -41,7 +41,7 @@ def test_sparse_head_does_not_read_rows_outside_the_support() -> None:
     hidden, head = torch.randn(2, 4), torch.full((9, 4), torch.nan)
     head[[2, 5, 7]] = torch.randn(3, 4)
     ids = torch.tensor([[2, 5, -1], [7, 99, 2]])
-    loss, g, dhidden = reference.sparse_head(hidden, head, None, ids, torch.randn(2, 3), None, 1.0, 1.0, None, True)
+    loss, g, dhidden = reference.linear_loss(hidden, head, None, ids, torch.randn(2, 3), None, 1.0, 1.0, None, True)
     assert loss.isfinite().all() and g.isfinite().all() and dhidden.isfinite().all()
     assert g[0, 2] == 0 and g[1, 1] == 0
 

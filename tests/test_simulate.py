@@ -168,7 +168,7 @@ def test_a_turn_of_the_bisection_as_counted_by_hand(warps: int, counted: int) ->
 
 
 class Case(NamedTuple):
-    """The sizes of a launch of `select` or `sparse_head`."""
+    """The sizes of a launch of `select` or `linear_loss`."""
 
     kernel: str
     dtype: torch.dtype = torch.bfloat16
@@ -193,7 +193,7 @@ def test_turns_by_what_a_loop_does() -> None:
     assert phases.turns(Case("select"), {"BLOCK": 100}, claiming) == {6: 10, 10: second}
     head = kernel(*loop("slots", *loop("columns", *STREAM)), *loop("spans", *loop("terms", *STREAM)), "EXIT")
     blocks = {"SLOTS": 16, "BLOCK": 256, "TERMS": 4, "SPAN": 512}
-    assert phases.turns(Case("sparse_head"), blocks, head) == {3: 4, 4: 3, 8: 10, 9: 2}
+    assert phases.turns(Case("linear_loss"), blocks, head) == {3: 4, 4: 3, 8: 10, 9: 2}
 
 
 def test_a_bisection_by_hand() -> None:

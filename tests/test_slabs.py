@@ -200,7 +200,7 @@ def calls(module: Any, monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         return call
 
-    names = ("select", "support_loss", "select_loss", "scatter", "rest", "mass_loss", "spread", "sparse_head")
+    names = ("select", "support_loss", "select_loss", "scatter", "tail_logit", "mass_loss", "mass_grad", "linear_loss")
     for name in (name for name in names if hasattr(module, name)):
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     return counted
@@ -225,11 +225,11 @@ def test_one_call_per_op(module: Any, calls: Counter) -> None:
         linear_topk_reverse_kl(
             LAYOUTS["positions first"](torch.randn(2, 2, H, device=DEVICE)), torch.randn(V, H).to(DEVICE), support
         )
-        assert calls.pop("sparse_head") == each
+        assert calls.pop("linear_loss") == each
         if name == "cuda":
             return
         with_mass(student.detach(), teacher, overwrite=True)
-        assert calls.pop("rest") == calls.pop("mass_loss") == calls.pop("spread") == each
+        assert calls.pop("tail_logit") == calls.pop("mass_loss") == calls.pop("mass_grad") == each
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="address space without memory behind it is to be had on the host alone")
@@ -250,7 +250,7 @@ def test_big_offsets_are_64_bit(name: str, strides: tuple[int, int, int]) -> Non
     assert all_equal(module.support_loss(student, ids, g, None, 1.0), module.support_loss(flat[0], ids, g, None, 1.0))
     hidden, head = student[..., :24], torch.randn(50, 24).bfloat16()
     rest = (head, None, ids, g, None, 1.0, 1.0, None, True)
-    assert all_equal(module.sparse_head(hidden, *rest), module.sparse_head(flat[0][:, :24], *rest))
+    assert all_equal(module.linear_loss(hidden, *rest), module.linear_loss(flat[0][:, :24], *rest))
     module.scatter(g, ids, got[0], student, True)
     out = torch.empty(4, 33).bfloat16()
     reference.scatter(g, ids, want[0], out, True)

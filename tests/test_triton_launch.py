@@ -85,7 +85,7 @@ teacher, weights = torch.empty(12, 4112, dtype=torch.bfloat16), torch.rand(12)
 loss, ids, g = backend.select_loss(student, teacher, 16, weights, 0.7)
 backend.scatter(g, ids, loss, student, False)
 hidden, head = torch.empty(3, 5, 64, dtype=torch.bfloat16)[:, 1:], torch.empty(4112, 64, dtype=torch.bfloat16)
-backend.sparse_head(hidden, head, None, ids, g, None, 1.0, 0.5, None, True)
+backend.linear_loss(hidden, head, None, ids, g, None, 1.0, 0.5, None, True)
 """
 
 
@@ -107,4 +107,4 @@ def test_the_arguments_arrive(tmp_path: Path) -> None:
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", CALLS], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["select_kernel", "scatter_kernel", "sparse_head_kernel"]
+    assert done.stdout.split() == ["select_kernel", "scatter_kernel", "linear_loss_kernel"]

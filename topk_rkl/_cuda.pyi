@@ -50,7 +50,7 @@ def scatter(
     unique: bool,
     where: Where,
 ) -> None: ...
-def sparse_head(
+def linear_loss(
     hidden: Matrix,
     head: Matrix,
     vocab: int,
@@ -68,8 +68,8 @@ def sparse_head(
     dhidden: int,
     where: Where,
 ) -> None: ...
-def weight_grad_scratch(n: int, k: int, vocab: int, width: int, device: int) -> int: ...
-def weight_grad(
+def linear_weight_grad_scratch(n: int, k: int, vocab: int, width: int, device: int) -> int: ...
+def linear_weight_grad(
     g: int,
     ids: Matrix,
     hidden: Matrix,

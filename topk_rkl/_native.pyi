@@ -41,7 +41,7 @@ def select_loss(
     ids: int,
     g: int,
 ) -> None: ...
-def rest(logits: Matrix, n: int, k: int, ids: Matrix, temperature: float, threads: int, out: int) -> None: ...
+def tail_logit(logits: Matrix, n: int, k: int, ids: Matrix, temperature: float, threads: int, out: int) -> None: ...
 def mass_loss(
     student: Matrix,
     n: int,
@@ -58,7 +58,7 @@ def mass_loss(
     g: int,
     others: int,
 ) -> None: ...
-def spread(
+def mass_grad(
     g: Matrix,
     ids: Matrix,
     others: Matrix,
@@ -80,7 +80,7 @@ def scatter(
     unique: bool,
     threads: int,
 ) -> None: ...
-def sparse_head(
+def linear_loss(
     hidden: Matrix,
     head: Matrix,
     vocab: int,
@@ -99,7 +99,7 @@ def sparse_head(
     g: int,
     dhidden: int,
 ) -> None: ...
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Matrix,
     ids: Matrix,
     hidden: Matrix,

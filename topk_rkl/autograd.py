@@ -184,7 +184,7 @@ class MassLoss(torch.autograd.Function):
     ) -> Gradients:  # (..., V), and nothing for the other six
         overwrite = ctx.options.overwrite_student_logits
         out = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype, device=g.device)
-        ops.spread(g, ids, others, grad_output, None if overwrite else student, out, settings, ctx.options.backend)
+        ops.mass_grad(g, ids, others, grad_output, None if overwrite else student, out, settings, ctx.options.backend)
         if overwrite:
             torch.autograd.graph.increment_version(student)
         return out, None, None, None, None, None, None
@@ -200,7 +200,7 @@ class HeadOptions:
     backend: str
 
 
-class SparseHeadLoss(torch.autograd.Function):
+class LinearLoss(torch.autograd.Function):
     """The loss of every row from its hidden state, for which the head makes only K logits, times its weight.
 
     The gradient of the hidden states is found in the forward pass, in float32, while the rows of the head are at hand.
@@ -220,7 +220,7 @@ class SparseHeadLoss(torch.autograd.Function):
         options: HeadOptions,
     ) -> tuple[Tensor, ...]:  # (...), and for the backward pass (..., K), (..., H)
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        loss, g, dhidden = ops.carrier(ops.sparse_head, options.terms)(
+        loss, g, dhidden = ops.carrier(ops.linear_loss, options.terms)(
             hidden, head, bias, ids, values, weights, settings, of_hidden, options.backend
         )
         ctx.options, ctx.head_shape, ctx.dtype, ctx.head_dtype = options, head.shape, hidden.dtype, head.dtype
@@ -251,7 +251,7 @@ class SparseHeadLoss(torch.autograd.Function):
         if of_head and not sparse:
             dhead = hidden.new_empty(ctx.head_shape, dtype=ctx.head_dtype)
         if dhead is not None or dbias is not None:
-            ops.sparse_head_weight_grad(g, ids, hidden, dhead, dbias, ctx.options.backend)
+            ops.linear_weight_grad(g, ids, hidden, dhead, dbias, ctx.options.backend)
         if sparse:
             dhead = _row_sparse(g, ids, hidden, ctx.head_shape, ctx.head_dtype, ctx.options.backend)
         return dhidden, dhead, dbias, None, None, None, None, None
@@ -316,5 +316,5 @@ def _row_sparse(
     touched, places = ids[live].long().unique(return_inverse=True)  # how many is read on the host
     place = torch.full_like(ids, -1, dtype=torch.long).masked_scatter(live, places)
     values = hidden.new_empty((len(touched), shape[1]), dtype=dtype)
-    ops.sparse_head_weight_grad(g, place, hidden, values, None, backend)
+    ops.linear_weight_grad(g, place, hidden, values, None, backend)
     return torch.sparse_coo_tensor(touched[None], values, shape, is_coalesced=True, check_invariants=False)

@@ -38,7 +38,7 @@ def classes(
         y = y.masked_fill(named, -1).to(ids.dtype)
         value = teacher.gather(-1, y.clamp(min=0).long()).masked_fill(named, -torch.inf)
         ids, values = torch.cat((ids, y), -1), torch.cat((values, value.to(values.dtype)), -1)
-    return ids, values, ops.rest(teacher, ids, pack(temperature), backend)
+    return ids, values, ops.tail_logit(teacher, ids, pack(temperature), backend)
 
 
 def _distinct(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from topk_rkl import checks, ops
-from topk_rkl.autograd import HeadOptions, LinearMassLoss, MassLoss, Options, SelectLoss, SparseHeadLoss, SupportLoss
+from topk_rkl.autograd import HeadOptions, LinearLoss, LinearMassLoss, MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested
 from topk_rkl.backends.products import all_logits
 from topk_rkl.diagnostics import measure
@@ -180,7 +180,7 @@ def linear_topk_divergence(
     options = HeadOptions(_terms(divergence), mass, weight_grad, requested())
     support = _support(teacher, k) if diagnostics or mass == "renormalized" else None
     if support is not None and mass == "renormalized":
-        per_token, *_ = SparseHeadLoss.apply(
+        per_token, *_ = LinearLoss.apply(
             student_hidden, student_weight, student_bias, *support, weights, settings, options
         )
     else:

@@ -3,8 +3,8 @@
 Every op takes the name of the backend, so that a backward pass uses what its forward pass used, in whatever thread it
 runs. Temperature, divergence and logit options cross as one tensor of numbers, see `settings`. A divergence that is a
 function crosses no op: `carrier` gives the implementation behind the op. Logits have any leading dimensions and
-strides; rows are never copied. Only `scatter`, `spread` and the two gradients of the head write to an argument. A loss
-is resized, not viewed: autograd lets nobody change a view that a Function returns.
+strides; rows are never copied. Only `scatter`, `mass_grad` and the two gradients of the head write to an argument.
+A loss is resized, not viewed: autograd lets nobody change a view that a Function returns.
 """
 
 import functools
@@ -137,7 +137,7 @@ def _(
 
 
 @_op("(Tensor logits, Tensor ids, Tensor? settings, str backend) -> Tensor")
-def rest(
+def tail_logit(
     logits: Tensor,  # (..., V)
     ids: Tensor,  # (..., K)
     settings: Tensor | None,
@@ -146,11 +146,11 @@ def rest(
     module, temperature = choose(backend, ids.shape[-1], logits, mass="tail"), unpack(settings).temperature
     vocab = logits.shape[-1]
     ids = torch.where((ids < 0) | (ids >= vocab), vocab, ids).int().sort(-1).values  # as the kernels need them
-    (out,) = _cat((module.rest(*rows, temperature),) for rows in _views(module, logits, ids.contiguous()))
+    (out,) = _cat((module.tail_logit(*rows, temperature),) for rows in _views(module, logits, ids.contiguous()))
     return out.view(logits.shape[:-1])
 
 
-@torch.library.register_fake("topk_rkl::rest")
+@torch.library.register_fake("topk_rkl::tail_logit")
 def _(logits: Tensor, ids: Tensor, settings: Tensor | None, backend: str) -> Tensor:
     return logits.new_empty(logits.shape[:-1], dtype=torch.float64)
 
@@ -209,7 +209,7 @@ def _(
     "(Tensor g, Tensor ids, Tensor others, Tensor grad_output, Tensor? student, Tensor(a!) out, Tensor? settings,"
     " str backend) -> ()"
 )
-def spread(
+def mass_grad(
     g: Tensor,  # (..., K)
     ids: Tensor,  # (..., K)
     others: Tensor,  # (..., 2)
@@ -223,10 +223,10 @@ def spread(
     for rows in _views(
         module, g.contiguous(), ids.contiguous(), others.contiguous(), grad_output.contiguous(), student, out
     ):
-        module.spread(*rows, temperature)
+        module.mass_grad(*rows, temperature)
 
 
-@torch.library.register_fake("topk_rkl::spread")
+@torch.library.register_fake("topk_rkl::mass_grad")
 def _(
     g: Tensor,
     ids: Tensor,
@@ -351,7 +351,7 @@ def _(
     "(Tensor hidden, Tensor head, Tensor? bias, Tensor ids, Tensor values, Tensor? weights, Tensor? settings,"
     " bool want_dhidden, str backend) -> (Tensor, Tensor, Tensor)"
 )
-def sparse_head(
+def linear_loss(
     hidden: Tensor,  # (..., H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -366,7 +366,7 @@ def sparse_head(
     lead, at = hidden.shape[:-1], unpack(settings, terms)
     module = choose_head(backend, ids.shape[-1], hidden, len(head), at.divergence)
     loss, g, dhidden = _cat(
-        module.sparse_head(
+        module.linear_loss(
             rows,
             head,
             bias,
@@ -386,7 +386,7 @@ def sparse_head(
     return loss.resize_(lead), g.view(ids.shape), dhidden.view(hidden.shape) if want_dhidden else dhidden
 
 
-@torch.library.register_fake("topk_rkl::sparse_head")
+@torch.library.register_fake("topk_rkl::linear_loss")
 def _(
     hidden: Tensor,
     head: Tensor,
@@ -407,7 +407,7 @@ def _(
 
 
 @_op("(Tensor g, Tensor ids, Tensor hidden, Tensor(a!)? dhead, Tensor(b!)? dbias, str backend) -> ()")
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Tensor,  # (..., K)
     ids: Tensor,  # (..., K)
     hidden: Tensor,  # (..., H)
@@ -420,10 +420,10 @@ def sparse_head_weight_grad(
         return
     module = choose_head(backend, ids.shape[-1], hidden, vocab)
     flat_g, flat_ids, rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (g, ids, hidden))
-    module.sparse_head_weight_grad(flat_g, flat_ids, rows, dhead, dbias)
+    module.linear_weight_grad(flat_g, flat_ids, rows, dhead, dbias)
 
 
-@torch.library.register_fake("topk_rkl::sparse_head_weight_grad")
+@torch.library.register_fake("topk_rkl::linear_weight_grad")
 def _(g: Tensor, ids: Tensor, hidden: Tensor, dhead: Tensor | None, dbias: Tensor | None, backend: str) -> None:
     return None
 

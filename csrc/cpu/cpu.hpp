@@ -31,7 +31,7 @@ void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_
                  float* g);     // (n, k)
 
 // With mass: ids ascend in a row, none twice, the negative ones last. `tail` and `out` are float64.
-void rest(const Matrix& logits, int64_t n, int64_t k, const Matrix& ids, double temperature, int threads,
+void tail_logit(const Matrix& logits, int64_t n, int64_t k, const Matrix& ids, double temperature, int threads,
           double* out);  // (n)
 
 void mass_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values, const Vector& tail,
@@ -41,7 +41,7 @@ void mass_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, c
                double* others);  // (n, 2)
 
 // g, grad_output are float32, others float64; student may be out.
-void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vector& grad_output, const Matrix& student,
+void mass_grad(const Matrix& g, const Matrix& ids, const Matrix& others, const Vector& grad_output, const Matrix& student,
             const Matrix& out, int64_t n, int64_t k, double temperature, int threads);
 
 // g and grad_output are float32. `unique` says that no row has an id twice.
@@ -49,7 +49,7 @@ void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, cons
              bool unique, int threads);
 
 // softcap 0 is none; dhidden may be null.
-void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
+void linear_loss(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature,
                  double logit_scale, double softcap, const Objective& objective, int threads,
                  float* loss,      // (n)
@@ -58,7 +58,7 @@ void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const 
 
 // g is float32, hidden has contiguous columns, and n k is below 2^32. dhead (vocab, hidden.columns) and
 // dbias (vocab) may have null data.
-void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k,
+void linear_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k,
                              int64_t vocab, const Matrix& dhead, const Vector& dbias, int threads);
 
 class Slots;

@@ -74,19 +74,19 @@ PYBIND11_MODULE(_cuda, m) {
       },
       released);
   m.def(
-      "sparse_head",
+      "linear_loss",
       [](M hidden, M head, int64_t vocab, V bias, int64_t n, int64_t k, M ids, M values, V weights, double temperature,
          double logit_scale, double softcap, uintptr_t loss, uintptr_t g, uintptr_t dhidden, W at) {
-        cuda::sparse_head(matrix(hidden), matrix(head), vocab, vector(bias), n, k, matrix(ids), matrix(values),
+        cuda::linear_loss(matrix(hidden), matrix(head), vocab, vector(bias), n, k, matrix(ids), matrix(values),
                           vector(weights), temperature, logit_scale, softcap, pointer<float>(loss), pointer<float>(g),
                           pointer<float>(dhidden), where(at));
       },
       released);
-  m.def("weight_grad_scratch", cuda::weight_grad_scratch);
+  m.def("linear_weight_grad_scratch", cuda::linear_weight_grad_scratch);
   m.def(
-      "weight_grad",
+      "linear_weight_grad",
       [](uintptr_t g, M ids, M hidden, int64_t n, int64_t k, int64_t vocab, M dhead, V dbias, uintptr_t scratch, W at) {
-        cuda::weight_grad(pointer<float>(g), matrix(ids), matrix(hidden), n, k, vocab, matrix(dhead), vector(dbias),
+        cuda::linear_weight_grad(pointer<float>(g), matrix(ids), matrix(hidden), n, k, vocab, matrix(dhead), vector(dbias),
                           pointer(scratch), where(at));
       },
       released);

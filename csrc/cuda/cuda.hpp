@@ -1,7 +1,7 @@
 // The functions of the backend on a GPU. See topk_rkl/backends/reference.py for what they mean.
 //
 // Pointers are of the device; nothing is allocated and nothing is waited for. `scratch` is as many bytes as the function
-// of its name asks for. Logits, out, and the hidden states of sparse_head may come in slabs, other matrices in one.
+// of its name asks for. Logits, out, and the hidden states of linear_loss may come in slabs, other matrices in one.
 #pragma once
 
 #include "../cpu/types.hpp"
@@ -41,7 +41,7 @@ void scatter(const Matrix& g, const Matrix& ids, const Vector& grad_output, cons
              bool unique, const Where& where);
 
 // softcap 0 is none; dhidden may be null.
-void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
+void linear_loss(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature,
                  double logit_scale, double softcap,
                  float* loss,     // (n)
@@ -49,10 +49,10 @@ void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const 
                  float* dhidden,  // (n, hidden.columns)
                  const Where& where);
 
-int64_t weight_grad_scratch(int64_t n, int64_t k, int64_t vocab, int64_t width, int device);
+int64_t linear_weight_grad_scratch(int64_t n, int64_t k, int64_t vocab, int64_t width, int device);
 
 // n k is below 2^31. dhead (vocab, hidden.columns) and dbias (vocab) may have null data.
-void weight_grad(const float* g,  // (n, k)
+void linear_weight_grad(const float* g,  // (n, k)
                  const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k, int64_t vocab, const Matrix& dhead,
                  const Vector& dbias, void* scratch, const Where& where);
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
+from benchmarks import records
 from gpu.items.inputs import FULL, PROFILED, SMALL, Inputs
 from gpu.items.records import FLOORS, Records
 from gpu.items.registry import profiled, registry
@@ -33,7 +33,7 @@ def main() -> int:
     items = registry(Inputs(SMALL if options.small else FULL, device))
     chosen = [item for item in items if options.only in item.name or item.name in FLOORS]
     clock = Clock(device, options.rounds or (1 if options.small else 12))
-    return run(chosen, Records(options.out, results.setting(device)), clock, options.skip_done)
+    return run(chosen, Records(options.out, records.setting(device)), clock, options.skip_done)
 
 
 def profile(inputs: Inputs) -> int:

@@ -13,21 +13,21 @@ from typing import Any
 from unittest import mock
 
 SELECT = "topk_rkl.backends.triton.select"
-HEAD = "topk_rkl.backends.triton.sparse_head"
+HEAD = "topk_rkl.backends.triton.linear_loss"
 
 DECISIONS = {
     "backend of a selection": "CUDA_FROM_K becomes the least K from which the CUDA backend wins: "
     "topk_rkl/backends/__init__.py.",
-    "backend of the head": "CUDA_HEAD_FROM_K becomes the least K from which the CUDA backend wins: "
+    "backend of the head": "CUDA_LINEAR_FROM_K becomes the least K from which the CUDA backend wins: "
     "topk_rkl/backends/__init__.py.",
-    "backend of the head's gradient": "CUDA_HEAD_FROM_K counts both passes together: topk_rkl/backends/__init__.py.",
+    "backend of the head's gradient": "CUDA_LINEAR_FROM_K counts both passes together: topk_rkl/backends/__init__.py.",
     "warps and registers of a selection": "plan_select() gives this K the warps and registers of the form that wins: "
     "topk_rkl/backends/triton/launch.py.",
     "scratch of a selection": "Every row has scratch of its own, and no program claims a place: _launch() in "
     "topk_rkl/backends/triton/select.py.",
-    "warps of the head": "plan_sparse_head() takes the warps, terms and columns of the form that wins, if it loses "
+    "warps of the head": "plan_linear_loss() takes the warps, terms and columns of the form that wins, if it loses "
     "neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
-    "block of the head's gradient": "plan_weight_grad() takes the pairs, columns and warps of the form that wins, "
+    "block of the head's gradient": "plan_linear_weight_grad() takes the pairs, columns and warps of the winning form, "
     "if it loses neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
 }
 
@@ -59,11 +59,11 @@ def place_per_row() -> AbstractContextManager[object]:
 
 
 def head(**sizes: int) -> AbstractContextManager[object]:
-    return returning(HEAD, "plan_sparse_head", lambda planned: replace(planned, **sizes))
+    return returning(HEAD, "plan_linear_loss", lambda planned: replace(planned, **sizes))
 
 
 def weight_grad(**sizes: int) -> AbstractContextManager[object]:
-    return returning(HEAD, "plan_weight_grad", lambda planned: replace(planned, **sizes))
+    return returning(HEAD, "plan_linear_weight_grad", lambda planned: replace(planned, **sizes))
 
 
 def named(overrides: list[tuple[int, int]]) -> dict[str, Override]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predict, results
+from benchmarks import predict, records
 from gpu.items.experiments import AS_PLANNED, DECISIONS
 from gpu.items.forms import Item
 
@@ -20,14 +20,14 @@ class Records:
 
     def __init__(self, path: Path | None, shared: Line) -> None:
         self.path, self.shared = path, shared
-        self.lines: list[Line] = results.load(path) if path and path.exists() else []
+        self.lines: list[Line] = records.load(path) if path and path.exists() else []
 
     def write(self, line: Line) -> None:
         line = {**line, **self.shared}
         self.lines.append(line)
         print(json.dumps(line), flush=True)
         if self.path:
-            results.append(line, self.path)
+            records.append(line, self.path)
 
     def begin(self, item: Item) -> None:
         """Written first, so that an item which ends the process is known by name."""

@@ -175,28 +175,28 @@ def from_head(inputs: Inputs, k: int, hot: bool, dhidden: bool = True) -> ByName
     def call(name: str) -> object:
         ids = (inputs.hot_ids if hot else inputs.ids)(k)
         args = inputs.hidden, inputs.head, None, ids, inputs.values(k), None, None, dhidden
-        return ops.sparse_head(*args, name)
+        return ops.linear_loss(*args, name)
 
     return call
 
 
 def head(inputs: Inputs, k: int, hot: bool = False, dhidden: bool = True) -> Item:
     size, forms = inputs.sizes.n * k * 2 * inputs.sizes.h, by_backend(from_head(inputs, k, hot, dhidden))
-    name = f"sparse_head K {k:,}{', hot ids' if hot else ''}{'' if dhidden else ', no dhidden'}"
-    kernel = "sparse_head" if dhidden and not hot else ""
+    name = f"linear_loss K {k:,}{', hot ids' if hot else ''}{'' if dhidden else ', no dhidden'}"
+    kernel = "linear_loss" if dhidden and not hot else ""
     return Item(name, forms, kernel, size, sizes=of_head(inputs, k), decision="backend of the head")
 
 
 def head_trial(inputs: Inputs, k: int, hot: bool) -> Item:
     size, forms = inputs.sizes.n * k * 2 * inputs.sizes.h, by_override(from_head(inputs, k, hot), experiments.HEADS)
-    name = f"sparse_head K {k:,}, warps{', hot ids' if hot else ''}"
-    return Item(name, forms, "" if hot else "sparse_head", size, sizes=of_head(inputs, k), decision="warps of the head")
+    name = f"linear_loss K {k:,}, warps{', hot ids' if hot else ''}"
+    return Item(name, forms, "" if hot else "linear_loss", size, sizes=of_head(inputs, k), decision="warps of the head")
 
 
 def summed_head(inputs: Inputs, k: int, hot: bool) -> ByName:
     def call(name: str) -> None:
         ids = (inputs.hot_ids if hot else inputs.ids)(k)
-        ops.sparse_head_weight_grad(inputs.values(k), ids, inputs.hidden, inputs.dhead, None, name)
+        ops.linear_weight_grad(inputs.values(k), ids, inputs.hidden, inputs.dhead, None, name)
 
     return call
 

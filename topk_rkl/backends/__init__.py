@@ -31,7 +31,7 @@ DENSE_FROM = 4
 # From these K on "auto" takes "cuda" before "triton": of the selection and its loss, and of the head. None is never,
 # since no GPU has shown yet from where; `python -m gpu` times both.
 CUDA_FROM_K: int | None = None
-CUDA_HEAD_FROM_K: int | None = None
+CUDA_LINEAR_FROM_K: int | None = None
 
 # What is in force in this context: the process's choice, then that of each open block, with something that tells it
 # from every other. A block that ends takes out its own, so that blocks may end in any order.
@@ -100,7 +100,7 @@ def choose(
         if reason := _first_refusal(name, k, logits, divergence, mass):
             raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reason}")
         return _load(name)
-    fastest = _fastest(k, logits[0], CUDA_HEAD_FROM_K if head else CUDA_FROM_K)
+    fastest = _fastest(k, logits[0], CUDA_LINEAR_FROM_K if head else CUDA_FROM_K)
     able = (name for name in fastest if not _first_refusal(name, k, logits, divergence, mass))
     return _load(next(able, "reference"))
 
@@ -121,7 +121,7 @@ def choose_head(
     module = choose(name, k, hidden, divergence=divergence, head=True)
     dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES
     if name == "auto" and dense_pays and _products_are_float32():
-        return _load("dense_head")
+        return _load("dense_linear")
     return module
 
 

@@ -94,7 +94,7 @@ def scatter(
     )  # fmt: skip
 
 
-def sparse_head(
+def linear_loss(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -113,7 +113,7 @@ def sparse_head(
     same_rows("hidden", hidden, n, width)
     same_shape("values", values, (n, k))
     loss, g, dhidden = _empty(hidden, n), _empty(hidden, n, k), _empty(hidden, n if want_dhidden else 0, width)
-    _cuda.sparse_head(
+    _cuda.linear_loss(
         to.matrix("hidden", hidden), to.matrix("head", head), vocab, to.vector("bias", bias, vocab), n, k,
         to.matrix("ids", ids, INTEGERS), to.matrix("values", values, FLOATS), to.vector("weights", weights, n),
         temperature, logit_scale, softcap or 0.0,
@@ -122,7 +122,7 @@ def sparse_head(
     return loss, g, dhidden
 
 
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)
@@ -139,8 +139,8 @@ def sparse_head_weight_grad(
         same_shape("dhead", dhead, (vocab, width))
     g = g.float().contiguous()
     to.matrix("g", g)
-    scratch = _scratch(hidden, _cuda.weight_grad_scratch(n, k, vocab, width, _where(hidden)[0]))
-    _cuda.weight_grad(
+    scratch = _scratch(hidden, _cuda.linear_weight_grad_scratch(n, k, vocab, width, _where(hidden)[0]))
+    _cuda.linear_weight_grad(
         g.data_ptr(), to.matrix("ids", ids, INTEGERS), to.matrix("hidden", hidden), n, k, vocab,
         to.matrix("dhead", dhead), to.vector("dbias", dbias, vocab), scratch.data_ptr(), _where(hidden),
     )  # fmt: skip

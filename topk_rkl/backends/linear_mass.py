@@ -24,7 +24,7 @@ def linear_mass_loss(
     bias: Tensor | None,  # (V,)
     ids: Tensor,  # (N, K), none twice in a row
     values: Tensor,  # (N, K)
-    tail: Tensor,  # (N,) the teacher's `rest`
+    tail: Tensor,  # (N,) the teacher's `tail_logit`
     weights: Tensor | None,  # (N,)
     temperature: float,
     logit_scale: float,

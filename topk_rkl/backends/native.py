@@ -72,7 +72,7 @@ def select_loss(
     return loss, ids, g
 
 
-def rest(
+def tail_logit(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N, K) ascending, none twice in a row, the negative ones last
     temperature: float,
@@ -80,7 +80,7 @@ def rest(
     n, k = ids.shape
     same_rows("logits", logits, n)
     out = _empty(n, dtype=torch.float64)
-    _native.rest(
+    _native.tail_logit(
         _matrix("logits", logits), n, k, _matrix("ids", ids, INTEGERS), temperature, torch.get_num_threads(),
         out.data_ptr(),
     )  # fmt: skip
@@ -89,7 +89,7 @@ def rest(
 
 def mass_loss(
     student: Tensor,  # (N, V)
-    ids: Tensor,  # (N, K) as for `rest`
+    ids: Tensor,  # (N, K) as for `tail_logit`
     values: Tensor,  # (N, K)
     tail: Tensor,  # (N,)
     weights: Tensor | None,  # (N,)
@@ -109,7 +109,7 @@ def mass_loss(
     return loss, g, others
 
 
-def spread(
+def mass_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K), none twice in a row
     others: Tensor,  # (N, 2) float64
@@ -124,7 +124,7 @@ def spread(
     same_rows("out", out, n)
     same_rows("student", student, n, out.shape[-1])
     g = g.float().contiguous()
-    _native.spread(
+    _native.mass_grad(
         _matrix("g", g), _matrix("ids", ids, INTEGERS), _matrix("others", others, FLOATS),
         _vector("grad_output", grad_output, n), _matrix("student", student), _matrix("out", out), n, k, temperature,
         torch.get_num_threads(),
@@ -149,7 +149,7 @@ def scatter(
     )  # fmt: skip
 
 
-def sparse_head(
+def linear_loss(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -166,7 +166,7 @@ def sparse_head(
     same_rows("hidden", hidden, n, width)
     same_shape("values", values, (n, k))
     loss, g, dhidden = _empty(n), _empty(n, k), _empty(n if want_dhidden else 0, width)
-    _native.sparse_head(
+    _native.linear_loss(
         _matrix("hidden", hidden), _matrix("head", head), vocab, _vector("bias", bias, vocab), n, k,
         _matrix("ids", ids, INTEGERS), _matrix("values", values, FLOATS), _vector("weights", weights, n),
         temperature, logit_scale, softcap or 0.0, divergence, torch.get_num_threads(),
@@ -175,7 +175,7 @@ def sparse_head(
     return loss, g, dhidden
 
 
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)
@@ -191,7 +191,7 @@ def sparse_head_weight_grad(
     if dhead is not None:
         same_shape("dhead", dhead, (vocab, width))
     g, hidden = g.float().contiguous(), hidden.contiguous()
-    _native.sparse_head_weight_grad(
+    _native.linear_weight_grad(
         _matrix("g", g), _matrix("ids", ids, INTEGERS), _matrix("hidden", hidden), n, k, vocab,
         _matrix("dhead", dhead), _vector("dbias", dbias, vocab), torch.get_num_threads(),
     )  # fmt: skip

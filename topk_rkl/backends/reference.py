@@ -108,7 +108,7 @@ def scatter(
         out[rows].zero_().scatter_add_(1, columns[rows], value[rows])
 
 
-def rest(
+def tail_logit(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N, K)
     temperature: float,
@@ -132,7 +132,7 @@ def mass_loss(
     student: Tensor,  # (N, V)
     ids: Tensor,  # (N, K), none twice in a row
     values: Tensor,  # (N, K)
-    tail: Tensor,  # (N,) the teacher's `rest`
+    tail: Tensor,  # (N,) the teacher's `tail_logit`
     weights: Tensor | None,  # (N,)
     temperature: float,
     divergence: Code | Terms,
@@ -197,7 +197,7 @@ def _outside(
     return peak.squeeze(1), ((x - peak) / temperature).exp_().sum(1)
 
 
-def spread(
+def mass_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K), none twice in a row
     others: Tensor,  # (N, 2)
@@ -237,7 +237,7 @@ def _merge_duplicates(
     return columns.masked_fill(repeated, -1), value
 
 
-def sparse_head(
+def linear_loss(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -294,7 +294,7 @@ def raw_slots_loss(
     return loss, torch.where(dz == 0, 0, dz * slope)
 
 
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)

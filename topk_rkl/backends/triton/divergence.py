@@ -16,7 +16,7 @@ RENORMALIZED, TAIL, RAW = map(tl.constexpr, range(3))  # and RAW_STOP_GRAD
 
 
 def encoded(code: divergence.Code) -> tuple[int, tuple[float, ...]]:
-    """FORM, and the numbers as `number` reads them."""
+    """FAMILY, and the numbers as `number` reads them."""
     return int(code[0]), tuple(half for number in code[1:] for half in float32_halves(number))
 
 
@@ -43,7 +43,7 @@ def slots_loss(
     inv_t,  # float64: 1 / temperature
     numbers,
     head,  # [K] bool: all slots but the rest of the vocabulary; None where that is none
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
     MASS: tl.constexpr,
 ):
     """-> loss (float64), gradient [K] (float64)."""
@@ -60,7 +60,7 @@ def slots_loss(
     q_sum = tl.sum(q, 0)
     q_sum = tl.where(q_sum == 0.0, 1.0, q_sum)
     p = p / p_sum
-    if FORM == REVERSE and MASS == RENORMALIZED:
+    if FAMILY == REVERSE and MASS == RENORMALIZED:
         d = tl.where(p == 0.0, 0.0, a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum))  # [K]
         loss = tl.sum(p * d, 0)
         return loss, tl.where(live, p * (d - loss) * inv_t, 0.0)
@@ -68,10 +68,10 @@ def slots_loss(
         q = q / q_sum
         poison = 0.0 * (p_sum + q_sum)  # 0, or NaN
         d = tl.where(live, (a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum)), 0.0)  # [K]
-        term, h = _terms(p, q, d, tl.where(live, b * inv_t - tl.log(q_sum), 0.0), numbers, FORM)
+        term, h = _terms(p, q, d, tl.where(live, b * inv_t - tl.log(q_sum), 0.0), numbers, FAMILY)
         if MASS == RAW:
             kappa = 1.0
-            if FORM == BLENDED:
+            if FAMILY == BLENDED:
                 kappa = number(numbers, 0) * (1.0 - number(numbers, 1)) - number(numbers, 2) * (
                     1.0 - number(numbers, 3)
                 )
@@ -80,7 +80,7 @@ def slots_loss(
             term = tl.where(head, term, 0.0)
             h = tl.where(head, h, 0.0)
         loss = tl.sum(term, 0)
-        if MASS <= TAIL and FORM >= BLENDED:
+        if MASS <= TAIL and FAMILY >= BLENDED:
             loss = tl.where(loss < 0.0, 0.0, loss)  # which only rounding makes it
         gradient = tl.where(z != float("-inf"), (h - p * tl.sum(h, 0)) * inv_t, 0.0)
         return loss + poison, tl.where(live, gradient + poison, 0.0)
@@ -93,17 +93,17 @@ def _terms(
     d,  # [K] log p - log q
     log_q,  # [K]
     numbers,
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
 ):
     """-> the terms of the sum and h, p times the derivative of the sum with respect to p: both 0 where p = q."""
-    if FORM == REVERSE:
+    if FAMILY == REVERSE:
         x = _times(p, d)
         return x, x
-    elif FORM == CLAMPED:
+    elif FAMILY == CLAMPED:
         bounded = tl.where(d < number(numbers, 0), number(numbers, 0), d)
         bounded = tl.where(bounded > number(numbers, 1), number(numbers, 1), bounded)
         return _times(p, bounded), _times(p, tl.where(bounded == d, bounded, bounded - 1.0))
-    elif FORM == BLENDED:
+    elif FAMILY == BLENDED:
         log_p_blend, q_part = _blend(d, number(numbers, 1))
         log_q_blend, p_part = _blend(-d, number(numbers, 3))
         term = number(numbers, 0) * _times(p, log_p_blend) + number(numbers, 2) * _times(q, log_q_blend)

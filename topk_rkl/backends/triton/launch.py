@@ -81,7 +81,7 @@ def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
 
 
 @dataclass(frozen=True)
-class RestPlan:
+class TailPlan:
     """How one program adds up the exponentials of one row."""
 
     block: int  # columns read at a time
@@ -89,16 +89,16 @@ class RestPlan:
     num_warps: int
 
 
-def plan_rest(vocab: int, k: int, form: int = REVERSE) -> RestPlan:
+def plan_tail(vocab: int, k: int, form: int = REVERSE) -> TailPlan:
     """32 bytes of 16-bit logits in flight a thread."""
     num_warps = max(8, slot_warps(k + 1, form))
-    return RestPlan(
+    return TailPlan(
         block=min(16 * 32 * num_warps, max(256, triton.next_power_of_2(vocab))), group=16, num_warps=num_warps
     )
 
 
 @dataclass(frozen=True)
-class SparseHeadPlan:
+class LinearLossPlan:
     """How one program multiplies a hidden state with K rows of the head, and adds them up."""
 
     slots: int  # rows of the head multiplied at a time
@@ -108,7 +108,7 @@ class SparseHeadPlan:
     num_warps: int
 
 
-def plan_sparse_head(k: int, width: int, itemsize: int, form: int = REVERSE) -> SparseHeadPlan:
+def plan_linear_loss(k: int, width: int, itemsize: int, form: int = REVERSE) -> LinearLossPlan:
     """A warp multiplies whole rows and a thread adds up its own columns: what threads share they add after the loop.
 
     Two large programs on a core have half as many rows under way as four small ones: L2 keeps more for the second read.
@@ -119,11 +119,11 @@ def plan_sparse_head(k: int, width: int, itemsize: int, form: int = REVERSE) -> 
     num_warps = max(8 if large else 4, slot_warps(k, form))
     block, terms = (1024 // itemsize, 16 // itemsize) if large else (256, 4)
     span = 32 * num_warps * 32 // itemsize  # two vectors of 16 bytes per thread
-    return SparseHeadPlan(16, min(block, columns), terms, min(span, columns), num_warps)
+    return LinearLossPlan(16, min(block, columns), terms, min(span, columns), num_warps)
 
 
 @dataclass(frozen=True)
-class WeightGradPlan:
+class LinearWeightGradPlan:
     """How one program adds up hidden states."""
 
     pairs: int  # rows added at a time
@@ -131,9 +131,9 @@ class WeightGradPlan:
     num_warps: int
 
 
-def plan_weight_grad(width: int) -> WeightGradPlan:
+def plan_linear_weight_grad(width: int) -> LinearWeightGradPlan:
     """As many columns as keep that block of 16k hidden states within L2."""
-    return WeightGradPlan(pairs=4, block=min(512, max(16, triton.next_power_of_2(width))), num_warps=2)
+    return LinearWeightGradPlan(pairs=4, block=min(512, max(16, triton.next_power_of_2(width))), num_warps=2)
 
 
 def cores(device: torch.device) -> int:

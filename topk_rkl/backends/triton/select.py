@@ -203,7 +203,7 @@ def select_kernel(
     BLOCK: tl.constexpr,
     IDLE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits = row_of(logits, layout, tl.program_id(0))
@@ -277,7 +277,7 @@ def select_kernel(
         inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
         store_loss_row(
             student, student_layout[3], student_vocab, column.to(tl.int64), w, weight, inv_t, numbers, loss, g, slot, k,
-            FORM,
+            FAMILY,
         )  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def _launch(
             student, student_layout, 0 if student is None else student.shape[-1], weights,
             *float32_halves(1.0 / temperature), numbers, loss, g,
             K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
-            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FORM=form,
+            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=form,
             num_warps=plan.num_warps, **compile_options(torch.version.hip is not None, plan.registers),
         )  # fmt: skip
     return ids, values, loss, g

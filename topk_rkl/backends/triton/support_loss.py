@@ -25,12 +25,12 @@ def store_loss_row(
     g,  # (K,)
     slot,  # [K]
     k,
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
 ):
     live = (column >= 0) & (column < student_vocab) & (w != float("-inf"))  # [K]
     z = tl.load(student + column * student_step, mask=live, other=float("-inf"))  # [K]
     w = told(column, w, student_vocab)
-    row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, None, FORM, RENORMALIZED)
+    row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, None, FAMILY, RENORMALIZED)
     tl.store(loss, (row_loss * weight).to(tl.float32))
     tl.store(g + slot, (row_g * weight).to(tl.float32), mask=slot < k)
 
@@ -50,7 +50,7 @@ def support_loss_kernel(
     g,  # (N, K)
     k,
     K_PAD: tl.constexpr,
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
 ):
     row = tl.program_id(0)
     slot = tl.arange(0, K_PAD)  # [K]
@@ -70,7 +70,9 @@ def support_loss_kernel(
     column = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int64)  # [K]
     w = tl.load(values + slot, mask=slot < k, other=float("-inf")).to(tl.float64)  # [K]
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
-    store_loss_row(student, student_layout[3], student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FORM)
+    store_loss_row(
+        student, student_layout[3], student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FAMILY
+    )
 
 
 def support_loss(
@@ -91,7 +93,7 @@ def support_loss(
         support_loss_kernel[(n,)](
             student, layout_of(student), student.shape[-1],
             ids, values, weights, *float32_halves(1.0 / temperature), numbers,
-            loss, g, k, K_PAD=pad_k(k), FORM=form, num_warps=slot_warps(k, form),
+            loss, g, k, K_PAD=pad_k(k), FAMILY=form, num_warps=slot_warps(k, form),
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
     return loss, g

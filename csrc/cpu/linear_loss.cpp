@@ -176,7 +176,7 @@ struct Summer {
 
 }  // namespace
 
-void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
+void linear_loss(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature, double logit_scale,
                  double softcap, const Objective& objective, int threads, float* loss, float* g, float* dhidden) {
   const Problem problem{current_isa(), hidden, head, vocab, bias, ids, values, k, temperature, logit_scale, softcap,
@@ -189,7 +189,7 @@ void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const 
   });
 }
 
-void sparse_head_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k,
+void linear_weight_grad(const Matrix& g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k,
                              int64_t vocab, const Matrix& dhead, const Vector& dbias, int threads) {
   const Isa& isa = current_isa();
   const auto pairs = sorted_pairs(g, ids, n, k, vocab);

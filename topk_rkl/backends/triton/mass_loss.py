@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topk_rkl.backends.triton import launch
 from topk_rkl.backends.triton.divergence import TAIL, encoded, slots_loss, told
-from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_rest, plan_scatter
+from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_scatter, plan_tail
 from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, product, rounded, row_of
 from topk_rkl.divergence import MASSES, Code
 
@@ -18,7 +18,7 @@ FLOAT32_MAX = tl.constexpr(launch.FLOAT32_MAX)
 
 
 @triton.jit
-def _rest_of_row(
+def _tail_of_row(
     logits,  # (V,) one row
     step,
     vocab,
@@ -52,7 +52,7 @@ def _rest_of_row(
 
 
 @triton.jit
-def rest_kernel(
+def tail_logit_kernel(
     logits,  # (N, V)
     layout,
     vocab,
@@ -66,7 +66,7 @@ def rest_kernel(
 ):
     x = row_of(logits, layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
-    peak, total = _rest_of_row(x, layout[3], vocab, ids + row * k, k, inv_t_high, BLOCK, GROUP)
+    peak, total = _tail_of_row(x, layout[3], vocab, ids + row * k, k, inv_t_high, BLOCK, GROUP)
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     tl.store(out + row, peak.to(tl.float64) + tl.log(total) / inv_t)
 
@@ -90,7 +90,7 @@ def mass_loss_kernel(
     K_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
     MASS: tl.constexpr,
 ):
     student = row_of(student, student_layout, tl.program_id(0))
@@ -108,7 +108,7 @@ def mass_loss_kernel(
             tl.store(g + slot, 0.0, mask=slot < k)
             tl.store(others + tl.arange(0, 2), 0.0)
             return
-    peak, total = _rest_of_row(student, student_layout[3], student_vocab, ids, k, inv_t_high, BLOCK, GROUP)
+    peak, total = _tail_of_row(student, student_layout[3], student_vocab, ids, k, inv_t_high, BLOCK, GROUP)
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     column = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int64)  # [K]
     w = tl.load(values + slot, mask=slot < k, other=float("-inf")).to(tl.float64)  # [K]
@@ -124,7 +124,7 @@ def mass_loss_kernel(
     live = live | counted
     z = tl.where(live, z, float("-inf"))
     w = tl.where(counted, w, told(column, w, student_vocab))
-    row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, slot < k, FORM, MASS)
+    row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, slot < k, FAMILY, MASS)
     row_g *= weight
     of_rest = tl.sum(tl.where(rest, row_g, 0.0), 0)
     tl.store(loss + row, (row_loss * weight).to(tl.float32))
@@ -137,7 +137,7 @@ def mass_loss_kernel(
 
 
 @triton.jit
-def spread_kernel(
+def mass_grad_kernel(
     g,  # (N, K)
     ids,  # (N, K)
     others,  # (N, 2) float64
@@ -175,7 +175,7 @@ def spread_kernel(
     tl.store(out + column.to(tl.int64) * out_layout[3], value, mask=(column >= first) & (column < last))
 
 
-def rest(
+def tail_logit(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N, K) ascending, none twice in a row, the negative ones last
     temperature: float,
@@ -184,9 +184,9 @@ def rest(
     out = torch.empty(n, dtype=torch.float64, device=logits.device)
     if n == 0:
         return out
-    plan = plan_rest(logits.shape[-1], k)
+    plan = plan_tail(logits.shape[-1], k)
     with on_device_of(logits):
-        rest_kernel[(n,)](
+        tail_logit_kernel[(n,)](
             logits, layout_of(logits), logits.shape[-1], ids, *float32_halves(1.0 / temperature), out, k,
             BLOCK=plan.block, GROUP=plan.group, num_warps=plan.num_warps,
             **compile_options(hip=torch.version.hip is not None),
@@ -196,7 +196,7 @@ def rest(
 
 def mass_loss(
     student: Tensor,  # (N, V)
-    ids: Tensor,  # (N, K) as for `rest`
+    ids: Tensor,  # (N, K) as for `tail_logit`
     values: Tensor,  # (N, K)
     tail: Tensor,  # (N,) float64
     weights: Tensor | None,  # (N,)
@@ -211,18 +211,18 @@ def mass_loss(
     if n == 0:
         return loss, g, others
     form, numbers = encoded(divergence)
-    plan = plan_rest(student.shape[-1], k, form)
+    plan = plan_tail(student.shape[-1], k, form)
     with on_device_of(student):
         mass_loss_kernel[(n,)](
             student, layout_of(student), student.shape[-1], ids, values, tail, weights,
             *float32_halves(1.0 / temperature), numbers, loss, g, others, k,
-            K_PAD=pad_k(k + 1), BLOCK=plan.block, GROUP=plan.group, FORM=form, MASS=MASSES.index(mass),
+            K_PAD=pad_k(k + 1), BLOCK=plan.block, GROUP=plan.group, FAMILY=form, MASS=MASSES.index(mass),
             num_warps=plan.num_warps, **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
     return loss, g, others
 
 
-def spread(
+def mass_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K), none twice in a row
     others: Tensor,  # (N, 2) float64
@@ -237,7 +237,7 @@ def spread(
     student = out if student is None else student
     plan = plan_scatter(vocab, unique=True)
     with on_device_of(out):
-        spread_kernel[(n, triton.cdiv(vocab, plan.block))](
+        mass_grad_kernel[(n, triton.cdiv(vocab, plan.block))](
             g, ids, others, grad_output, student, layout_of(student), out, layout_of(out), vocab, 1.0 / temperature, k,
             K_PAD=pad_k(k), BLOCK=plan.block, num_warps=plan.num_warps,
             **compile_options(hip=torch.version.hip is not None),

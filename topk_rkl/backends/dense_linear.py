@@ -20,7 +20,7 @@ from topk_rkl.divergence import REVERSE_KL, Code
 
 
 @torch.autocast("cpu", enabled=False)  # a trainer's would take the products in 16 bits
-def sparse_head(
+def linear_loss(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -54,7 +54,7 @@ def sparse_head(
 
 
 @torch.autocast("cpu", enabled=False)
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)

@@ -1,6 +1,6 @@
 """The loss from hidden states: K rows of the head a row of them, never the logits; and the gradient of the head.
 
-sparse_head_weight_grad sorts the pairs (row, slot) by id, so that each row of the head owns a segment of them, adds up
+linear_weight_grad sorts the pairs (row, slot) by id, so that each row of the head owns a segment of them, adds up
 a segment in the order of its pairs and writes the row once, zeros included: no atomics, the same bits every time.
 A hot id may own a pair of every row. So the aligned windows of WINDOW pairs that lie within one segment are summed
 first, side by side, and the program of a segment adds at most WINDOW - 1 pairs at each end and the sums between them.
@@ -20,8 +20,8 @@ from topk_rkl.backends.triton.launch import (
     compile_options,
     float32_halves,
     pad_k,
-    plan_sparse_head,
-    plan_weight_grad,
+    plan_linear_loss,
+    plan_linear_weight_grad,
 )
 from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, rounded, row_of
 from topk_rkl.divergence import REVERSE_KL, Code
@@ -61,7 +61,7 @@ def _capped(
 
 
 @triton.jit
-def sparse_head_kernel(
+def linear_loss_kernel(
     hidden,  # (N, H)
     hidden_layout,
     width,  # H
@@ -90,7 +90,7 @@ def sparse_head_kernel(
     BLOCK: tl.constexpr,
     TERMS: tl.constexpr,
     SPAN: tl.constexpr,
-    FORM: tl.constexpr,
+    FAMILY: tl.constexpr,
 ):
     hidden = row_of(hidden, hidden_layout, tl.program_id(0))
     row = tl.program_id(0).to(tl.int64)
@@ -145,7 +145,7 @@ def sparse_head_kernel(
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     z = tl.where(live, z, float("-inf"))
     w = told(column, w, vocab)
-    row_loss, dz = slots_loss(z, w, live, inv_t, numbers, None, FORM, RENORMALIZED)
+    row_loss, dz = slots_loss(z, w, live, inv_t, numbers, None, FAMILY, RENORMALIZED)
     dz *= weight
     tl.store(loss, (row_loss * weight).to(tl.float32))
     # A slot without gradient has +0, whatever its slope.
@@ -224,7 +224,7 @@ def window_sums_kernel(
 
 
 @triton.jit
-def weight_grad_kernel(
+def linear_weight_grad_kernel(
     bounds,  # (V + 1,) int32: where the segment of each id starts
     rows,  # (pairs,) int32
     terms,  # (pairs,) float32
@@ -260,7 +260,7 @@ def weight_grad_kernel(
     tl.store(dhead + column * dhead_stride + h.to(tl.int64) * dhead_step, out, mask=inside)
 
 
-def sparse_head(
+def linear_loss(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -280,20 +280,20 @@ def sparse_head(
     if n == 0:
         return loss, g, dhidden
     form, numbers = encoded(divergence)
-    plan = plan_sparse_head(k, width, head.element_size(), form)
+    plan = plan_linear_loss(k, width, head.element_size(), form)
     with on_device_of(hidden):
-        sparse_head_kernel[(n,)](
+        linear_loss_kernel[(n,)](
             hidden, layout_of(hidden), width, head, *head.stride(), vocab, bias, 0 if bias is None else bias.stride(0),
             ids, values, weights, *float32_halves(1.0 / temperature), *float32_halves(logit_scale),
             *((None, None) if softcap is None else float32_halves(softcap)), numbers,
             loss, g, dhidden if want_dhidden else None, k,
-            K_PAD=pad_k(k), SLOTS=plan.slots, BLOCK=plan.block, TERMS=plan.terms, SPAN=plan.span, FORM=form,
+            K_PAD=pad_k(k), SLOTS=plan.slots, BLOCK=plan.block, TERMS=plan.terms, SPAN=plan.span, FAMILY=form,
             num_warps=plan.num_warps, **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
     return loss, g, dhidden
 
 
-def sparse_head_weight_grad(
+def linear_weight_grad(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)
@@ -323,7 +323,7 @@ def _sum_segments(
     out: Tensor,  # (V, H), overwritten
 ) -> None:
     (vocab, width), windows = out.shape, len(rows) // WINDOW
-    plan = plan_weight_grad(width)
+    plan = plan_linear_weight_grad(width)
     step = max(1, SCRATCH_BYTES // (4 * max(1, windows) * plan.block)) * plan.block
     sums = torch.empty((windows, min(step, width)), dtype=torch.float32, device=out.device)
     sizes = {"WINDOW": WINDOW, "PAIRS": plan.pairs, "BLOCK": plan.block, "num_warps": plan.num_warps}
@@ -337,6 +337,6 @@ def _sum_segments(
                 window_sums_kernel[(windows, blocks)](
                     sorted_ids, rows, terms, x, *x.stride(), y.shape[1], vocab, sums, **sizes, **options
                 )  # fmt: skip
-            weight_grad_kernel[(vocab, blocks)](
+            linear_weight_grad_kernel[(vocab, blocks)](
                 bounds, rows, terms, x, *x.stride(), y.shape[1], sums, y, *y.stride(), **sizes, **options
             )  # fmt: skip

@@ -19,7 +19,7 @@ U = 2.0**-24  # half the distance of 1.0 to the next float32
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of sparse_head."""
+    """The arguments of linear_loss."""
 
     hidden: Tensor  # (N, H)
     head: Tensor  # (V, H)
@@ -33,7 +33,7 @@ class Problem:
     want_dhidden: bool = True
 
     def run(self, module: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return module.sparse_head(*vars(self).values())
+        return module.linear_loss(*vars(self).values())
 
     def double(self) -> "Problem":
         return replace(self, **{k: x.double() for k, x in vars(self).items() if k != "ids" and torch.is_tensor(x)})
@@ -115,7 +115,7 @@ def assert_equals_the_reference(module: Any, problem: Problem) -> tuple[Tensor, 
 def weight_grad(module: Any, g: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype) -> list[Tensor]:
     """[dhead, dbias]"""
     outs = [torch.full(shape, 99.0, dtype=dtype, device=DEVICE) for shape in ((vocab, hidden.shape[1]), (vocab,))]
-    module.sparse_head_weight_grad(g, ids, hidden, *outs)
+    module.linear_weight_grad(g, ids, hidden, *outs)
     return outs
 
 
@@ -163,7 +163,7 @@ def test_any_strides(module, layout: str, dtype) -> None:
     _, g, _ = assert_equals_the_reference(module, strided)
     want = weight_grad(module, g, problem.ids, problem.hidden, 12, dtype)
     outs = [LAYOUTS[layout](torch.full_like(problem.head, 99.0)), torch.full((12, 2), 99.0, device=DEVICE).to(dtype)]
-    module.sparse_head_weight_grad(g, problem.ids, strided.hidden, outs[0], outs[1][:, 0])
+    module.linear_weight_grad(g, problem.ids, strided.hidden, outs[0], outs[1][:, 0])
     ulp = 2 * torch.finfo(dtype).eps * want[0].abs().double()
     assert_within(outs[0], want[0].double(), ulp)
     torch.testing.assert_close(outs[1][:, 0], want[1])
@@ -296,10 +296,10 @@ def test_an_id_in_hundreds_of_rows(module, monkeypatch, width: int) -> None:
     assert_weight_grad_equals_the_reference(module, g, ids, hidden, vocab)
     outs = weight_grad(module, g, ids, hidden, vocab, FP32)
     assert all((x[2] == 0).all() for x in outs)
-    file = sys.modules[module.sparse_head_weight_grad.__module__]
+    file = sys.modules[module.linear_weight_grad.__module__]
     if hasattr(file, "SCRATCH_BYTES"):
-        plan = replace(file.plan_weight_grad(width), block=16)
-        monkeypatch.setattr(file, "plan_weight_grad", lambda _width: plan)
+        plan = replace(file.plan_linear_weight_grad(width), block=16)
+        monkeypatch.setattr(file, "plan_linear_weight_grad", lambda _width: plan)
         monkeypatch.setattr(file, "SCRATCH_BYTES", 1)
         assert all(map(torch.equal, weight_grad(module, g, ids, hidden, vocab, FP32), outs))
 
@@ -309,8 +309,8 @@ def test_either_gradient_of_the_head_alone(module) -> None:
     _, g, _ = problem.run(module)
     both = weight_grad(module, g, problem.ids, problem.hidden, 60, FP32)
     alone = [torch.full_like(x, 99.0) for x in both]
-    module.sparse_head_weight_grad(g, problem.ids, problem.hidden, alone[0], None)
-    module.sparse_head_weight_grad(g, problem.ids, problem.hidden, None, alone[1])
+    module.linear_weight_grad(g, problem.ids, problem.hidden, alone[0], None)
+    module.linear_weight_grad(g, problem.ids, problem.hidden, None, alone[1])
     assert all(map(torch.equal, alone, both))
 
 

@@ -151,7 +151,7 @@ __device__ void store_dhidden(const Slice<T>& slice, const HeadPieces<T>& pieces
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) sparse_head_kernel(Problem p) {
+__global__ void __launch_bounds__(THREADS, 2) linear_loss_kernel(Problem p) {
   const int rank = cluster_rank(), blocks = cluster_size();
   const int64_t first = int64_t(rank) * p.slice, left = p.hidden.columns - first;
   const Slice<T> slice{p, blockIdx.x / blocks, first, int(left < 0 ? 0 : left < p.slice ? left : p.slice)};
@@ -212,15 +212,15 @@ void run(Problem p, int64_t n, const Where& where) {
   // The order of the sums is settled; it must not depend on where the rows lie.
   p.on_packs = p.head.step == 1 && (reinterpret_cast<uintptr_t>(p.head.data) | p.head.stride * sizeof(T)) % 16 == 0;
   if (!p.on_packs) p.kept = 0;
-  launch("sparse_head_kernel of N = " + std::to_string(n) + ", K = " + std::to_string(p.k) +
+  launch("linear_loss_kernel of N = " + std::to_string(n) + ", K = " + std::to_string(p.k) +
              ", H = " + std::to_string(width),
-         sparse_head_kernel<T>,
+         linear_loss_kernel<T>,
          {n * cluster, 1, THREADS, shared_bytes<HeadPieces<T>>(p.k, p.slice, p.kept), cluster}, where, p);
 }
 
 }  // namespace
 
-void sparse_head(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
+void linear_loss(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
                  const Matrix& ids, const Matrix& values, const Vector& weights, double temperature,
                  double logit_scale, double softcap, float* loss, float* g, float* dhidden, const Where& where) {
   with_kind(head.kind, [&](auto element) {

@@ -78,7 +78,7 @@ void write(const Isa& isa, const Matrix& out, int64_t row, int64_t start, int64_
 
 }  // namespace
 
-void rest(const Matrix& logits, int64_t n, int64_t k, const Matrix& ids, double temperature, int threads, double* out) {
+void tail_logit(const Matrix& logits, int64_t n, int64_t k, const Matrix& ids, double temperature, int threads, double* out) {
   const Isa& isa = current_isa();
   std::vector<Reader> readers(threads, Reader(logits));
   for_each_row(n, threads, grain_of(logits.columns), [&](int thread, int64_t row) {
@@ -117,7 +117,7 @@ void mass_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, c
   });
 }
 
-void spread(const Matrix& g, const Matrix& ids, const Matrix& others, const Vector& grad_output, const Matrix& student,
+void mass_grad(const Matrix& g, const Matrix& ids, const Matrix& others, const Vector& grad_output, const Matrix& student,
             const Matrix& out, int64_t n, int64_t k, double temperature, int threads) {
   const Isa& isa = current_isa();
   std::vector<Reader> readers(threads, Reader(student));

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.results import FOLDER, Line, load
+from benchmarks.records import FOLDER, Line, load
 
 WORKS = {
     "select": "`teacher_topk`",

@@ -177,11 +177,11 @@ void add_up(const Segments& segments, const Matrix& hidden, const Matrix& out, f
 
 }  // namespace
 
-int64_t weight_grad_scratch(int64_t n, int64_t k, int64_t vocab, int64_t width, int device) {
+int64_t linear_weight_grad_scratch(int64_t n, int64_t k, int64_t vocab, int64_t width, int device) {
   return Layout(n, k, vocab, width, device).bytes;
 }
 
-void weight_grad(const float* g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k, int64_t vocab,
+void linear_weight_grad(const float* g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k, int64_t vocab,
                  const Matrix& dhead, const Vector& dbias, void* scratch, const Where& where) {
   const Layout layout(n, k, vocab, hidden.columns, where.device);
   const auto at = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(static_cast<char*>(scratch) + offset); };
