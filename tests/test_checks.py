@@ -22,27 +22,26 @@ from topk_rkl import (
     Mixture,
     ReverseKL,
     SkewForwardKL,
+    SkewReverseKL,
     Support,
     TopKDivergenceLoss,
     TopKReverseKLLoss,
-    builders,
-    checks,
-    composition,
     generalized_jsd,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
     ops,
-    rewards,
-    rollout,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
 )
-from topk_rkl.builders import linear_fixed_ids
+from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 from topk_rkl.divergence import Divergence
-from topk_rkl.rewards import return_to_go
-from topk_rkl.weighting import aggregate, special_token_mask
+from topk_rkl.overwrite import require_overwritable
+from topk_rkl.recipe import builders, composition, rewards, rollout
+from topk_rkl.recipe.builders import linear_fixed_ids
+from topk_rkl.recipe.rewards import return_to_go
+from topk_rkl.recipe.weighting import aggregate, special_token_mask
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
@@ -236,7 +235,7 @@ REFUSALS = {
     "special tokens occurrences": (
         lambda: special_token_mask(IDS, [1], "last"),
         ValueError,
-        "occurrences is 'last'; use 'first' or 'all'",
+        "occurrences is 'last'; use one of first, all",
     ),
     "linear: hidden of another width": (
         lambda: linear_topk_reverse_kl(Z[:, :7], HEAD, S),
@@ -330,7 +329,7 @@ REFUSALS = {
     "linear: weight_grad": (
         lambda: LinearTopKReverseKLLoss(weight_grad="none"),
         ValueError,
-        "weight_grad is 'none'; use 'dense' or 'sparse'",
+        "weight_grad is 'none'; use one of dense, sparse",
     ),
     "divergence a class": (
         lambda: topk_divergence(Z, W, k=3, divergence=ForwardKL),
@@ -348,34 +347,35 @@ REFUSALS = {
         r"divergence is a str; use ReverseKL\(\)",
     ),
     "divergence beta": (
-        lambda: topk_divergence(Z, W, k=3, divergence=JensenShannon(1.0)),
+        lambda: JensenShannon(1.0),
         ValueError,
-        "divergence.beta is 1.0; it must be between 0 and 1.*generalized_jsd",
+        "^beta is 1.0; it must be between 0 and 1.*generalized_jsd",
     ),
     "divergence lam": (
-        lambda: topk_divergence(Z, W, k=3, divergence=Mixture(-0.1)),
+        lambda: Mixture(-0.1),
         ValueError,
-        "divergence.lam is -0.1; it must be from 0",
+        "^lam is -0.1; it must be from 0",
     ),
     "divergence skew lam": (
-        lambda: linear_topk_divergence(Z, HEAD, S, divergence=SkewForwardKL(1)),
+        lambda: SkewForwardKL(1),
         ValueError,
-        "divergence.lam is 1; it must be at least 0 and below 1",
+        "^lam is 1; it must be at least 0 and below 1",
     ),
     "divergence alpha": (
-        lambda: topk_divergence(Z, W, k=3, divergence=AlphaBeta(float("inf"), 0)),
+        lambda: AlphaBeta(float("inf"), 0),
         ValueError,
-        "divergence.alpha is inf; it must be finite",
+        "^alpha is inf; it must be finite",
     ),
+    "divergence second number": (lambda: AlphaBeta(0, float("nan")), ValueError, "^beta is nan; it must be finite"),
     "divergence clamp of one": (
-        lambda: topk_divergence(Z, W, k=3, divergence=ReverseKL(clamp=5.0)),
+        lambda: ReverseKL(clamp=5.0),
         TypeError,
-        r"divergence.clamp is 5.0; it must be \(low, high\)",
+        r"^clamp is 5.0; it must be \(low, high\)",
     ),
     "divergence clamp upside down": (
-        lambda: topk_divergence(Z, W, k=3, divergence=ReverseKL(clamp=(1, -1))),
+        lambda: ReverseKL(clamp=(1, -1)),
         ValueError,
-        r"divergence.clamp is \(1, -1\); it must be \(low, high\) with low <= high",
+        r"^clamp is \(1, -1\); it must be \(low, high\) with low <= high",
     ),
     "mass unknown": (
         lambda: topk_divergence(Z, W, k=3, mass="full"),
@@ -418,14 +418,14 @@ REFUSALS = {
         "teacher is a Support with mass='ema_pg'",
     ),
     "diagnostics with a support and a temperature": (
-        lambda: topk_divergence(Z, S, diagnostics=("top1_agreement", "teacher_mass"), temperature=3),
+        lambda: topk_diagnostics(Z, S, ("top1_agreement", "teacher_mass"), temperature=3),
         ValueError,
-        "temperature is 3 with 'teacher_mass' of the diagnostics and a Support, .*pass teacher logits",
+        "temperature is 3 with 'teacher_mass' and a Support, .*pass teacher logits",
     ),
     "advantage with a support and a temperature": (
-        lambda: linear_topk_divergence(Z, HEAD, S, diagnostics=["overlap_token_advantage"], temperature=0.5),
+        lambda: linear_topk_diagnostics(Z, HEAD, S, ["overlap_token_advantage"], temperature=0.5),
         ValueError,
-        "temperature is 0.5 with 'overlap_token_advantage' of the diagnostics and a Support",
+        "temperature is 0.5 with 'overlap_token_advantage' and a Support",
     ),
     "mass with a support and a temperature": (
         lambda: linear_topk_divergence(Z, HEAD, S, mass="tail", temperature=0.5),
@@ -438,24 +438,34 @@ REFUSALS = {
         "weight_grad is 'sparse' with mass='tail'",
     ),
     "diagnostics a str": (
-        lambda: topk_divergence(Z, W, k=3, diagnostics="student_mass"),
+        lambda: topk_diagnostics(Z, W, "student_mass", k=3),
         TypeError,
-        "diagnostics is 'student_mass'; it must be a sequence",
+        "names is 'student_mass'; it must be a sequence",
     ),
     "diagnostics unknown": (
-        lambda: topk_divergence(Z, W, k=3, diagnostics=("entropy",)),
+        lambda: topk_diagnostics(Z, W, ("entropy",), k=3),
         ValueError,
-        "diagnostics has 'entropy'; use some of student_mass",
+        "names has 'entropy'; use some of student_mass",
     ),
     "diagnostics of teacher logits": (
-        lambda: topk_divergence(Z, S, diagnostics=("teacher_entropy",)),
+        lambda: topk_diagnostics(Z, S, ("teacher_entropy",)),
         ValueError,
         "'teacher_entropy', but teacher is a Support",
     ),
     "diagnostics without samples": (
-        lambda: linear_topk_divergence(Z, HEAD, S, diagnostics=("sampled_in_support",)),
+        lambda: linear_topk_diagnostics(Z, HEAD, S, ("sampled_in_support",)),
         ValueError,
         "sampled_ids is None, but 'sampled_in_support' needs",
+    ),
+    "samples that no diagnostic uses": (
+        lambda: topk_diagnostics(Z, S, ("student_mass",), sampled_ids=IDS[:, 0]),
+        ValueError,
+        "sampled_ids is given, but names has none that uses it; leave it out, or ask for one of sampled_log_prob",
+    ),
+    "diagnostics of a support with k": (
+        lambda: topk_diagnostics(Z, S, ("student_mass",), k=5),
+        ValueError,
+        "k is 5, but teacher is a Support",
     ),
     "linear teacher requires grad": (
         lambda: linear_teacher_topk(Z, HEAD.clone().requires_grad_(), 3),
@@ -501,7 +511,8 @@ def test_errors(name: str) -> None:
 H, B, Y = torch.randn(3, 16), torch.randn(50), torch.tensor([1, 2, 3])
 HEAD_16 = torch.randn(50, 16)
 LOSS = {"weights": torch.ones(3), "temperature": 1.0, "reduction": "mean", "denominator": 2.0}
-ANY = {**LOSS, "divergence": ReverseKL(), "mass": "renormalized", "diagnostics": ("student_mass",)}
+ANY = {**LOSS, "divergence": ReverseKL(), "mass": "renormalized"}
+WATCHED = {"names": ("student_mass", "sampled_log_prob"), "temperature": 1.0, "sampled_ids": Y, "teacher": W, "k": 3}
 DENSE = {"student_logits": Z, "teacher": W, "k": 3, "overwrite_student_logits": False}
 OPTIONS = {"logit_scale": 1.0, "softcap": 30.0, "weight_grad": "dense"}
 LINEAR = {"student_hidden": H, "student_weight": HEAD_16, "student_bias": B, "teacher": W, "k": 3, **OPTIONS}
@@ -545,18 +556,35 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "LinearTopKReverseKLLoss": (LinearTopKReverseKLLoss, {"k": 3, "temperature": 1.0, "reduction": "mean", **OPTIONS}),
     "TopKDivergenceLoss": (
         TopKDivergenceLoss,
-        {"k": 3, "divergence": ReverseKL(), "mass": "tail", "diagnostics": ("student_mass",)},
+        {"k": 3, "divergence": ReverseKL(), "mass": "tail", "overwrite_student_logits": False},
     ),
     "LinearTopKDivergenceLoss": (
         LinearTopKDivergenceLoss,
-        {"k": 3, "divergence": ReverseKL(), "mass": "tail", "diagnostics": ("student_mass",), **OPTIONS},
+        {"k": 3, "divergence": ReverseKL(), "mass": "tail", **OPTIONS},
+    ),
+    "topk_diagnostics": (topk_diagnostics, {"student_logits": Z, **WATCHED}),
+    "linear_topk_diagnostics": (
+        linear_topk_diagnostics,
+        {
+            "student_hidden": H,
+            "student_weight": HEAD_16,
+            "student_bias": B,
+            "logit_scale": 1.0,
+            "softcap": 30.0,
+            **WATCHED,
+        },
+    ),
+    "topk_diagnostics on a support": (
+        topk_diagnostics,
+        {"student_logits": Z, "teacher": S, "names": ["teacher_mass"], "temperature": 1.0},
     ),
     "generalized_jsd": (generalized_jsd, {"beta": 0.5}),
-    "clamp": (lambda clamp: topk_divergence(Z, W, k=3, divergence=ReverseKL(clamp)), {"clamp": (-1, 1)}),
-    "JensenShannon": (lambda beta: topk_divergence(Z, W, k=3, divergence=JensenShannon(beta)), {"beta": 0.5}),
-    "Mixture": (lambda lam: topk_divergence(Z, W, k=3, divergence=Mixture(lam)), {"lam": 0.5}),
-    "SkewForwardKL": (lambda lam: topk_divergence(Z, W, k=3, divergence=SkewForwardKL(lam)), {"lam": 0.5}),
-    "AlphaBeta": (lambda alpha: topk_divergence(Z, W, k=3, divergence=AlphaBeta(alpha, 1)), {"alpha": 0.5}),
+    "ReverseKL": (ReverseKL, {"clamp": (-1, 1)}),
+    "JensenShannon": (JensenShannon, {"beta": 0.5}),
+    "Mixture": (Mixture, {"lam": 0.5}),
+    "SkewForwardKL": (SkewForwardKL, {"lam": 0.5}),
+    "SkewReverseKL": (SkewReverseKL, {"lam": 0.5}),
+    "AlphaBeta": (lambda alpha: AlphaBeta(alpha, 1), {"alpha": 0.5}),
     "ids of a support": (lambda ids: topk_reverse_kl(Z, Support(ids, S.log_probs)), {"ids": IDS}),
     "log_probs of a support": (lambda log_probs: Support(IDS, log_probs).unique(), {"log_probs": S.log_probs}),
     "student_topk": (builders.student_topk, {"student_logits": Z, "teacher_logits": W, "k": 3, "normalize": True}),
@@ -644,7 +672,7 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "clip": NUMBER - {"zero", "negative"} | {"None"}, "clamp": {"None"}, "gamma": {"zero", "numpy float"},
     "p": {"numpy float"}, "top_p": {"numpy float"}, "normalize": {"bool"}, "overwrite_student_logits": {"bool"},
     "weights": NUMBER - {"negative"} | {"None", "bool tensor", "int tensor", "0-d", "of other rows", "tuple"},
-    "mask": {"None", "bool tensor", "int tensor", "grad"}, "diagnostics": {"None", "empty"}, "generator": {"None"},
+    "mask": {"None", "bool tensor", "int tensor", "grad"}, "names": {"empty"}, "generator": {"None"},
     "teacher_logits": ROWS, "logits": ROWS | {"grad"}, "teacher_hidden": {"of other rows"}, "bias": {"None"},
     "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
@@ -686,7 +714,7 @@ def test_a_view_overlaps_itself_where_two_elements_have_one_address() -> None:
         addresses = memory.as_strided(shape, strides).flatten()
         overlaps = len(addresses.unique()) < len(addresses)
         with pytest.raises(ValueError, match="overlap") if overlaps else contextlib.nullcontext():
-            checks.overwritable(memory.as_strided(shape, strides))
+            require_overwritable(memory.as_strided(shape, strides))
         found.add(overlaps)
     assert found == {True, False}
-    checks.overwritable(torch.empty_strided((100_000, 150_000), (150_001, 150_000), device="meta")[:149_000])
+    require_overwritable(torch.empty_strided((100_000, 150_000), (150_001, 150_000), device="meta")[:149_000])

@@ -16,18 +16,15 @@ from topk_rkl import (
     JensenShannon,
     Mixture,
     ReverseKL,
-    builders,
-    composition,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
-    rewards,
-    rollout,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
-    weighting,
 )
+from topk_rkl.diagnostics import topk_diagnostics
+from topk_rkl.recipe import builders, composition, rewards, rollout, weighting
 
 V, K, H = 50, 6, 8
 HEAD = torch.randn(V, H, generator=torch.Generator().manual_seed(1))
@@ -38,8 +35,8 @@ Call = Callable[[Tensor, Tensor, float], Tensor]
 def diagnosed(z: Tensor, w: Tensor, t: float) -> Tensor:
     names = ("student_mass", "teacher_mass", "overlap_count", "overlap_token_advantage", "top1_agreement",
              "student_entropy", "teacher_entropy", "max_log_ratio")  # fmt: skip
-    loss, found = topk_divergence(z, w, k=K, temperature=1 + t, diagnostics=names)
-    return loss + sum(x.float().sum() for x in found.values())
+    found = topk_diagnostics(z, w, names, k=K, temperature=1 + t)
+    return topk_reverse_kl(z, w, k=K, temperature=1 + t) + sum(x.float().sum() for x in found.values())
 
 
 def rewarded(z: Tensor, w: Tensor, t: float) -> Tensor:
@@ -183,6 +180,6 @@ def test_one_token_is_exactly_zero_compiled() -> None:
 def test_nothing_that_is_traced_names_strict() -> None:
     """Dynamo of torch 2.7 and 2.8 cannot trace zip(strict=)."""
     root = Path(topk_rkl.__file__).parent
-    for file in (*root.glob("*.py"), *root.glob("checks/*.py")):
+    for file in (*root.glob("*.py"), *root.glob("recipe/*.py")):
         calls = (x for x in ast.walk(ast.parse(file.read_text())) if isinstance(x, ast.Call))
         assert not [x.lineno for x in calls for y in x.keywords if y.arg == "strict"], file

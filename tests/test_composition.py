@@ -9,9 +9,10 @@ import torch
 from conftest import DEVICE, LiveBytes
 from torch import Tensor
 
-from topk_rkl import Support, composition, teacher_topk, topk_reverse_kl
-from topk_rkl.builders import fixed_ids
-from topk_rkl.composition import extrapolation, mixture, residual, taid, veto
+from topk_rkl import Support, teacher_topk, topk_reverse_kl
+from topk_rkl.recipe import composition
+from topk_rkl.recipe.builders import fixed_ids
+from topk_rkl.recipe.composition import extrapolation, mixture, residual, taid, veto
 
 INF = math.inf
 

@@ -5,16 +5,8 @@ import torch
 from conftest import DEVICE, LiveBytes
 from torch import Tensor
 
-from topk_rkl import (
-    LinearTopKDivergenceLoss,
-    Support,
-    TopKDivergenceLoss,
-    diagnostics,
-    linear_topk_divergence,
-    teacher_topk,
-    topk_divergence,
-    topk_reverse_kl,
-)
+from topk_rkl import Support, diagnostics, teacher_topk
+from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 
 K, T = 5, 0.7
 
@@ -56,11 +48,10 @@ def test_each_is_its_definition(rows, monkeypatch) -> None:
     z, w, y = rows
     want = wanted(z.cpu(), w.cpu(), y.cpu())
     assert 0 < want["overlap_count"].float().mean() < K and want["top1_agreement"].float().mean() not in (0, 1)
-    options = {"temperature": T, "sampled_ids": y.view(3, 4), "diagnostics": diagnostics.NAMES}
+    options = {"k": K, "temperature": T, "sampled_ids": y.view(3, 4)}
     for chunk_bytes in (1, 64 << 20):
         monkeypatch.setattr(diagnostics, "CHUNK_BYTES", chunk_bytes)
-        loss, found = topk_divergence(z.view(3, 4, 40).requires_grad_(), w.view(3, 4, 40), k=K, **options)
-        assert torch.equal(loss, topk_reverse_kl(z, w, k=K, temperature=T)) and loss.requires_grad
+        found = topk_diagnostics(z.view(3, 4, 40).requires_grad_(), w.view(3, 4, 40), diagnostics.NAMES, **options)
         assert list(found) == list(diagnostics.NAMES)
         for name, value in found.items():
             assert value.shape == (3, 4) and not value.requires_grad
@@ -71,8 +62,8 @@ def test_a_support_of_log_probs_serves_what_needs_no_teacher_logits(rows) -> Non
     z, w, y = rows
     support = teacher_topk(w, K, normalize=True)
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
-    want = topk_divergence(z, w, k=K, sampled_ids=y, diagnostics=names)[1]
-    found = topk_divergence(z, support, sampled_ids=y, diagnostics=names)[1]
+    want = topk_diagnostics(z, w, names, k=K, sampled_ids=y)
+    found = topk_diagnostics(z, support, names, sampled_ids=y)
     assert found.keys() == want.keys()
     for name in names:
         torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-6)
@@ -86,13 +77,13 @@ def test_logits_and_a_support_tell_the_same_however_often_an_id_is_given(rows, o
     z[1, :37] = -torch.inf
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
     ids, values = teacher_topk(w, K, normalize=True)
-    want = topk_divergence(z, w, k=K, sampled_ids=y, diagnostics=names)[1]
+    want = topk_diagnostics(z, w, names, k=K, sampled_ids=y)
     again = torch.tensor([0, 0, 3, 1, 3], device=DEVICE)
     worse = values[:, again] - 1  # the first slot is the one that counts
     for slots in (Support(ids, values), Support(torch.cat((ids, ids[:, again]), 1), torch.cat((values, worse), 1))):
         for dtype in (torch.int32, torch.int64):
             support = Support(slots.ids.to(dtype), slots.log_probs)
-            found = topk_divergence(z, support, sampled_ids=y, diagnostics=names)[1]
+            found = topk_diagnostics(z, support, names, sampled_ids=y)
             for name in names:
                 torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
@@ -103,18 +94,18 @@ def test_large_logits_cost_no_accuracy(temperature: float, monkeypatch: pytest.M
     z, w = (z * temperature).float() + 1e4, (w * temperature).float() - 1e4
     monkeypatch.setitem(globals(), "T", temperature)
     want = wanted(z, w, y)
-    found = topk_divergence(z, w, k=K, temperature=temperature, sampled_ids=y, diagnostics=diagnostics.NAMES)[1]
+    found = topk_diagnostics(z, w, diagnostics.NAMES, k=K, temperature=temperature, sampled_ids=y)
     for name, value in found.items():
         torch.testing.assert_close(value.double(), want[name].double(), rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_a_support_of_logits_is_nan_where_log_probs_are_needed(rows) -> None:
     z, w, _ = rows
-    of_logits = topk_divergence(z, teacher_topk(w + 3, K), diagnostics=diagnostics.OF_TRUE_LOG_PROBS)[1]
+    of_logits = topk_diagnostics(z, teacher_topk(w + 3, K), diagnostics.OF_TRUE_LOG_PROBS)
     assert of_logits["teacher_mass"].isnan().all() and of_logits["overlap_token_advantage"].isnan().any()
     for dtype in (torch.bfloat16, torch.float16):
         ids, values = teacher_topk(w, 40, normalize=True)
-        mass = topk_divergence(z, Support(ids, values.to(dtype)), diagnostics=("teacher_mass",))[1]["teacher_mass"]
+        mass = topk_diagnostics(z, Support(ids, values.to(dtype)), ("teacher_mass",))["teacher_mass"]
         torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0.02, atol=0)
 
 
@@ -125,8 +116,8 @@ def test_ids_are_never_narrowed(rows, beyond: int) -> None:
     ids, values = teacher_topk(w, K, normalize=True)
     stranger = Support(torch.cat((ids.long(), y[:, None]), 1), torch.cat((values, values[:, :1]), 1))
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
-    want = topk_divergence(z, Support(ids, values), sampled_ids=y, diagnostics=names)[1]
-    found = topk_divergence(z, stranger, sampled_ids=y, diagnostics=names)[1]
+    want = topk_diagnostics(z, Support(ids, values), names, sampled_ids=y)
+    found = topk_diagnostics(z, stranger, names, sampled_ids=y)
     assert not found["sampled_in_support"].any() and (found["sampled_log_prob"] == -torch.inf).all()
     for name in names:
         torch.testing.assert_close(found[name], want[name], msg=name)
@@ -137,14 +128,14 @@ def test_empty_slots_count_for_nothing(rows) -> None:
     y = torch.where(torch.arange(12, device=DEVICE) < 6, -100, y)
     ids, values = teacher_topk(w, K, normalize=True)
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
-    want = topk_divergence(z, Support(ids, values), sampled_ids=y, diagnostics=names)[1]
+    want = topk_diagnostics(z, Support(ids, values), names, sampled_ids=y)
     ids, values = (torch.cat((x, x[:, :2]), 1) for x in (ids, values))
     ids[:, -2], values[:, -1] = -1, -torch.inf
-    found = topk_divergence(z, Support(ids, values), sampled_ids=y, diagnostics=names)[1]
+    found = topk_diagnostics(z, Support(ids, values), names, sampled_ids=y)
     for name in set(names) - {"overlap_count", "overlap_token_advantage"}:  # which have a larger K now
         torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-6)
     assert (found["sampled_log_prob"][:6] == -torch.inf).all() and not found["sampled_in_support"][:6].any()
-    nothing = topk_divergence(z, Support(ids.fill_(-1), values), sampled_ids=y, diagnostics=names)[1]
+    nothing = topk_diagnostics(z, Support(ids.fill_(-1), values), names, sampled_ids=y)
     for name in ("student_mass", "overlap_count", "overlap_token_advantage", "top1_agreement", "max_log_ratio"):
         assert (nothing[name] == 0).all(), name
 
@@ -153,27 +144,25 @@ def test_from_hidden_states_they_are_those_of_the_logits(rows) -> None:
     _, w, y = rows
     hidden, head, bias = (torch.randn(shape, device=DEVICE) for shape in ((12, 6), (40, 6), (40,)))
     z = 3 * ((hidden @ head.T + bias) * 1.2 / 3).tanh()
-    options = {"k": K, "temperature": T, "sampled_ids": y, "diagnostics": diagnostics.NAMES}
-    want = topk_divergence(z, w, **options)
-    loss, found = linear_topk_divergence(hidden, head, w, student_bias=bias, logit_scale=1.2, softcap=3.0, **options)
-    torch.testing.assert_close(loss, want[0], rtol=1e-5, atol=1e-6)
+    options = {"names": diagnostics.NAMES, "k": K, "temperature": T, "sampled_ids": y}
+    want = topk_diagnostics(z, w, **options)
+    found = linear_topk_diagnostics(hidden, head, w, student_bias=bias, logit_scale=1.2, softcap=3.0, **options)
+    assert found.keys() == want.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, want[1][name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
 
 
-def test_the_modules_return_them(rows) -> None:
+@pytest.mark.parametrize("asked", [(), ["student_mass"], ("overlap_count", "student_mass")])
+def test_they_are_those_asked_for_in_that_order(rows, asked) -> None:
     z, w, _ = rows
-    loss, found = TopKDivergenceLoss(K, diagnostics=("student_mass",))(z, w)
-    assert loss.dim() == 0 and list(found) == ["student_mass"]
-    loss, found = LinearTopKDivergenceLoss(K, diagnostics=["overlap_count"])(z, torch.randn(9, 40, device=DEVICE), w)
-    assert loss.dim() == 0 and list(found) == ["overlap_count"]
+    hidden, head = torch.randn(12, 6, device=DEVICE), torch.randn(40, 6, device=DEVICE)
+    for found in (topk_diagnostics(z, w, asked, k=K), linear_topk_diagnostics(hidden, head, w, asked, k=K)):
+        assert list(found) == list(asked)
 
 
 def test_memory_holds_some_rows_alone(monkeypatch) -> None:
     monkeypatch.setattr(diagnostics, "CHUNK_BYTES", 1 << 20)
     z, w = torch.randn(2, 500, 5_000, device=DEVICE).bfloat16()
     with LiveBytes() as memory:
-        diagnostics.measure(
-            ("student_entropy", "overlap_token_advantage"), z, None, 5_000, w, teacher_topk(w, 8), None, 1.0
-        )
+        topk_diagnostics(z, w, ("student_entropy", "overlap_token_advantage"), k=8)
     assert 0 < memory.peak < 500 * 5_000 * 4

@@ -34,7 +34,7 @@ from topk_rkl import (
     use_backend,
 )
 from topk_rkl.divergence import MASSES
-from topk_rkl.rollout import sampled_token_loss
+from topk_rkl.recipe.rollout import sampled_token_loss
 
 HAVE_IT = EVERY_OBJECTIVE
 LARGEST = torch.finfo(torch.float32).max
@@ -502,7 +502,7 @@ def test_a_function_from_hidden_states_and_without_grad() -> None:
 
 LEARNT = torch.ones(3, dtype=torch.float64, device=DEVICE, requires_grad=True)
 WRONG_FUNCTIONS = {
-    "a term a row": (lambda p, q: kl(p, q).sum(1), r"divergence gave \(2,\); it must give a term a slot, \(2, 3\)"),
+    "a term a row": (lambda p, q: kl(p, q).sum(1), r"divergence gave \(2,\); it must give a term per slot, \(2, 3\)"),
     "nothing": (lambda *_: None, "divergence's result is a NoneType; it must be a torch.Tensor"),
     "a number": (lambda *_: 1.0, "divergence's result is a float"),
     "bools": (lambda p, q: p > q, "divergence's result is torch.bool; use one of"),

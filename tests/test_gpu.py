@@ -18,9 +18,9 @@ from topk_rkl import (
     topk_reverse_kl,
     use_backend,
 )
-from topk_rkl.builders import intersection, remap, student_topk, teacher_top_p, union, with_sampled
-from topk_rkl.composition import mixture, residual, taid
-from topk_rkl.rewards import log_ratio, return_to_go
+from topk_rkl.recipe.builders import intersection, remap, student_topk, teacher_top_p, union, with_sampled
+from topk_rkl.recipe.composition import mixture, residual, taid
+from topk_rkl.recipe.rewards import log_ratio, return_to_go
 
 pytestmark = pytest.mark.gpu
 # Of these some hold 20 GB: one worker runs them, one at a time.

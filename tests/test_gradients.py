@@ -22,8 +22,8 @@ from topk_rkl import (
 )
 from topk_rkl import topk_reverse_kl as by_topk
 from topk_rkl.divergence import MASSES
-from topk_rkl.rollout import sampled_token_loss
-from topk_rkl.weighting import aggregate
+from topk_rkl.recipe.rollout import sampled_token_loss
+from topk_rkl.recipe.weighting import aggregate
 
 N, V, H, K = 4, 40, 6, 5
 WITH_A_TAIL = [mass for mass in MASSES if mass != "renormalized"]

@@ -19,17 +19,14 @@ from topk_rkl import (
     SkewReverseKL,
     Support,
     TopKReverseKLLoss,
-    builders,
-    composition,
     generalized_jsd,
     linear_teacher_topk,
     linear_topk_reverse_kl,
-    rewards,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
-    weighting,
 )
+from topk_rkl.recipe import builders, composition, rewards, weighting
 
 LOW = [torch.bfloat16, torch.float16]
 OF_A_SHARE = (JensenShannon, Mixture, SkewReverseKL, SkewForwardKL, generalized_jsd)

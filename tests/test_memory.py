@@ -25,10 +25,10 @@ from topk_rkl import (
     use_backend,
 )
 from topk_rkl.backends import reference
-from topk_rkl.builders import fixed_ids, student_topk, teacher_top_p, with_sampled
-from topk_rkl.composition import mixture, taid
-from topk_rkl.diagnostics import NAMES
-from topk_rkl.rollout import sampled_token_loss
+from topk_rkl.diagnostics import NAMES, topk_diagnostics
+from topk_rkl.recipe.builders import fixed_ids, student_topk, teacher_top_p, with_sampled
+from topk_rkl.recipe.composition import mixture, taid
+from topk_rkl.recipe.rollout import sampled_token_loss
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux"),
@@ -174,7 +174,7 @@ def composition(n: int) -> Call:
 def diagnostics(n: int) -> Call:
     student, teacher = leaf(n, LOGITS[1]), numbers(n, LOGITS[1])
     sampled = torch.zeros(n, dtype=torch.long)
-    return lambda: topk_divergence(student, teacher, k=K, sampled_ids=sampled, diagnostics=NAMES)
+    return lambda: topk_diagnostics(student, teacher, NAMES, k=K, sampled_ids=sampled)
 
 
 def sampled_token(n: int) -> Call:

@@ -13,13 +13,14 @@ import torch
 from conftest import EVERY_OBJECTIVE
 from torch import Tensor
 
-from topk_rkl import builders, composition, loss, rewards, rollout, use_backend, weighting
+from topk_rkl import diagnostics, loss, use_backend
+from topk_rkl.recipe import builders, composition, rewards, rollout, weighting
 
 # Triton's interpreter takes seconds a call; test_divergence.py and test_mass.py have it.
 HAVE_IT = [name for name in EVERY_OBJECTIVE if name != "triton"]
 INF = math.inf
 B, T, V, K = 2, 5, 12, 4
-MODULES = (loss, builders, composition, rewards, rollout, weighting)
+MODULES = (loss, diagnostics, builders, composition, rewards, rollout, weighting)
 LEGEND, TABLE = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text().split("| Objective |")
 WORKS = [  # that cite the paper
     "2606.18810", "2606.18216", "2606.17199", "2606.11627", "2606.10385", "2606.07082", "2606.06021", "2605.16826",
@@ -401,11 +402,11 @@ def test_every_call_is_its_formula(backend, name: str) -> None:
             torch.testing.assert_close(mine, true, rtol=bound, atol=bound / 10, check_dtype=False)
 
 
-def test_entropies_and_log_probs_come_with_a_loss() -> None:
+def test_entropies_and_log_probs_are_diagnostics() -> None:
     """In float64, and so on the reference; test_diagnostics.py has them in float32."""
     names = scope(torch.float64)
-    (call,) = re.findall(r"returns:\s`([^`]*)`", LEGEND)
-    _, found = run(call, names)
+    (call,) = re.findall(r"diagnostics:\s`([^`]*)`", LEGEND)
+    found = run(call, names)
     for got, name in zip(found.values(), ("H", "H_teacher", "log_p", "log_q"), strict=True):
         torch.testing.assert_close(got, names[name].detach(), rtol=1e-12, atol=1e-12)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from topk_rkl.rewards import (
+from topk_rkl.recipe.rewards import (
     box_cox,
     contrast,
     extrapolated_log_ratio,

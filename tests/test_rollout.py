@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from topk_rkl import rollout
-from topk_rkl.rollout import sample_top_p, sampled_token_loss, top_p_filter
+from topk_rkl.recipe import rollout
+from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 
 INF = math.inf
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from topk_rkl import (
     Support,
-    builders,
     linear_teacher_topk,
     teacher_topk,
     topk_divergence,
@@ -21,7 +20,8 @@ from topk_rkl import (
     use_backend,
 )
 from topk_rkl.backends import products
-from topk_rkl.builders import (
+from topk_rkl.recipe import builders
+from topk_rkl.recipe.builders import (
     difference,
     fixed_ids,
     intersection,
@@ -435,7 +435,7 @@ REFUSALS = {
     "with_sampled: values": (
         lambda: with_sampled(S, Y, W[:, 0], normalize=True),
         ValueError,
-        "normalize is True, but teacher holds one value a position",
+        "normalize is True, but teacher holds one value per position",
     ),
     "with_sampled: trained": (
         lambda: with_sampled(S, Y, W.clone().requires_grad_()),

@@ -8,11 +8,12 @@ from test_loss import NoHostSync
 from torch._dynamo.testing import CompileCounter
 
 from topk_rkl import Support, teacher_topk, topk_divergence, topk_reverse_kl
-from topk_rkl.builders import fixed_ids
-from topk_rkl.composition import mixture
-from topk_rkl.rewards import return_to_go
-from topk_rkl.rollout import sample_top_p, sampled_token_loss
-from topk_rkl.weighting import aggregate, special_token_mask
+from topk_rkl.diagnostics import topk_diagnostics
+from topk_rkl.recipe.builders import fixed_ids
+from topk_rkl.recipe.composition import mixture
+from topk_rkl.recipe.rewards import return_to_go
+from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss
+from topk_rkl.recipe.weighting import aggregate, special_token_mask
 
 
 def per_token(student, teacher, **options):
@@ -234,9 +235,8 @@ def test_no_host_sync_around_the_loss() -> None:
         sampled = sample_top_p(teacher, 0.9)
         sampled_token_loss(leaf, teacher, sampled, weights=kept, temperature=0.7, denominator=3).backward()
         mixed = mixture([support, fixed_ids(teacher, support.ids, normalize=True)], [1, zero])
-        topk_divergence(
-            leaf, mixed, mass="tail", diagnostics=("teacher_mass", "overlap_token_advantage", "max_log_ratio")
-        )
+        topk_divergence(leaf, mixed, mass="tail")
+        topk_diagnostics(leaf, mixed, ("teacher_mass", "overlap_token_advantage", "max_log_ratio"))
     assert returns.isfinite().all() and losses.grad.isfinite().all() and leaf.grad.isfinite().all()
 
 

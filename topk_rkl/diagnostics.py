@@ -1,5 +1,9 @@
 """What to watch while training, a number per position, detached. In plain PyTorch, some rows at a time.
 
+from topk_rkl.diagnostics import topk_diagnostics
+
+watch = topk_diagnostics(student_logits, teacher_logits, ["student_mass", "overlap_count"], k=32)
+
 torch.compile gets all rows at once, since a loop over parts would be compiled anew for another number of them.
 """
 
@@ -9,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_rkl import ops
+from topk_rkl import checks, ops
 from topk_rkl.backends import reference, requested
+from topk_rkl.backends.products import all_logits
 from topk_rkl.rows import row_views
-from topk_rkl.support import Support, true_log_probs
+from topk_rkl.support import Support, require_teacher, require_temperature_1, true_log_probs
 
 CHUNK_BYTES = 64 << 20  # of logits as they are computed with
 
@@ -30,25 +35,27 @@ class _once:
 
 
 class Block:
-    """Some rows: each diagnostic is the method of its name. p and q are probabilities among all tokens, at the
-    temperature of the loss; S is the set that the loss compares, in which an id that is given twice counts once."""
+    """Some rows: each diagnostic is the method of its name.
+
+    p and q are probabilities among all tokens, at the temperature of the loss. S is the set that the loss compares.
+    """
 
     def __init__(
         self,
         student: Tensor,  # (n, V)
         teacher: Tensor | None,  # (n, V_teacher), None where only a Support is known
         ids: Tensor,  # (n, K)
-        values: Tensor,  # (n, K)
+        log_probs: Tensor,  # (n, K)
         sampled_ids: Tensor | None,  # (n,)
         temperature: float,
     ) -> None:
         dtype = reference.result_dtype(student)
         self.student, self.temperature = student.to(dtype), temperature
         self.teacher = None if teacher is None else teacher.to(dtype)
-        live = reference.live_slots(ids, values, student.shape[1])  # (n, K)
-        ids, values = Support(ids.masked_fill(~live, -1), values.to(dtype)).unique()
+        live = reference.live_slots(ids, log_probs, student.shape[1])  # (n, K)
+        ids, log_probs = Support(ids.masked_fill(~live, -1), log_probs.to(dtype)).unique()
         self.live = ids >= 0  # (n, K)
-        self.ids, self.values = ids.clamp(min=0).long(), values.masked_fill(~self.live, -torch.inf)
+        self.ids, self.log_probs = ids.clamp(min=0).long(), log_probs.masked_fill(~self.live, -torch.inf)
         self.y = None if sampled_ids is None else sampled_ids.long()
 
     @_once
@@ -67,7 +74,7 @@ class Block:
     @_once
     def log_q_slots(self) -> Tensor:  # (n, K)
         if self.teacher is None:
-            return true_log_probs(self.values, self.values)
+            return true_log_probs(self.log_probs, self.log_probs)
         return self.log_q.gather(1, self.ids)
 
     def student_mass(self) -> Tensor:
@@ -92,25 +99,26 @@ class Block:
         return ids
 
     def overlap_count(self) -> Tensor:
-        """How many tokens of S are among the student's own |S| best (arXiv 2604.13016). Reads the student's rows."""
+        """How many tokens of S are among the student's |S| best tokens (arXiv 2604.13016). Reads the student's rows."""
         return self.overlap.sum(1)
 
     def overlap_token_advantage(self) -> Tensor:
-        """The mean over those of -q (log q - log p), 0 for none. Reads both sides' rows; takes the same Supports."""
+        """The mean of -q (log q - log p) over the tokens of `overlap_count`, 0 for none. Reads both sides' rows; a
+        Support must hold true log-probs, at temperature 1."""
         terms = -self.log_q_slots.exp() * (self.log_q_slots - self.log_p_slots)
         return torch.where(self.overlap, terms, 0).sum(1) / self.overlap.sum(1).clamp(min=1)
 
     def top1_agreement(self) -> Tensor:
-        """Whether the student's best token is the best of S by the teacher. Reads the student's rows."""
-        slot = self.values.argmax(1, keepdim=True)
+        """Whether the student's best token is the teacher's best of S. Reads the student's rows."""
+        slot = self.log_probs.argmax(1, keepdim=True)
         return (self.ids.gather(1, slot) == self._best(1)).squeeze(1) & self.live.any(1)
 
     def student_entropy(self) -> Tensor:
-        """Of p. Reads the student's rows."""
+        """The entropy of p, in nats. Reads the student's rows."""
         return -torch.where(self.log_p == -torch.inf, 0, self.log_p.exp() * self.log_p).sum(1)
 
     def teacher_entropy(self) -> Tensor:
-        """Of q. Reads the teacher's rows; needs teacher logits."""
+        """The entropy of q, in nats. Reads the teacher's rows; needs teacher logits."""
         return -torch.where(self.log_q == -torch.inf, 0, self.log_q.exp() * self.log_q).sum(1)
 
     def sampled_log_prob(self) -> Tensor:
@@ -122,7 +130,7 @@ class Block:
         return self._of_sampled(self.log_q)
 
     def _of_sampled(self, log_probs: Tensor) -> Tensor:
-        """-inf for an id outside the vocabulary, such as what fills up a batch."""
+        """log_probs at the sampled token, -inf for an id outside the vocabulary."""
         assert self.y is not None
         known = (self.y >= 0) & (self.y < log_probs.shape[1])
         found = log_probs.gather(1, torch.where(known, self.y, 0)[:, None]).squeeze(1)
@@ -135,7 +143,7 @@ class Block:
 
     def max_log_ratio(self) -> Tensor:
         """The largest |log p - log q| on S with both renormalised there, 0 where S is empty. Reads K slots."""
-        both = (self.student.gather(1, self.ids), self.values)
+        both = (self.student.gather(1, self.ids), self.log_probs)
         log_p, log_q = (_log_softmax(x.masked_fill(~self.live, -torch.inf), self.temperature) for x in both)
         return torch.where(self.live, (log_p - log_q).abs(), 0).amax(1)
 
@@ -144,7 +152,7 @@ def _log_softmax(
     x: Tensor,  # (n, X)
     temperature: float,
 ) -> Tensor:  # (n, X)
-    """Of x / temperature; the difference from the largest comes first, since quotients of large logits lose it."""
+    """Of x / temperature. The difference from the largest comes first, since quotients of large logits lose it."""
     return ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
 
 
@@ -154,30 +162,105 @@ OF_TRUE_LOG_PROBS = ("teacher_mass", "overlap_token_advantage")
 OF_TEACHER_LOGITS = ("teacher_entropy", "teacher_sampled_log_prob")
 
 
+def topk_diagnostics(
+    student_logits: Tensor,  # (..., V)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    names: Sequence[str],
+    *,
+    k: int | None = None,
+    temperature: float = 1.0,
+    sampled_ids: Tensor | None = None,  # (...)
+) -> dict[str, Tensor]:  # (...) each
+    """The named diagnostics of each position, detached. Names that are asked together share the passes over the rows.
+
+    A selection made once serves the loss and these:
+
+        teacher = teacher_topk(teacher_logits, 32)
+        loss = topk_reverse_kl(student_logits, teacher)
+        watch = topk_diagnostics(student_logits, teacher, ["student_mass", "student_entropy"])
+
+    Args:
+        student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; detached here.
+        teacher: (..., V_teacher) logits, of which the first K are S; or a Support. "teacher_entropy" and
+            "teacher_sampled_log_prob" need logits. "teacher_mass" and "overlap_token_advantage" also take a Support of
+            true log-probs, such as of teacher_topk(..., normalize=True), at temperature 1; one of logits gives NaN.
+        names: some of `NAMES`, which are the methods of `Block`.
+        k: 1 <= k <= V_teacher, with teacher logits alone.
+        temperature: a positive number, that of the loss.
+        sampled_ids: (...) int32 or int64, the tokens that the student sampled, for the names in `OF_SAMPLED`.
+
+    Returns:
+        {name: (...)}, float32 (float64 from float64 student logits), int64 for "overlap_count", and bool for
+        "top1_agreement" and "sampled_in_support". An id that is given twice counts once; an id outside a vocabulary,
+        such as what fills up a batch, has log-prob -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    checks.require_logits("student_logits", student_logits)
+    checks.require_plain(student_logits=student_logits, teacher=teacher)
+    names, k = _require_asked(names, teacher, k, temperature, sampled_ids, student_logits, "student_logits")
+    return _measured(names, student_logits, None, student_logits.shape[-1], teacher, k, sampled_ids, float(temperature))
+
+
+def linear_topk_diagnostics(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    names: Sequence[str],
+    *,
+    student_bias: Tensor | None = None,  # (V,)
+    k: int | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sampled_ids: Tensor | None = None,  # (...)
+) -> dict[str, Tensor]:  # (...) each
+    """`topk_diagnostics` of the logits that `linear_topk_reverse_kl` compares, made some positions at a time.
+
+    Args:
+        student_hidden, student_weight, student_bias, logit_scale, softcap: see `linear_topk_reverse_kl`.
+        teacher, names, k, temperature, sampled_ids: see `topk_diagnostics`.
+
+    Returns, Raises: see `topk_diagnostics`.
+    """
+    head = student_weight, student_bias
+    checks.require_head("student_hidden", student_hidden, "student_weight", head[0], "student_bias", head[1])
+    checks.require_plain(student_hidden=student_hidden, student_weight=head[0], student_bias=head[1], teacher=teacher)
+    names, k = _require_asked(names, teacher, k, temperature, sampled_ids, student_hidden, "student_hidden")
+    caps = checks.require_logit_options(logit_scale, softcap)
+
+    def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
+        return all_logits(hidden, *head, *caps)
+
+    vocab = len(student_weight)
+    return _measured(names, student_hidden, logits_of, vocab, teacher, k, sampled_ids, float(temperature))
+
+
 @torch.no_grad()
-def measure(
+def _measured(
     names: Sequence[str],
     student: Tensor,  # (..., V) logits, or (..., H) hidden states
     logits_of: Callable[[Tensor], Tensor] | None,  # of hidden states
     vocab: int,
-    teacher: Tensor | None,  # (..., V_teacher)
-    support: Support,  # (..., K)
+    teacher: Tensor | Support,  # (..., V_teacher), or (..., K)
+    k: int | None,
     sampled_ids: Tensor | None,  # (...)
     temperature: float,
 ) -> dict[str, Tensor]:  # (...) each
-    ids, values = (x.contiguous() for x in support)
-    sampled_ids = None if sampled_ids is None else sampled_ids.contiguous()
-    step = max(1, CHUNK_BYTES // (8 * vocab))
+    support = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, requested())
+    ids, log_probs = (x.contiguous() for x in support)
+    logits = None if isinstance(teacher, Support) else teacher
+    y = None if sampled_ids is None else sampled_ids.contiguous()
     parts: list[list[Tensor]] = []
-    for z, w, row_ids, row_values, y in row_views(student, teacher, ids, values, sampled_ids):
-        for some in _parts(len(z), step):
+    for z, w, slot_ids, slot_log_probs, tokens in row_views(student, logits, ids, log_probs, y):
+        for rows in _parts(len(z), max(1, CHUNK_BYTES // (8 * vocab))):
             block = Block(
-                z[some] if logits_of is None else logits_of(z[some]), None if w is None else w[some],
-                row_ids[some], row_values[some], None if y is None else y[some], temperature,
+                z[rows] if logits_of is None else logits_of(z[rows]), None if w is None else w[rows],
+                slot_ids[rows], slot_log_probs[rows], None if tokens is None else tokens[rows], temperature,
             )  # fmt: skip
             parts.append([getattr(block, name)() for name in names])
-    lead = student.shape[:-1]
-    return {name: torch.cat(column).view(lead) for name, column in zip(names, zip(*parts))}
+    return {name: torch.cat(column).view(student.shape[:-1]) for name, column in zip(names, zip(*parts))}
 
 
 def _parts(n: int, step: int) -> Iterable[slice]:
@@ -185,3 +268,36 @@ def _parts(n: int, step: int) -> Iterable[slice]:
     if torch.compiler.is_compiling():
         return [slice(None)]
     return (slice(start, start + step) for start in range(0, max(1, n), step))
+
+
+def _require_asked(
+    names: Sequence[str],
+    teacher: Tensor | Support,  # (..., V_teacher), or (..., K)
+    k: int | None,
+    temperature: float,
+    sampled_ids: Tensor | None,  # (...)
+    student: Tensor,  # (..., V) or (..., H)
+    student_name: str,
+) -> tuple[tuple[str, ...], int | None]:
+    """The names, and K of teacher logits as an int."""
+    checks.require_temperature(temperature)
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names is {names!r}; it must be a sequence of names, such as ('student_mass',)")
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"names has {name!r}; use some of {', '.join(NAMES)}")
+        if name in OF_TEACHER_LOGITS and isinstance(teacher, Support):
+            raise ValueError(f"names has {name!r}, but teacher is a Support; pass teacher logits, and k")
+        if name in OF_TRUE_LOG_PROBS and isinstance(teacher, Support):
+            require_temperature_1(f"{name!r}", temperature)
+    takers = [name for name in names if name in OF_SAMPLED]
+    if takers and sampled_ids is None:
+        raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
+    if sampled_ids is not None:
+        if not takers:
+            raise ValueError(
+                "sampled_ids is given, but names has none that uses it; leave it out, or ask for one of "
+                f"{', '.join(OF_SAMPLED)}"
+            )
+        checks.require_sampled_ids(sampled_ids, student, "sampled_ids", student_name)
+    return tuple(names), require_teacher(teacher, k, None, temperature, student, student_name)

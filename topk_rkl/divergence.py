@@ -5,42 +5,49 @@ divergence is a sum of terms, and with h = p times the derivative of the sum wit
 
     dL/dz   = (h - p sum_S h) / T                  on S, exactly 0 elsewhere
 
-A constant a slot times p may be added to h without a change. For the truncated, renormalised reverse KL
+A multiple of p may be added to h without a change. For the truncated, renormalised reverse KL
 
     L       = sum_S p (log p - log q)              h = p (log p - log q)
 
-Three forms cover those that are built in, each with a few numbers, as which a divergence crosses the border of an op:
+Three families cover those that are built in. A divergence crosses the border of an op as its family and parameters:
 
     reverse KL    L = sum p d,   d = log p - log q clamped to [low, high]
     blended KLs   L = c KL(p | s p + (1 - s) q) + e KL(q | t q + (1 - t) p)
     alpha-beta    L = -1/(alpha beta) sum [ q^alpha p^beta - alpha/r q^r - beta/r p^r ],   r = alpha + beta
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from topk_rkl.checks import values as checks
+from topk_rkl import checks
+from topk_rkl.terms import of_function
 
-Terms = Callable[[Tensor, Tensor], Tensor]
+Terms = Callable[[Tensor, Tensor], Tensor]  # of log p and log q, (..., K) each: a term per slot
 Code = Sequence[float]
 
-LARGEST_EXPONENT, SUMMABLE = 709.0, 1e300  # of what exp can take in float64, and of what can be added up
+LARGEST_EXPONENT = 709.0  # whose exp is finite in float64
+SUMMABLE = 1e300  # in size: many such numbers add up to a finite one in float64
+SERIES_FROM = -0.01  # where three orders are within 2e-10, and the quotient begins to lose digits to cancellation
 
 REVERSE, CLAMPED, BLENDED, ALPHA_BETA = range(4)
 REVERSE_KL: Code = (REVERSE,)
 
-MASSES = ("renormalized", "tail", "raw", "raw_stop_grad", "ema_pg", "ema_pg_corrected")
+Mass = Literal["renormalized", "tail", "raw", "raw_stop_grad", "ema_pg", "ema_pg_corrected"]
+MASSES: tuple[str, ...] = get_args(Mass)  # C++ and Triton know a mass by its place here
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How student p and teacher q are compared. `code` holds its form and numbers, as the kernels take them."""
+    """How student p and teacher q are compared. Parameters of the wrong kind or size raise TypeError or ValueError."""
 
     @property
     def code(self) -> Code:
+        """The family and its parameters, as the kernels take them."""
         raise NotImplementedError
 
 
@@ -53,6 +60,18 @@ class ReverseKL(Divergence):
     """
 
     clamp: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.clamp is None:
+            return
+        if not isinstance(self.clamp, (tuple, list)) or len(self.clamp) != 2:
+            raise TypeError(f"clamp is {self.clamp!r}; it must be (low, high), or None")
+        low, high = self.clamp
+        for x in self.clamp:
+            if not (isinstance(x, float) and abs(x) == math.inf):
+                checks.require_number("clamp", x)
+        if not low <= high:
+            raise ValueError(f"clamp is {self.clamp}; it must be (low, high) with low <= high")
 
     @property
     def code(self) -> Code:
@@ -81,6 +100,14 @@ class JensenShannon(Divergence):
 
     beta: float = 0.5
 
+    def __post_init__(self) -> None:
+        checks.require_number("beta", self.beta)
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta is {self.beta}; it must be between 0 and 1; at the ends that divergence is 0, and "
+                "generalized_jsd gives forward and reverse KL there"
+            )
+
     @property
     def code(self) -> Code:
         beta = float(self.beta)
@@ -92,6 +119,11 @@ class Mixture(Divergence):
     """lam KL(q | p) + (1 - lam) KL(p | q), both in one pass, 0 <= lam <= 1."""
 
     lam: float
+
+    def __post_init__(self) -> None:
+        checks.require_number("lam", self.lam)
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam is {self.lam}; it must be from 0, reverse KL, to 1, forward KL")
 
     @property
     def code(self) -> Code:
@@ -105,6 +137,9 @@ class SkewReverseKL(Divergence):
 
     lam: float = 0.1
 
+    def __post_init__(self) -> None:
+        _require_skew(self.lam)
+
     @property
     def code(self) -> Code:
         return (BLENDED, 1.0, float(self.lam), 0.0, 1.0) if self.lam else REVERSE_KL
@@ -115,6 +150,9 @@ class SkewForwardKL(Divergence):
     """KL(q | lam q + (1 - lam) p), 0 <= lam < 1 (DistiLLM's SKL, with lam = 0.1); lam = 0 is forward KL."""
 
     lam: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_skew(self.lam)
 
     @property
     def code(self) -> Code:
@@ -137,6 +175,10 @@ class AlphaBeta(Divergence):
     alpha: float
     beta: float
 
+    def __post_init__(self) -> None:
+        checks.require_number("alpha", self.alpha)
+        checks.require_number("beta", self.beta)
+
     @property
     def code(self) -> Code:
         return (ALPHA_BETA, float(self.alpha), float(self.beta))
@@ -144,10 +186,45 @@ class AlphaBeta(Divergence):
 
 def generalized_jsd(beta: float) -> Divergence:
     """GKD's convention: forward KL at beta = 0, reverse KL at beta = 1, and the Jensen-Shannon divergence between."""
-    checks.fraction("beta", beta)
+    checks.require_fraction("beta", beta)
     if beta == 0:
         return ForwardKL()
     return ReverseKL() if beta == 1 else JensenShannon(beta)
+
+
+def require_objective(divergence: object, mass: str) -> None:
+    """Refuses what is no divergence, no mass, or no pair of them."""
+    checks.require_one_of("mass", mass, MASSES)
+    if isinstance(divergence, type):
+        name = divergence.__name__
+        raise TypeError(f"divergence is the class {name}; pass an instance, such as {name}(...)")
+    known = isinstance(divergence, Divergence) and type(divergence).code is not Divergence.code
+    if isinstance(divergence, nn.Module) and any(x.requires_grad for x in divergence.parameters()):
+        raise ValueError(
+            f"divergence is {checks.kind_of(divergence)} with parameters that require grad, to which a loss gives "
+            "none; pass divergence.requires_grad_(False), or write a loss that trains them in plain PyTorch"
+        )
+    if not known and not callable(divergence):
+        raise TypeError(
+            f"divergence is {checks.kind_of(divergence)}; use ReverseKL(), another of topk_rkl.divergence, or a "
+            "function (log_p, log_q) -> terms"
+        )
+    plain = divergence == ReverseKL() or isinstance(divergence, ForwardKL)
+    if mass.startswith("ema_pg") and not plain:
+        raise ValueError(
+            f"mass={mass!r} is for ReverseKL() without clamp and ForwardKL(), but divergence is {divergence}"
+        )
+    if mass.startswith("raw") and not plain and not isinstance(divergence, Mixture):
+        raise ValueError(
+            f"mass={mass!r} is for ReverseKL() without clamp, ForwardKL() and Mixture, but divergence is {divergence}; "
+            "use mass='tail' or 'renormalized'"
+        )
+
+
+def _require_skew(lam: float) -> None:
+    checks.require_number("lam", lam)
+    if not 0 <= lam < 1:
+        raise ValueError(f"lam is {lam}; it must be at least 0 and below 1, where that divergence would be 0")
 
 
 def slots_loss(
@@ -181,7 +258,7 @@ def slots_loss(
     log_q = torch.where(live, b * inv_t - q_sum.log(), 0)
     reachable = live & (z != -torch.inf)
     if callable(divergence):
-        terms, h = _autograd(divergence, torch.where(reachable, d + log_q, 0), log_q, reachable)
+        terms, h = of_function(divergence, torch.where(reachable, d + log_q, 0), log_q, reachable)
     else:
         terms, h = _terms(divergence, p, q, d, log_q)
         if mass not in ("renormalized", "tail"):
@@ -275,7 +352,7 @@ def _alpha_beta(
     d = torch.where(vanished, 0, d)
     first, second = beta * d, r * d  # the points, less the one of q
     low, high = torch.minimum(first, second).clamp(max=0), torch.maximum(first, second).clamp(min=0)
-    middle = first + second - low - high
+    middle = first + second - low - high  # of the points 0, first and second
     root = _root_exp(r * log_q + high)
     terms = (d * root) * (d * root) * _second_chord(middle - high, low - high)
     top = torch.maximum(first, second)
@@ -305,23 +382,7 @@ def _chord(x: Tensor) -> Tensor:
 def _second_chord(x: Tensor, y: Tensor) -> Tensor:
     """The divided difference of exp at 0, x and y, for y <= x <= 0."""
     series = 1 / 2 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
-    return torch.where(y > -0.01, series, (_chord(x) - x.exp() * _chord(y - x)) / -y)
-
-
-def _autograd(
-    function: Terms,
-    log_p: Tensor,  # (..., K)
-    log_q: Tensor,  # (..., K)
-    reachable: Tensor,  # (..., K) bool; anything finite elsewhere
-) -> tuple[Tensor, Tensor]:
-    """The terms that a user's function gives, 0 where p = 0, and h = d terms / d log p by autograd."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = log_p.clone().requires_grad_()
-        terms = function(leaf, log_q.clone())
-        checks.terms(terms, function(leaf.detach(), log_q.clone()), leaf)
-        terms = torch.where(reachable.clone(), terms, 0)
-        (h,) = torch.autograd.grad(terms.sum(), leaf)
-    return terms.detach(), torch.where(reachable, h, 0)  # elsewhere the function may have no derivative
+    return torch.where(y > SERIES_FROM, series, (_chord(x) - x.exp() * _chord(y - x)) / -y)
 
 
 def _times(probability: Tensor, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from topk_rkl.divergence import (
     Divergence,
     ForwardKL,
     JensenShannon,
+    Mass,
     Mixture,
     ReverseKL,
     SkewForwardKL,
@@ -25,13 +26,12 @@ from topk_rkl.divergence import (
 from topk_rkl.objective import (
     REVERSE_KL,
     LinearTopKDivergenceLoss,
-    Mass,
-    Reduction,
     TopKDivergenceLoss,
     WeightGrad,
     linear_topk_divergence,
     topk_divergence,
 )
+from topk_rkl.reduction import Reduction
 from topk_rkl.settings import pack
 from topk_rkl.support import Support
 
@@ -85,8 +85,8 @@ def teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    k = checks.teacher_logits("teacher_logits", teacher_logits, k)
-    checks.flag("normalize", normalize)
+    k = checks.require_teacher_logits("teacher_logits", teacher_logits, k)
+    checks.require_flag("normalize", normalize)
     return Support(*ops.select(teacher_logits, k, normalize, requested()))
 
 
@@ -136,11 +136,10 @@ def topk_reverse_kl(
         RuntimeError: the backend asked for by name cannot take these tensors.
         NotImplementedError: a tensor is under torch.func, vmap or forward mode.
     """
-    loss: Tensor = topk_divergence(
+    return topk_divergence(
         student_logits, teacher, k=k, weights=weights, temperature=temperature, reduction=reduction,
         denominator=denominator, overwrite_student_logits=overwrite_student_logits,
     )  # fmt: skip
-    return loss
 
 
 def linear_teacher_topk(
@@ -181,12 +180,12 @@ def linear_teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
-    k = checks.top(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
-    checks.single_slot(k)
-    checks.flag("normalize", normalize)
-    checks.logits_dtype(logits_dtype, teacher_hidden)
-    settings = pack(1.0, REVERSE_KL.code, *checks.logit_options(logit_scale, softcap))
+    chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
+    k = checks.require_k(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
+    checks.warn_of_single_slot(k)
+    checks.require_flag("normalize", normalize)
+    checks.require_logits_dtype(logits_dtype, teacher_hidden)
+    settings = pack(1.0, REVERSE_KL.code, *checks.require_logit_options(logit_scale, softcap))
     head, full = (teacher_hidden, teacher_weight, bias), logits_dtype is not None
     return Support(*ops.linear_select(*head, k, chunk_rows, settings, normalize, full, requested()))
 
@@ -236,12 +235,11 @@ def linear_topk_reverse_kl(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors.
     """
-    loss: Tensor = linear_topk_divergence(
+    return linear_topk_divergence(
         student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
         temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
         softcap=softcap, weight_grad=weight_grad,
     )  # fmt: skip
-    return loss
 
 
 class TopKReverseKLLoss(TopKDivergenceLoss):

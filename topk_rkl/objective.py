@@ -1,6 +1,5 @@
 """The general entries: any divergence, over S alone or with the mass outside it, from logits or from hidden states."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,17 +8,14 @@ from torch import Tensor, nn
 from topk_rkl import checks, ops
 from topk_rkl.autograd import HeadOptions, LinearLoss, LinearMassLoss, MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested
-from topk_rkl.backends.products import all_logits
-from topk_rkl.diagnostics import measure
-from topk_rkl.divergence import Code, Divergence, ReverseKL, Terms
+from topk_rkl.divergence import Code, Divergence, Mass, ReverseKL, Terms, require_objective
 from topk_rkl.mass import classes
+from topk_rkl.overwrite import require_overwritable
+from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.settings import pack
-from topk_rkl.support import Support
-from topk_rkl.weighting import as_factors, reduce
+from topk_rkl.support import Support, require_teacher
 
-Reduction = Literal["none", "sum", "mean"]
 WeightGrad = Literal["dense", "sparse"]
-Mass = Literal["renormalized", "tail", "raw", "raw_stop_grad", "ema_pg", "ema_pg_corrected"]
 
 REVERSE_KL = ReverseKL()
 
@@ -37,8 +33,7 @@ def topk_divergence(
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
     sampled_ids: Tensor | None = None,  # (...)
-    diagnostics: Sequence[str] | None = None,
-) -> Any:  # Tensor (...) or (), and with diagnostics a dict of (...)
+) -> Tensor:  # (...) or ()
     """`topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
     With p and q the probabilities of student and teacher over the whole vocabulary, P and Q their sums over S:
@@ -72,16 +67,11 @@ def topk_divergence(
             the others. Such a function breaks the graph of torch.compile. It must depend on log p, and on nothing
             else that requires grad. With mass="tail" it sees K + 1 slots: the last is the rest of the vocabulary.
         mass: as above. Others than "renormalized" read the student's logits once more forwards and once backwards.
-        sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg", which also need
-            teacher logits, and for some diagnostics.
-        diagnostics: names of `topk_rkl.diagnostics`, each a number a position, detached and without the weights:
-            "student_mass", "teacher_mass", "overlap_count", "overlap_token_advantage", "top1_agreement",
-            "student_entropy", "teacher_entropy", "sampled_log_prob", "teacher_sampled_log_prob", "sampled_in_support",
-            "max_log_ratio". All but the last two read whole rows, in plain PyTorch. An id that is given twice counts
-            once. "teacher_mass" and "overlap_token_advantage" take a Support of true log-probs, at temperature 1.
+        sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg" alone, which need
+            teacher logits too.
 
     Returns:
-        As `topk_reverse_kl`; with `diagnostics` that and a dict of name to (...). In divergences that hold forward KL a
+        As `topk_reverse_kl`. In divergences that hold forward KL a
         student logit of -inf in S makes the loss +inf, or leaves it finite where the teacher is compared with a blend
         of both; the gradient is 0 there and finite at the others. With a mass other than "renormalized" a NaN anywhere
         in the student's row makes that position NaN.
@@ -90,37 +80,30 @@ def topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    checks.logits("student_logits", student_logits)
-    checks.plain(student_logits=student_logits, teacher=teacher, weights=weights)
-    checks.weights(weights, student_logits)
-    checks.temperature(temperature)
-    checks.reduction(reduction, denominator, student_logits)
-    checks.objective(divergence, mass)
-    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support), temperature)
-    checks.flag("overwrite_student_logits", overwrite_student_logits)
-    if sampled_ids is not None:
-        checks.sampled_ids(sampled_ids, student_logits, "sampled_ids")
+    checks.require_logits("student_logits", student_logits)
+    checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
+    checks.require_weights(weights, student_logits)
+    checks.require_temperature(temperature)
+    require_reduction(reduction, denominator, student_logits)
+    require_objective(divergence, mass)
+    checks.require_flag("overwrite_student_logits", overwrite_student_logits)
+    checks.require_sampled_for_mass(sampled_ids, mass, student_logits, "student_logits")
     weights = as_factors(weights, student_logits)
     overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
     if overwrite_student_logits:
-        checks.overwritable(student_logits)
-    k = _check_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
+        require_overwritable(student_logits)
+    k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
     temperature = float(temperature)
     settings = pack(temperature, _code(divergence))
     options = Options(_terms(divergence), mass, overwrite_student_logits, requested())
-    support = _support(teacher, k) if diagnostics or isinstance(teacher, Support) else None
     if mass != "renormalized":
-        compared = classes(teacher, k, student_logits.shape[-1], temperature, _for_mass(sampled_ids, mass), requested())
+        compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, requested())
         per_token = MassLoss.apply(student_logits, *compared, weights, settings, options)
-    elif support is not None:
-        per_token, _ = SupportLoss.apply(student_logits, *support, weights, settings, options)
+    elif isinstance(teacher, Support):
+        per_token, _ = SupportLoss.apply(student_logits, *teacher, weights, settings, options)
     else:
         per_token, _ = SelectLoss.apply(student_logits, teacher, k, weights, settings, options)
-    loss = reduce(per_token, weights, reduction, denominator)
-    if not diagnostics or support is None:
-        return loss
-    logits, vocab = None if isinstance(teacher, Support) else teacher, student_logits.shape[-1]
-    return loss, measure(diagnostics, student_logits, None, vocab, logits, support, sampled_ids, temperature)
+    return reduce(per_token, weights, reduction, denominator)
 
 
 def linear_topk_divergence(
@@ -140,63 +123,50 @@ def linear_topk_divergence(
     softcap: float | None = None,
     weight_grad: WeightGrad = "dense",
     sampled_ids: Tensor | None = None,  # (...)
-    diagnostics: Sequence[str] | None = None,
-) -> Any:  # Tensor (...) or (), and with diagnostics a dict of (...)
+) -> Tensor:  # (...) or ()
     """`linear_topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
     Args:
-        divergence, mass, sampled_ids, diagnostics: see `topk_divergence`. With a mass other than "renormalized" all
+        divergence, mass, sampled_ids: see `topk_divergence`. With a mass other than "renormalized" all
             logits count: they are made a block of positions by a block of the vocabulary at a time, forwards and again
-            backwards, in float32 (float64) and plain PyTorch on any device; diagnostics make them some positions at a
-            time. Nothing of size N V exists; the head's gradient is dense. Those products have as many bits as
-            torch.backends.fp32_precision and its like allow, and a position may get other last bits in another batch.
+            backwards, in float32 (float64) and plain PyTorch on any device. Nothing of size N V exists; the head's
+            gradient is dense. Those products have as many bits as torch.backends.fp32_precision and its like allow, and
+            a position may get other last bits in another batch.
         others: see `linear_topk_reverse_kl`.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    checks.head("student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias)
-    checks.plain(
+    checks.require_head(
+        "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias
+    )
+    checks.require_plain(
         student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
         weights=weights,
     )  # fmt: skip
-    checks.weights(weights, student_hidden, "student_hidden")
-    checks.temperature(temperature)
-    checks.reduction(reduction, denominator, student_hidden)
-    logit_scale, softcap = checks.logit_options(logit_scale, softcap)
-    checks.weight_grad(weight_grad)
-    checks.sparse_leaf(weight_grad, student_weight)
-    checks.objective(divergence, mass)
-    checks.diagnostics(diagnostics, mass, sampled_ids, isinstance(teacher, Support), temperature)
-    if sampled_ids is not None:
-        checks.sampled_ids(sampled_ids, student_hidden, "sampled_ids", "student_hidden")
-    if mass != "renormalized":
-        checks.dense_weight_grad(weight_grad, mass)
-    k = _check_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
+    checks.require_weights(weights, student_hidden, "student_hidden")
+    checks.require_temperature(temperature)
+    require_reduction(reduction, denominator, student_hidden)
+    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    checks.require_weight_grad(weight_grad, mass, student_weight)
+    require_objective(divergence, mass)
+    checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
+    k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
     weights = as_factors(weights, student_hidden)
     temperature = float(temperature)
     settings = pack(temperature, _code(divergence), logit_scale, softcap)
     options = HeadOptions(_terms(divergence), mass, weight_grad, requested())
-    support = _support(teacher, k) if diagnostics or mass == "renormalized" else None
-    if support is not None and mass == "renormalized":
+    if mass == "renormalized":
         per_token, *_ = LinearLoss.apply(
-            student_hidden, student_weight, student_bias, *support, weights, settings, options
+            student_hidden, student_weight, student_bias, *_support(teacher, k), weights, settings, options
         )
     else:
-        compared = classes(teacher, k, len(student_weight), temperature, _for_mass(sampled_ids, mass), requested())
+        compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, requested())
         per_token = LinearMassLoss.apply(
             student_hidden, student_weight, student_bias, *compared, weights, settings, options
         )
-    loss = reduce(per_token, weights, reduction, denominator)
-    if not diagnostics or support is None:
-        return loss
-
-    def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
-        return all_logits(hidden, student_weight, student_bias, logit_scale, softcap)
-
-    logits, vocab = None if isinstance(teacher, Support) else teacher, len(student_weight)
-    return loss, measure(diagnostics, student_hidden, logits_of, vocab, logits, support, sampled_ids, temperature)
+    return reduce(per_token, weights, reduction, denominator)
 
 
 def _support(teacher: Tensor | Support, k: int | None) -> Support:
@@ -204,31 +174,6 @@ def _support(teacher: Tensor | Support, k: int | None) -> Support:
         return teacher
     assert k is not None
     return Support(*ops.select(teacher, k, False, requested()))
-
-
-def _for_mass(sampled_ids: Tensor | None, mass: str) -> Tensor | None:
-    return sampled_ids if mass.startswith("ema_pg") else None
-
-
-def _check_teacher(
-    teacher: Tensor | Support,
-    k: int | None,
-    mass: str,
-    temperature: float,
-    student: Tensor,  # (..., V) or (..., H)
-    student_name: str,
-) -> int | None:
-    """K of teacher logits, as an int."""
-    if isinstance(teacher, Support):
-        checks.support(teacher, k, mass == "renormalized")
-        checks.same_positions("teacher.ids", teacher.ids, student, student_name=student_name)
-        if mass != "renormalized":
-            checks.full_vocabulary_support(mass, temperature)
-        return None
-    checks.teacher_kind(teacher)
-    k = checks.teacher_logits("teacher", teacher, k, mass == "renormalized")
-    checks.same_positions("teacher", teacher, student, student_name=student_name)
-    return k
 
 
 def _code(divergence: Divergence | Terms) -> Code:
@@ -252,17 +197,17 @@ class TopKDivergenceLoss(nn.Module):
         temperature: float = 1.0,
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
-        diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         divergence = REVERSE_KL if divergence is None else divergence
-        checks.objective(divergence, mass)
-        checks.temperature(temperature)
-        checks.reduction(reduction, None)
-        k, diagnostics = checks.options(k, diagnostics, overwrite_student_logits)
+        require_objective(divergence, mass)
+        checks.require_temperature(temperature)
+        require_reduction(reduction, None)
+        checks.require_flag("overwrite_student_logits", overwrite_student_logits)
+        k = checks.require_count("k", k)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "overwrite_student_logits": overwrite_student_logits, "diagnostics": diagnostics,
+            "overwrite_student_logits": overwrite_student_logits,
         }  # fmt: skip
 
     def forward(
@@ -272,7 +217,7 @@ class TopKDivergenceLoss(nn.Module):
         weights: Tensor | None = None,  # (...)
         denominator: float | Tensor | None = None,
         sampled_ids: Tensor | None = None,  # (...)
-    ) -> Any:
+    ) -> Tensor:
         """See `topk_divergence`."""
         return topk_divergence(
             student_logits, teacher, weights=weights, denominator=denominator, sampled_ids=sampled_ids, **self.options
@@ -296,21 +241,18 @@ class LinearTopKDivergenceLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         weight_grad: WeightGrad = "dense",
-        diagnostics: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         divergence = REVERSE_KL if divergence is None else divergence
-        checks.objective(divergence, mass)
-        checks.temperature(temperature)
-        checks.reduction(reduction, None)
-        checks.logit_options(logit_scale, softcap)
-        checks.weight_grad(weight_grad)
-        if mass != "renormalized":
-            checks.dense_weight_grad(weight_grad, mass)
-        k, diagnostics = checks.options(k, diagnostics)
+        require_objective(divergence, mass)
+        checks.require_temperature(temperature)
+        require_reduction(reduction, None)
+        checks.require_logit_options(logit_scale, softcap)
+        checks.require_weight_grad(weight_grad, mass)
+        k = checks.require_count("k", k)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad, "diagnostics": diagnostics,
+            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad,
         }  # fmt: skip
 
     def forward(
@@ -322,7 +264,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         denominator: float | Tensor | None = None,
         student_bias: Tensor | None = None,  # (V,)
         sampled_ids: Tensor | None = None,  # (...)
-    ) -> Any:
+    ) -> Tensor:
         """See `linear_topk_divergence`."""
         return linear_topk_divergence(
             student_hidden, student_weight, teacher, weights=weights, denominator=denominator,

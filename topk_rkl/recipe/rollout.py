@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from topk_rkl import checks
 from topk_rkl.autograd import differentiable_once, savable, save
 from topk_rkl.backends.reference import result_dtype, times
+from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.settings import traced
-from topk_rkl.weighting import as_factors, reduce
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB, however many rows there are
 
@@ -58,7 +58,8 @@ def sample_top_p(
         (...) int64 ids. The same generator state gives the same ids. -1, which is no token, for a row that is no
         distribution: one that holds NaN, or nothing but -inf.
     """
-    checks.sampling(logits, generator)
+    checks.require_logits("logits", logits)
+    _require_generator(generator, logits)
     outside = _outside_nucleus(logits, top_p, temperature)
     probs = _relative(logits, temperature).exp_().masked_fill_(outside, 0)  # (..., V), of the best token 1
     # The first of V exponential clocks with rates `probs` rings at v with probability probs[v]; torch.multinomial
@@ -73,9 +74,9 @@ def _outside_nucleus(
     top_p: float,
     temperature: float,
 ) -> Tensor:  # (..., V) bool
-    checks.logits("logits", logits)
-    checks.top_p(top_p)
-    checks.temperature(temperature)
+    checks.require_logits("logits", logits)
+    checks.require_top_p(top_p)
+    checks.require_temperature(temperature)
     if top_p == 1:
         return torch.zeros_like(logits, dtype=torch.bool)  # a rounded sum could reach 1 early and cut the tail
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # (..., V)
@@ -106,7 +107,7 @@ def sampled_token_loss(
     *,
     weights: Tensor | None = None,  # (...)
     temperature: float = 1.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
 ) -> Tensor:  # (...) or ()
     """The sampled-token objective of on-policy distillation: the log-ratio of the sampled token is its own penalty.
@@ -142,16 +143,16 @@ def sampled_token_loss(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.logits("student_logits", student_logits)
-    checks.logits("teacher_logits", teacher_logits)
-    checks.plain(student_logits=student_logits, teacher_logits=teacher_logits, weights=weights)
-    checks.constant("teacher_logits", teacher_logits)
-    checks.same_positions("teacher_logits", teacher_logits, student_logits)
-    checks.sampled_ids(ids, student_logits)
-    checks.weights(weights, student_logits)
-    checks.sampled_within(ids, weights, min(student_logits.shape[-1], teacher_logits.shape[-1]))
-    checks.temperature(temperature)
-    checks.reduction(reduction, denominator, student_logits)
+    checks.require_logits("student_logits", student_logits)
+    checks.require_logits("teacher_logits", teacher_logits)
+    checks.require_plain(student_logits=student_logits, teacher_logits=teacher_logits, weights=weights)
+    checks.require_constant("teacher_logits", teacher_logits)
+    checks.require_same_positions("teacher_logits", teacher_logits, student_logits)
+    checks.require_sampled_ids(ids, student_logits)
+    checks.require_weights(weights, student_logits)
+    _require_known(ids, weights, min(student_logits.shape[-1], teacher_logits.shape[-1]))
+    checks.require_temperature(temperature)
+    require_reduction(reduction, denominator, student_logits)
     weights = as_factors(weights, student_logits)
     kept = torch.ones_like(ids, dtype=torch.bool) if weights is None else weights != 0  # (...)
     per_token = _LogRatio.apply(
@@ -244,3 +245,33 @@ def _row_chunks(
     rows, vocab = logits.shape
     step = max(1, CHUNK_ELEMENTS // vocab)
     return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
+def _require_generator(
+    generator: torch.Generator | None,
+    logits: Tensor,  # (..., V)
+) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {checks.kind_of(generator)}; it must be a torch.Generator, or None")
+    if generator.device.type != logits.device.type:
+        raise ValueError(f"generator is on {generator.device} and logits on {logits.device}; make one there")
+
+
+def _require_known(
+    ids: Tensor,  # (...)
+    weights: Tensor | None,  # (...)
+    vocab: int,
+) -> None:
+    """Refuses ids outside the vocabulary on a CPU alone, where a value is read without waiting for a device."""
+    if not ids.is_cpu or torch.compiler.is_compiling():
+        return
+    outside = (ids < 0) | (ids >= vocab)
+    if weights is not None:
+        outside &= weights != 0
+    if outside.any().tolist():
+        raise ValueError(
+            f"ids has {ids[outside][0].tolist()}; where the weight is not 0 it must be from 0 to {vocab - 1}, a token "
+            "of student_logits and teacher_logits"
+        )

@@ -1,12 +1,12 @@
 """Which tokens are compared: the ways to build a `Support` besides the teacher's top K.
 
-from topk_rkl.builders import student_topk, union
+from topk_rkl.recipe.builders import student_topk, union
 
 teacher = union(teacher_topk(teacher_logits, 32), student_topk(student_logits, teacher_logits, 32))
 loss = topk_reverse_kl(student_logits, teacher)
 
-The teacher's values are logits, or with `normalize=True` true log-probs. Combine supports of one kind only: logits with
-logits, log-probs with log-probs. Nothing of the size of the logits is copied, and no device value is read on the host.
+A support holds the teacher's logits, or with `normalize=True` true log-probs. Combine supports of one kind only: logits
+with logits, log-probs with log-probs. No copy of the size of the logits is made, and the host reads no device value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from topk_rkl.backends import requested
 from topk_rkl.backends.reference import result_dtype
 from topk_rkl.divergence import REVERSE_KL
 from topk_rkl.settings import pack
-from topk_rkl.support import Support
+from topk_rkl.support import Support, require_support
 
 
 def student_topk(
@@ -30,9 +30,9 @@ def student_topk(
     *,
     normalize: bool = False,
 ) -> Support:
-    """The K tokens that the student ranks highest, with the teacher's values there.
+    """The K tokens that the student ranks highest, with the teacher's logits or log-probs there.
 
-    It is the support of SDPO, OPCD and of "only_stu" in thunlp/OPD. The ids are a constant: no gradient flows through
+    SDPO, OPCD and "only_stu" of thunlp/OPD compare on this support. The ids are a constant: no gradient flows through
     the choice. Without student logits it is `fixed_ids(teacher_logits, linear_teacher_topk(student_hidden.detach(),
     student_weight.detach(), k).ids)`, and without the teacher's `linear_fixed_ids`.
 
@@ -41,7 +41,7 @@ def student_topk(
         teacher_logits: (..., V_teacher), where the same ids mean the same tokens; must not require grad.
         k: 1 <= k <= V.
         normalize: gives the teacher's true log-probs instead of its logits, which takes a pass over V_teacher; without
-            it K numbers a position are read.
+            it K numbers per position are read.
 
     Returns:
         Support with ids (..., K) int32 in the student's order, (value descending, id ascending), and log_probs (..., K)
@@ -51,10 +51,11 @@ def student_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    k = checks.ranking("student_logits", student_logits, k)
-    checks.constant_logits("teacher_logits", teacher_logits)
-    checks.same_positions("teacher_logits", teacher_logits, student_logits)
-    checks.flag("normalize", normalize)
+    checks.require_logits("student_logits", student_logits)
+    k = checks.require_k(k, student_logits.shape[-1], "student_logits")
+    checks.require_constant_logits("teacher_logits", teacher_logits)
+    checks.require_same_positions("teacher_logits", teacher_logits, student_logits)
+    checks.require_flag("normalize", normalize)
     ids, _ = ops.select(student_logits.detach(), k, False, requested())
     return Support(ids, values_at(teacher_logits, ids, normalize))
 
@@ -69,8 +70,8 @@ def teacher_top_p(
     """The teacher's nucleus, at most K tokens of it: the fewest of its most probable tokens that hold mass `p`.
 
     A token is in S if and only if the tokens ranked above it hold less than `p`, so the best one always is. Rank is by
-    (value descending, id ascending). The masses are those of the whole vocabulary, from log-probs of float32 (float64
-    from float64), added in float64.
+    (value descending, id ascending). The masses are those of the whole vocabulary: log-probs of float32 (float64 from
+    float64), whose exponentials are added in float64.
 
     Args:
         teacher_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; must not require grad.
@@ -85,9 +86,9 @@ def teacher_top_p(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    k = checks.teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
-    checks.top_p(p, "p")
-    checks.flag("normalize", normalize)
+    k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
+    checks.require_top_p(p, "p")
+    checks.require_flag("normalize", normalize)
     ids, log_probs = ops.select(teacher_logits, k, True, requested())
     mass = log_probs.double().exp().cumsum(-1)[..., :-1]  # (..., K - 1)
     enough = float(p) if p < 1 else torch.inf  # a rounded sum could reach 1 early and cut the tail
@@ -102,13 +103,13 @@ def fixed_ids(
     *,
     normalize: bool = False,
 ) -> Support:
-    """The teacher's values on tokens that are known beforehand, such as the digits of a score.
+    """The teacher's logits or log-probs on tokens that are known beforehand, such as the digits of a score.
 
     Args:
         teacher_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; must not require grad.
-        ids: the same for all positions: a sequence of different ids of the vocabulary, or a (K,) tensor; or a (..., K)
-            tensor, which names the tokens of each position. Ids of a tensor that are negative or not below V make empty
-            slots, and so does a repeated id.
+        ids: a sequence of different ids of the vocabulary or a (K,) tensor, for all positions; or a (..., K) tensor,
+            for each its own. Tensors are int32 or int64; an id that is negative, not below V or repeated makes an
+            empty slot.
         normalize: gives true log-probs instead of logits, which takes a pass over V.
 
     Returns:
@@ -117,9 +118,9 @@ def fixed_ids(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.constant_logits("teacher_logits", teacher_logits)
-    ids = checks.id_set(ids, teacher_logits, teacher_logits.shape[-1])
-    checks.flag("normalize", normalize)
+    checks.require_constant_logits("teacher_logits", teacher_logits)
+    ids = _require_ids(ids, teacher_logits, teacher_logits.shape[-1], "teacher_logits")
+    checks.require_flag("normalize", normalize)
     ids = torch.as_tensor(ids, device=teacher_logits.device)
     ids = ids.expand(*teacher_logits.shape[:-1], ids.shape[-1])
     return Support(ids, values_at(teacher_logits, ids, normalize)).unique()
@@ -144,8 +145,8 @@ def linear_fixed_ids(
     Args:
         teacher_hidden, teacher_weight, bias, chunk_rows, logit_scale, softcap: see `linear_teacher_topk`.
         ids: see `fixed_ids`.
-        normalize: gives true log-probs instead of logits. All logits of `chunk_rows` positions at a time are made for
-            that; without it K rows of the head a position are read.
+        normalize: gives true log-probs instead of logits, which makes all logits of `chunk_rows` positions at a time;
+            without it K rows of the head per position are read.
 
     Returns:
         Support with ids (..., K), in the given order, and log_probs (..., K) float32 (float64 from float64). The
@@ -154,10 +155,10 @@ def linear_fixed_ids(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    chunk_rows = checks.linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
-    ids = checks.id_set(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
-    checks.flag("normalize", normalize)
-    settings = pack(1.0, REVERSE_KL, *checks.logit_options(logit_scale, softcap))
+    chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
+    ids = _require_ids(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
+    checks.require_flag("normalize", normalize)
+    settings = pack(1.0, REVERSE_KL, *checks.require_logit_options(logit_scale, softcap))
     ids = torch.as_tensor(ids, device=teacher_hidden.device)
     ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
     head = teacher_hidden, teacher_weight, bias
@@ -181,8 +182,9 @@ def with_sampled(
     Args:
         support: (..., K).
         sampled_ids: (...) int32 or int64; a negative one, as at padding, adds nothing.
-        teacher: the teacher's (..., V) logits; or its (...) values at sampled_ids, of the kind the support holds.
-        normalize: adds true log-probs; as `support` was built. It belongs to logits.
+        teacher: the teacher's (..., V) logits; or its (...) logits or log-probs at sampled_ids, whichever the support
+            holds.
+        normalize: adds true log-probs, for a support that holds them; only for a teacher of (..., V).
 
     Returns:
         Support of (..., K + 1).
@@ -190,7 +192,7 @@ def with_sampled(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.sampled(sampled_ids, teacher, support, normalize)
+    _require_sampled(sampled_ids, teacher, support, normalize)
     ids = sampled_ids.unsqueeze(-1)  # (..., 1)
     is_logits = teacher.dim() > sampled_ids.dim()
     values = values_at(teacher, ids, normalize) if is_logits else teacher.unsqueeze(-1)
@@ -200,11 +202,11 @@ def with_sampled(
 def union(first: Support, second: Support) -> Support:
     """The tokens of either: the slots of `first`, then those of `second`.
 
-    A token that both hold keeps the slot, and the value, of `first`; its slot in `second` is emptied. So are the later
-    slots of a token that one of them repeats.
+    A token that both hold keeps its slot, and its log-prob, of `first`; its slot in `second` is emptied. The later
+    slots of a token that one of them repeats are emptied too.
 
     Args:
-        first, second: (..., K1) and (..., K2), on the same positions, of the same kind of values.
+        first, second: (..., K1) and (..., K2), on the same positions; both hold logits, or both log-probs.
 
     Returns:
         Support of (..., K1 + K2), in which no id occurs twice.
@@ -212,7 +214,7 @@ def union(first: Support, second: Support) -> Support:
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.two_supports(first, second)
+    _require_two_supports(first, second)
     ids = torch.cat([_live_ids(first), _live_ids(second)], -1)
     return Support(ids, torch.cat([first.log_probs, second.log_probs], -1).masked_fill(ids < 0, -torch.inf)).unique()
 
@@ -224,12 +226,12 @@ def intersection(first: Support, second: Support) -> Support:
         first, second: (..., K1) and (..., K2), on the same positions.
 
     Returns:
-        Support of (..., K1), with the values of `first`, in which no id occurs twice.
+        Support of (..., K1), with the log-probs of `first`, in which no id occurs twice.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.two_supports(first, second)
+    _require_two_supports(first, second)
     return _kept(first, _occurs(first, second))
 
 
@@ -240,7 +242,7 @@ def difference(first: Support, second: Support) -> Support:
 
     Args, Returns, Raises: see `intersection`.
     """
-    checks.two_supports(first, second)
+    _require_two_supports(first, second)
     return _kept(first, ~_occurs(first, second))
 
 
@@ -252,14 +254,13 @@ def remap(
 ) -> Support:
     """The support in the student's ids, for vocabularies that differ in a few special tokens or in padding.
 
-    Teacher's tokens that become the same token of the student share one slot, that of the first, with their
-    probabilities added.
+    Teacher's tokens that become one token of the student share the slot of the first, with their probabilities added.
 
     Args:
         support: (..., K), with ids of the teacher's vocabulary.
         mapping: {teacher's id: student's id}, in which ids that are not named stay as they are; or a table, a
             (V_teacher,) int32 or int64 tensor whose entry v is the student's id of token v. A negative student's id, or
-            an id that the table does not reach, makes the slot empty.
+            an id beyond the table, makes the slot empty.
         student_vocab: the size of the student's vocabulary; ids from there on make empty slots. The losses do the same
             with ids beyond the student's logits.
 
@@ -269,8 +270,8 @@ def remap(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.slots("support", support)
-    mapping, student_vocab = checks.mapping(mapping, support, student_vocab)
+    require_support("support", support)
+    mapping, student_vocab = _require_mapping(mapping, support), checks.require_count("student_vocab", student_vocab)
     live = _live_ids(support)
     if isinstance(mapping, Tensor):
         reached = (live >= 0) & (live < len(mapping))
@@ -344,3 +345,78 @@ def _merge_duplicates(support: Support) -> Support:
         total = torch.cat([torch.where(same, head.logaddexp(rest), head), total[..., -distance:]], -1)
         distance *= 2
     return Support(support.ids, torch.empty_like(total).scatter(-1, slots, total)).unique()
+
+
+def _require_ids(
+    ids: Sequence[int] | Tensor,  # (K,) or (..., K)
+    teacher: Tensor,  # (..., V) or (..., H)
+    vocab: int,
+    name: str,
+) -> list[int] | Tensor:
+    """The ids, as ints."""
+    if isinstance(ids, Tensor):
+        checks.require_tensor("ids", ids, checks.INTEGERS)
+        if ids.dim() == 0 or ids.shape[-1] == 0 or (ids.dim() > 1 and ids.shape[:-1] != teacher.shape[:-1]):
+            raise ValueError(
+                f"ids has shape {checks.shape_of(ids)} and {name} {checks.shape_of(teacher)}; ids must be (K,), or "
+                f"(..., K) with the positions of {name}, K at least 1"
+            )
+        checks.require_same_device("ids", ids, name, teacher)
+        return ids
+    ids = checks.require_integers("ids", ids)
+    outside = [x for x in ids if not 0 <= x < vocab]
+    if outside or len(set(ids)) < len(ids) or not ids:
+        raise ValueError(f"ids is {ids!r}; it must hold different ids, at least one, from 0 to V - 1 = {vocab - 1}")
+    return ids
+
+
+def _require_sampled(
+    ids: Tensor,  # (...)
+    teacher: Tensor,  # (..., V) or (...)
+    support: Support,
+    normalize: bool,
+) -> None:
+    require_support("support", support)
+    checks.require_sampled_ids(ids, support.ids, "sampled_ids", "support.ids")
+    checks.require_tensor("teacher", teacher, checks.FLOATS)
+    checks.require_constant("teacher", teacher)
+    checks.require_flag("normalize", normalize)
+    at_ids = teacher.dim() == ids.dim()
+    checks.require_same_positions("teacher", teacher, support.ids, at_ids, "support.ids")
+    if at_ids and normalize:
+        raise ValueError("normalize is True, but teacher holds one value per position; it belongs to (..., V) logits")
+
+
+def _require_two_supports(first: Support, second: Support) -> None:
+    require_support("first", first)
+    require_support("second", second)
+    checks.require_same_positions("second.ids", second.ids, first.ids, student_name="first.ids")
+
+
+def _require_mapping(
+    x: object,  # a Mapping[int, int], or a Tensor (V_teacher,)
+    support: Support,
+) -> dict[int, int] | Tensor:
+    """The mapping, of ints."""
+    if isinstance(x, Tensor):
+        checks.require_tensor("mapping", x, checks.INTEGERS)
+        if x.dim() != 1 or len(x) == 0:
+            shape = checks.shape_of(x)
+            raise ValueError(f"mapping has shape {shape}; a table must be (V_teacher,), the student's id of each token")
+        checks.require_same_device("mapping", x, "support.ids", support.ids)
+        return x
+    if not isinstance(x, Mapping):
+        kind = checks.kind_of(x)
+        raise TypeError(f"mapping is {kind}; it must be a dict from ids to ids or a (V_teacher,) integer tensor")
+    try:
+        olds, news = (checks.require_integers("mapping", ids) for ids in (x.keys(), x.values()))
+    except TypeError:
+        raise TypeError(f"mapping is {x!r}; it must be a dict from ids to ids") from None
+    largest = torch.iinfo(support.ids.dtype).max
+    for old, new in zip(olds, news):
+        if not 0 <= old <= largest or abs(new) > largest:
+            raise ValueError(
+                f"mapping sends {old} to {new}; an id is from 0 to {largest}, that of {support.ids.dtype}, and a "
+                "negative student's id leaves the token out"
+            )
+    return dict(zip(olds, news))

@@ -1,6 +1,6 @@
 """Teachers made of several distributions: each function gives the `Support` that a loss compares the student with.
 
-from topk_rkl.composition import mixture
+from topk_rkl.recipe.composition import mixture
 
 teacher = mixture([math_logits, code_logits], [0.7, 0.3], k=32)
 loss = topk_reverse_kl(student_logits, teacher)
@@ -21,7 +21,8 @@ The sum of losses, instead of the loss of a sum, needs nothing from here: add on
 `weights`, which may be 0 where a position is another teacher's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ from torch import Tensor
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.backends.reference import result_dtype
-from topk_rkl.builders import normalized, values_at
+from topk_rkl.recipe.builders import normalized, values_at
 from topk_rkl.settings import clamped
-from topk_rkl.support import Support, true_log_probs
+from topk_rkl.support import Support, require_support, true_log_probs
 
 CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB a source, however many rows there are
 
@@ -56,9 +57,9 @@ def mixture(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.teachers("teachers", teachers)
-    k = checks.composed({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
-    checks.shares(weights, teachers)
+    checks.require_list("teachers", teachers, "teachers")
+    k = _require_sources({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
+    _require_shares(weights, teachers)
     values = [x if isinstance(x, Tensor) else x.log_probs for x in teachers]  # (..., V) or (..., K) each
     blank = values[0].new_zeros(values[0].shape[:-1], dtype=torch.float64)
     log_shares = torch.stack([blank + (x if isinstance(x, Tensor) else float(x)) for x in weights], -1).log()
@@ -105,9 +106,9 @@ def residual(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.number("lam", lam)
-    checks.positive("clip", clip)
-    k = checks.composed({"partial": partial, "full": full}, k)
+    checks.require_number("lam", lam)
+    checks.require_positive("clip", clip)
+    k = _require_sources({"partial": partial, "full": full}, k)
 
     def corrected(log_partial: Tensor, log_full: Tensor) -> Tensor:
         added = _times(float(lam), clamped(log_full - log_partial, -float(clip), float(clip)))
@@ -140,8 +141,8 @@ def extrapolation(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.number("lam", lam)
-    k = checks.composed({"teacher": teacher, "base": base}, k)
+    checks.require_number("lam", lam)
+    k = _require_sources({"teacher": teacher, "base": base}, k)
 
     def extrapolated(w: Tensor, b: Tensor) -> Tensor:
         return _where_live(w, _times(float(lam), w) + _times(1 - float(lam), b))
@@ -171,8 +172,8 @@ def taid(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.fraction("t", t)
-    k = checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
+    checks.require_fraction("t", t)
+    k = _require_sources({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
 
     def between(z: Tensor, w: Tensor) -> Tensor:
         return _times(float(t), w) + _times(1 - float(t), z)
@@ -202,8 +203,8 @@ def veto(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    checks.not_negative("beta", beta)
-    k = checks.composed({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
+    checks.require_not_negative("beta", beta)
+    k = _require_sources({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
 
     def bridged(z: Tensor, w: Tensor) -> Tensor:
         return w + _times(float(beta), z)
@@ -285,3 +286,53 @@ def _where_live(
 def _times(factor: float, x: Tensor) -> Tensor:
     """factor * x, with 0 times infinity 0."""
     return torch.zeros_like(x) if factor == 0 else factor * x
+
+
+def _require_sources(
+    sources: Mapping[str, Tensor | Support],
+    k: int | None,
+    trained: str | None = None,
+) -> int | None:
+    """K of logits, as an int. The source named `trained` is logits and may require grad."""
+    supports = {name: x for name, x in sources.items() if isinstance(x, Support) and name != trained}
+    leaves: dict[str, Any] = {name: supports[name].ids if name in supports else x for name, x in sources.items()}
+    first_name, first = next(iter(leaves.items()))
+    for name, x in leaves.items():
+        if name in supports:
+            require_support(name, supports[name])
+        elif name == trained:
+            checks.require_logits(name, x)
+        else:
+            checks.require_constant_logits(name, x)
+        checks.require_same_positions(name, x, first, student_name=first_name)
+    widths = {name: x.shape[-1] for name, x in leaves.items() if name in supports or not supports}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"the last dimensions differ: {', '.join(f'{name} {width}' for name, width in widths.items())}; "
+            "cut logits to the common vocabulary, give supports on the same tokens"
+        )
+    if not supports:
+        return checks.require_k(k, widths[first_name], first_name)
+    if k is not None:
+        raise ValueError(f"k is {k}, but {next(iter(supports))} is a Support, whose last dimension is K; leave k out")
+    return None
+
+
+def _require_shares(weights: Sequence[float | Tensor], teachers: Sequence[Tensor | Support]) -> None:
+    if not isinstance(weights, (tuple, list)) or isinstance(weights, Support) or len(weights) != len(teachers):
+        raise ValueError(
+            f"weights is {checks.seen(weights)}; it must be a list of {len(teachers)}, one for each teacher"
+        )
+    first = teachers[0].ids if isinstance(teachers[0], Support) else teachers[0]
+    for i, x in enumerate(weights):
+        name = f"weights[{i}]"
+        if not isinstance(x, Tensor):
+            checks.require_not_negative(name, x)
+            continue
+        checks.require_tensor(name, x, checks.FLOATS)
+        checks.require_constant(name, x)
+        if x.dim() > 0:
+            checks.require_same_positions(name, x, first, value_per_position=True, student_name="teachers[0]")
+        checks.require_same_reality(name, x, "teachers[0]", first)
+    if not any(isinstance(x, Tensor) or x for x in weights):
+        raise ValueError(f"weights is {weights!r}; at least one must be above 0")

@@ -5,20 +5,20 @@ A reward is positive where the teacher likes the token better than the student d
 k2 and k3 estimate a divergence, so a trainer that wants a reward of them takes the negative.
 
 Arguments are tensors of one shape (...), such as (B, T), of bfloat16, float16, float32 or float64. Results have that
-shape, are float32 (float64 where an argument is), and are detached: a reward is a constant of the policy gradient. At
-padding they are whatever the arguments make them; multiply the loss by the mask, not the reward. An argument that is
-not as said raises TypeError or ValueError.
+shape, are float32 (float64 where an argument is), and are detached: a reward is a constant of the policy gradient.
+They mean nothing at padding; multiply the loss by the mask, not the reward. An argument that is not as said raises
+TypeError or ValueError.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from topk_rkl import checks
-from topk_rkl.sequences import starts
+from topk_rkl.recipe.sequences import require_cu_seqlens, starts
 from topk_rkl.settings import clamped
 
 
@@ -33,7 +33,7 @@ def log_ratio(
     Its negative is the log-ratio of equation 5 of arXiv 2603.25562, whose average over y ~ p is KL(p || q).
     """
     if clip is not None:
-        checks.interval("clip", clip)
+        _require_interval("clip", clip)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
     return log_q - log_p if clip is None else clamped(log_q - log_p, *map(float, clip))
 
@@ -45,7 +45,7 @@ def tanh_log_ratio(
     tau: float = 1.0,
 ) -> Tensor:  # (...)
     """tanh((log q - log p) / tau), between -1 and 1: positive where the teacher likes the token better."""
-    checks.positive("tau", tau)
+    checks.require_positive("tau", tau)
     return (log_ratio(student_log_probs, teacher_log_probs) / float(tau)).tanh()
 
 
@@ -59,7 +59,7 @@ def power_difference(
 
     The reward of PowerOPD (arXiv 2606.17199) as its code has it, alpha > 0. `box_cox` is the same over alpha.
     """
-    checks.positive("alpha", alpha)
+    checks.require_positive("alpha", alpha)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
     return _power_difference(log_p, log_q, float(alpha))
 
@@ -71,7 +71,7 @@ def box_cox(
     alpha: float,
 ) -> Tensor:  # (...)
     """(q^alpha - p^alpha) / alpha: positive where the teacher likes the token better; log q - log p at alpha = 0."""
-    checks.not_negative("alpha", alpha)
+    checks.require_not_negative("alpha", alpha)
     log_p, log_q = _constants(student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs)
     return log_q - log_p if alpha == 0 else _power_difference(log_p, log_q, float(alpha)) / float(alpha)
 
@@ -97,7 +97,7 @@ def extrapolated_log_ratio(
     positive where that target, before it is normalised, likes the token better than the student does. The reward of
     G-OPD / ExOPD (arXiv 2602.12125) and of ListOPD (arXiv 2605.08737).
     """
-    checks.number("lam", lam)
+    checks.require_number("lam", lam)
     log_p, log_q, log_b = _constants(
         student_log_probs=student_log_probs, teacher_log_probs=teacher_log_probs, base_log_probs=base_log_probs
     )
@@ -114,7 +114,7 @@ def contrast(
     given a correct hint and several wrong ones.
     """
     wrong = [wrong_log_probs] if isinstance(wrong_log_probs, Tensor) else wrong_log_probs
-    checks.teachers("wrong_log_probs", wrong)
+    checks.require_list("wrong_log_probs", wrong, "teachers")
     right, *wrong = _constants(
         right_log_probs=right_log_probs, **{f"wrong_log_probs[{i}]": x for i, x in enumerate(wrong)}
     )
@@ -128,19 +128,19 @@ def return_to_go(
     gamma: float = 1.0,
     cu_seqlens: Tensor | None = None,  # (sequences + 1,) int
 ) -> Tensor:  # (..., T)
-    """The reward at t and those after it, discounted: r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
+    """The reward at t and the later ones, discounted: r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 
-    A position where the mask is 0 is passed over: its reward counts as 0, even if it is NaN, it takes no part in the
-    discount, so that the answer of a tool costs nothing, and its own return is 0. gamma = 1 is the causal
-    sequence-level objective, 0 the token-level one (equation 3 of arXiv 2603.25562).
+    A position where the mask is 0 is passed over. Its reward counts as 0, even if it is NaN, and its return is 0. It
+    takes no part in the discount, so that the answer of a tool costs nothing. gamma = 1 is the causal sequence-level
+    objective, 0 the token-level one (equation 3 of arXiv 2603.25562).
 
     Args:
-        rewards: (..., T), time along the last dimension.
-        mask: which positions count; None for all. Only whether it is 0 matters.
+        rewards: (..., T) float, time along the last dimension.
+        mask: (..., T), which positions count; None for all. Only whether it is 0 matters.
         gamma: in [0, 1].
-        cu_seqlens: the sequences packed in a row, as in `topk_rkl.weighting.aggregate`. A return ends with its own.
+        cu_seqlens: the sequences packed in a row, as in `weighting.aggregate`. A return ends with its own.
     """
-    checks.returns(rewards, mask, gamma, cu_seqlens)
+    _require_returns(rewards, mask, gamma, cu_seqlens)
     (total,) = _constants(rewards=rewards)
     kept = torch.ones_like(total, dtype=torch.bool) if mask is None else mask != 0  # (..., T)
     total = torch.where(kept, total, 0)
@@ -184,8 +184,8 @@ def k3(
 
 
 def _constants(**log_probs: Tensor) -> list[Tensor]:
-    """Checked, detached, and of one dtype of at least float32."""
-    checks.per_token(log_probs)
+    """The tensors checked, detached, and of one dtype of at least float32."""
+    _require_per_token(log_probs)
     double = any(x.dtype == torch.float64 for x in log_probs.values())
     return [x.detach().to(torch.float64 if double else torch.float32) for x in log_probs.values()]
 
@@ -195,3 +195,41 @@ def _power_difference(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     larger = alpha * torch.maximum(log_p, log_q)
     gap = alpha * torch.where(log_q == log_p, 0, log_q - log_p)  # both may be -inf
     return -gap.sign() * larger.exp() * (-gap.abs()).expm1()
+
+
+def _require_interval(name: str, value: tuple[float, float]) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} is {value!r}; it must be a pair (low, high)")
+    for x in value:
+        checks.require_number(name, x)
+    if value[0] > value[1]:
+        raise ValueError(f"{name} is {value!r}; low must not be above high")
+
+
+def _require_per_token(log_probs: Mapping[str, Tensor]) -> None:
+    first_name, first = next(iter(log_probs.items()))
+    for name, x in log_probs.items():
+        checks.require_tensor(name, x, checks.FLOATS)
+        if x.shape != first.shape:
+            shapes = f"{name} has shape {checks.shape_of(x)} and {first_name} {checks.shape_of(first)}"
+            raise ValueError(f"{shapes}; both must hold one value per token")
+        checks.require_same_device(name, x, first_name, first)
+
+
+def _require_returns(
+    rewards: Tensor,  # (..., T)
+    mask: Tensor | None,  # (..., T)
+    gamma: float,
+    cu_seqlens: Tensor | None,  # (sequences + 1,)
+) -> None:
+    checks.require_tensor("rewards", rewards, checks.FLOATS)
+    if rewards.dim() == 0:
+        raise ValueError("rewards has no dimension; it must be (..., T)")
+    if mask is not None:
+        checks.require_tensor("mask", mask, (torch.bool, *checks.NUMBERS))
+        if mask.shape != rewards.shape:
+            shapes = f"mask has shape {checks.shape_of(mask)} and rewards {checks.shape_of(rewards)}"
+            raise ValueError(f"{shapes}; both must be (..., T)")
+        checks.require_same_device("mask", mask, "rewards", rewards)
+    checks.require_fraction("gamma", gamma)
+    require_cu_seqlens(cu_seqlens, "rewards", rewards)
