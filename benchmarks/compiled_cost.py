@@ -30,17 +30,8 @@ from triton.runtime.jit import JITFunction
 from benchmarks import phases
 from benchmarks.phases import SELECTS, Cycles
 from benchmarks.sass import Loop, Sass
-from topk_rkl.backends.triton import (
-    linear_loss,
-    linear_weight_grad,
-    mass_grad,
-    mass_loss,
-    scatter,
-    select,
-    select_loss,
-    support_loss,
-    tail_logit,
-)
+from tests.direct import Direct
+from topk_rkl.backends import triton as backend
 from topk_rkl.backends.triton.memory import INTERPRETED
 from topk_rkl.divergence import REVERSE_KL, AlphaBeta, JensenShannon
 
@@ -56,6 +47,7 @@ FAMILIES = {
     "support_loss of alpha-beta": AlphaBeta(0.5, 0.5).code,
 }
 MASSES = ("tail_logit", "mass_loss", "mass_grad")
+kernels = Direct(backend)
 HEADS = ("linear_loss", "linear_weight_grad")
 # Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
 # may start at any address.
@@ -212,19 +204,19 @@ def call_launcher(case: Case) -> None:
     slots = torch.empty((ROWS, case.k))
     weights = torch.empty(ROWS)
     if case.kernel == "select_loss":
-        select_loss(logits, logits, case.k, weights, 1.0)
+        kernels.select_loss(logits, logits, case.k, weights, 1.0)
     elif case.kernel in FAMILIES:
-        support_loss(logits, ids, slots, weights, 1.0, FAMILIES[case.kernel])
+        kernels.support_loss(logits, ids, slots, weights, 1.0, FAMILIES[case.kernel])
     elif case.kernel == "tail_logit":
-        tail_logit(logits, ids, 1.0)
+        kernels.tail_logit(logits, ids, 1.0)
     elif case.kernel == "mass_loss":
-        mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_KL, "tail")
+        kernels.mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_KL, "tail")
     elif case.kernel == "mass_grad":
-        mass_grad(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, logits, 1.0)
+        kernels.mass_grad(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, 1.0, logits)
     elif case.kernel in SLOTS:
-        scatter(slots, ids, weights, logits, unique=case.kernel == "scatter")
+        kernels.scatter(slots, ids, weights, logits, unique=case.kernel == "scatter")
     else:
-        select(logits, case.k, normalize=case.kernel == "normalize")
+        kernels.select(logits, case.k, normalize=case.kernel == "normalize")
 
 
 def call_head_launcher(case: Case) -> None:
@@ -234,9 +226,11 @@ def call_head_launcher(case: Case) -> None:
     ids = torch.zeros((n, case.k), dtype=torch.int32)
     slots = torch.ones((n, case.k))
     if case.kernel == "linear_loss":
-        linear_loss(hidden, head, head[:, 0].contiguous(), ids, slots, slots[:, 0].contiguous(), 1.0, 1.0, 30.0, True)
+        kernels.linear_loss(
+            hidden, head, head[:, 0].contiguous(), ids, slots, slots[:, 0].contiguous(), 1.0, 1.0, 30.0, True
+        )
     else:
-        linear_weight_grad(slots, ids, hidden, head, None)
+        kernels.linear_weight_grad(slots, ids, hidden, head, None)
 
 
 def compile_call(call: Callable[[], None], target: GPUTarget) -> list[tuple[Any, dict[str, Any]]]:
@@ -354,7 +348,7 @@ def main() -> None:
     args = parser.parse_args()
     if INTERPRETED.value:
         sys.exit("TRITON_INTERPRET is set, so the kernels were built for the interpreter: unset it to compile them.")
-    print(f"Triton {triton.__version__}; instr/element: SASS instructions an element of the scan loop")
+    print(f"Triton {triton.__version__}; instr/element: SASS instructions per element of the scan loop")
     head = "target  kernel           dtype       vocab     K     H  registers  spills (scalar)  shared programs"
     print(f"{head} instr/element")
     costs = []

@@ -14,8 +14,8 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 
+from tests.direct import Direct, reference
 from topk_rkl import backends, teacher_topk, topk_reverse_kl, use_backend
-from topk_rkl.backends import reference
 from topk_rkl.divergence import JensenShannon, ReverseKL
 
 # A kernel with its sizes, and the call that raises where it is wrong.
@@ -32,7 +32,7 @@ def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def selection(backend: str, small: bool, dtype: str) -> Iterator[Check]:
-    module = backends._load(backend)
+    module = Direct(backends._load(backend))
     sizes = [(V, 64), (V, 32), (V, 256), (V, 1_024), (50_257, 64), (50_257, 256), (4_099, 32), (4_099, 1_024), (33, 33)]
     for vocab, k in [(33, 5), (300, 20)] if small else sizes:
         names = ["many_ties_at_the_kth", "fewer_than_k_finite"] if small else None
@@ -56,7 +56,7 @@ def assert_log_probs(
 
 
 def loss(backend: str, small: bool) -> Iterator[Check]:
-    module, (n, vocab) = backends._load(backend), (3, 300) if small else (300, V)
+    module, (n, vocab) = Direct(backends._load(backend)), (3, 300) if small else (300, V)
     student, teacher, weights = normal(n, vocab), normal(n, vocab), torch.rand(n, device=DEVICE)
     weights[1] = 0
     for k in (9,) if small else (32, 64, 256, 1_024):
@@ -104,7 +104,7 @@ def assert_support_loss(
 
 
 def scatter(backend: str, small: bool) -> Iterator[Check]:
-    module, (n, vocab, k) = backends._load(backend), (3, 300, 8) if small else (300, V, 64)
+    module, (n, vocab, k) = Direct(backends._load(backend)), (3, 300, 8) if small else (300, V, 64)
     ids, g = normal(n, vocab).topk(k).indices.int(), torch.randn(n, k, device=DEVICE)
     repeated = torch.cat([ids[:, :1], ids[:, :-1]], 1)
     for dtype in (BF16, torch.float32):
@@ -129,7 +129,7 @@ def assert_scatters(
 
 
 def head(backend: str, small: bool) -> Iterator[Check]:
-    module = backends._load(backend)
+    module = Direct(backends._load(backend))
     sizes = [(40, 32, 3_000, 4_096), (40, 64, 3_000, 4_096), (9, 300, 900, 1_030), (5, 5, 60, 70)]
     for n, k, vocab, width in [(2, 2, 9, 18)] if small else sizes:
         for dtype in (BF16, torch.float32):
@@ -151,7 +151,7 @@ def assert_weight_grad(module: Any, problem: test_linear_loss.Problem) -> None:
 
 
 def mass(backend: str, small: bool) -> Iterator[Check]:
-    module, (n, vocab, k) = backends._load(backend), (2, 300, 9) if small else (60, V, 20)
+    module, (n, vocab, k) = Direct(backends._load(backend)), (2, 300, 9) if small else (60, V, 20)
     student, teacher = normal(n, vocab, dtype=torch.float32) * 3, normal(n, vocab, dtype=torch.float32) * 3
     for divergence in (ReverseKL(), JensenShannon(0.3)):
         name = f"tail_logit, mass_loss, mass_grad of {divergence} N {n} V {vocab} K {k}"
@@ -170,9 +170,9 @@ def assert_tail(
     for which, z, w in ((module, student, teacher), (reference, student.double(), teacher.double())):
         w = w.log_softmax(1)
         tail = which.tail_logit(w, ids, 1.0)
-        loss, g, others = which.mass_loss(z, ids, w.gather(1, ids), tail, None, 1.0, code, "tail")
+        loss, g, outside = which.mass_loss(z, ids, w.gather(1, ids), tail, None, 1.0, code, "tail")
         out = torch.full_like(z, torch.nan)
-        which.mass_grad(g, ids, others, torch.ones_like(loss), z, out, 1.0)
+        which.mass_grad(g, ids, outside, torch.ones_like(loss), z, 1.0, out)
         results.append([x.double() for x in (loss, g, out)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -233,7 +233,7 @@ def stress(backend: str, small: bool) -> Iterator[Check]:
     student, teacher = normal(n, vocab), normal(n, vocab)
     for k in (5,) if small else (32, 64, 256):
         name = f"select_loss and scatter 12 times N {n} V {vocab} K {k}"
-        yield name, partial(assert_repeats, backends._load(backend), student, teacher, k, 2 if small else 12)
+        yield name, partial(assert_repeats, Direct(backends._load(backend)), student, teacher, k, 2 if small else 12)
 
 
 def assert_repeats(
@@ -260,7 +260,10 @@ def assert_repeats(
 def threads(backend: str, small: bool) -> Iterator[Check]:
     """Launches of one kernel with little and with much shared memory, which is an attribute of the kernel."""
     if not small:
-        module, problems = backends._load(backend), [test_linear_loss.draw(4, k, 300, 4_096, BF16) for k in (8, 64)]
+        module, problems = (
+            Direct(backends._load(backend)),
+            [test_linear_loss.draw(4, k, 300, 4_096, BF16) for k in (8, 64)],
+        )
         yield "linear_loss K 8 and K 64 H 4096 from two threads", partial(assert_threads, module, problems)
 
 

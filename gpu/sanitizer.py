@@ -83,9 +83,10 @@ def run_tool(tool: str, codes: dict[str, int]) -> None:
 
 def main() -> int:
     if sys.argv[1:] == ["cases"]:
+        from tests.direct import Direct
         from topk_rkl.backends import cuda
 
-        run_cases(cuda, "cpu" if cuda.HOST else "cuda")
+        run_cases(Direct(cuda), "cpu" if cuda.HOST else "cuda")
         return 0
     codes: dict[str, int] = {}
     threads = [threading.Thread(target=run_tool, args=(tool, codes), daemon=True) for tool in TOOLS]

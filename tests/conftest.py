@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import topk_rkl
+from tests.direct import Direct
 from topk_rkl import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +63,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def module(request: pytest.FixtureRequest) -> Any:
     """The same, as the module with the backend's functions."""
-    return backends._load(request.param)
+    return Direct(backends._load(request.param))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

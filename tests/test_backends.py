@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,20 +41,33 @@ def test_auto_takes_the_fastest_that_fits_and_the_reference_otherwise() -> None:
 
 def test_auto_takes_cuda_from_the_k_that_was_measured(monkeypatch) -> None:
     """On a GPU; where its kernels refuse, Triton is next."""
-    on_gpu, refused = SimpleNamespace(is_cuda=True), set()
-    monkeypatch.setattr(backends, "_load", lambda name: name)
-    monkeypatch.setattr(backends, "_refusal", lambda name, _k, _x: "no" if name in refused else None)
-    assert backends.choose("auto", 1_024, on_gpu) == backends.choose("auto", 1_024, on_gpu, head=True) == "triton"
+    on_gpu, on_cpu = (SimpleNamespace(is_cuda=x, dtype=torch.float32) for x in (True, False))
+    refused = set()
+
+    def stand_in(name: str) -> SimpleNamespace:
+        no_masses = "no" if name == "cuda" else None
+        return SimpleNamespace(
+            name=name,
+            HOST=True,
+            refusal=lambda *_: "no" if name in refused else None,
+            objective_refusal=lambda _, mass: None if mass == "renormalized" else no_masses,
+        )
+
+    def chosen(k: int, logits: SimpleNamespace, **options: Any) -> str:
+        return backends.choose("auto", k, logits, **options).name
+
+    monkeypatch.setattr(backends, "_load", stand_in)
+    assert chosen(1_024, on_gpu) == chosen(1_024, on_gpu, linear=True) == "triton"
     monkeypatch.setattr(backends, "CUDA_FROM_K", 128)
     monkeypatch.setattr(backends, "CUDA_LINEAR_FROM_K", 8)
-    assert [backends.choose("auto", k, on_gpu) for k in (127, 128)] == ["triton", "cuda"]
-    assert [backends.choose("auto", k, on_gpu, head=True) for k in (7, 8)] == ["triton", "cuda"]
-    assert backends.choose("auto", 128, on_gpu, mass="tail") == "triton"
+    assert [chosen(k, on_gpu) for k in (127, 128)] == ["triton", "cuda"]
+    assert [chosen(k, on_gpu, linear=True) for k in (7, 8)] == ["triton", "cuda"]
+    assert chosen(128, on_gpu, mass="tail") == "triton"
     refused.add("cuda")
-    assert backends.choose("auto", 128, on_gpu) == "triton"
+    assert chosen(128, on_gpu) == "triton"
     refused.add("triton")
-    assert backends.choose("auto", 128, on_gpu) == "reference"
-    assert backends.choose("auto", 128, SimpleNamespace(is_cuda=False)) == "native"
+    assert chosen(128, on_gpu) == "reference"
+    assert chosen(128, on_cpu) == "native"
 
 
 def test_auto_needs_every_tensor_to_fit() -> None:
@@ -68,12 +82,6 @@ def test_auto_takes_the_reference_for_what_no_kernel_has() -> None:
         assert backends.choose("auto", 5, logits, **objective) is fast
     for objective in ({"divergence": torch.sub}, {"mass": "ema_pg"}, {"mass": "ema_pg_corrected"}):
         assert backends.choose("auto", 5, logits, **objective).__name__ == "topk_rkl.backends.reference"
-
-
-def test_cuda_has_the_renormalised_reverse_kl_alone() -> None:
-    assert backends._objective_refusal("cuda", (0,), "renormalized") is None
-    for divergence, mass in (((0,), "tail"), ((1, -1.0, 1.0), "renormalized"), ((2, 0, 0, 1, 1), "renormalized")):
-        assert "renormalised ReverseKL() alone" in backends._objective_refusal("cuda", divergence, mass)
 
 
 @pytest.mark.skipif("cuda" in BACKENDS, reason="the CUDA kernels can run here")
@@ -164,9 +172,9 @@ def test_a_thread_starts_from_the_choice_of_the_process() -> None:
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compile_follows_the_backend_in_force(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled once for each, in whatever thread or context; the backward pass uses what its forward pass used."""
-    asked, choose = [], ops.choose
+    asked, choose = [], ops.logits.choose
     monkeypatch.setattr(
-        ops, "choose", lambda name, *args, **options: asked.append(name) or choose(name, *args, **options)
+        ops.logits, "choose", lambda name, *args, **options: asked.append(name) or choose(name, *args, **options)
     )
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)

@@ -9,7 +9,7 @@ import torch
 from conftest import DEVICE, LiveBytes
 from torch import Tensor
 
-from topk_rkl import Support, teacher_topk, topk_reverse_kl
+from topk_rkl import Support, rows, teacher_topk, topk_reverse_kl
 from topk_rkl.recipe import composition
 from topk_rkl.recipe.builders import fixed_ids
 from topk_rkl.recipe.composition import extrapolation, mixture, residual, taid, veto
@@ -95,7 +95,7 @@ def test_chunks_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(alone.ids, whole.ids[2, 3])
     torch.testing.assert_close(alone.log_probs, whole.log_probs[2, 3], rtol=1e-6, atol=1e-6)
     for elements in (1, 3 * 40, 9 * 40):  # a position, three of one sequence, two sequences at a time
-        monkeypatch.setattr(composition, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(rows, "CHUNK_BYTES", 8 * elements)
         chunked = TARGETS[name][0](a[:, :-1], b[:, 1:], k=6)
         assert torch.equal(whole.ids, chunked.ids)
         torch.testing.assert_close(whole.log_probs, chunked.log_probs, rtol=1e-6, atol=1e-6)
@@ -105,7 +105,7 @@ def test_chunks_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_float32_copy_of_the_logits_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 8 << 13)
     a, b = torch.randn(2, 100, 4_000, device=DEVICE).bfloat16()
     TARGETS[name][0](a[:4], b[:4], k=8)
     with LiveBytes() as memory:

@@ -14,7 +14,7 @@ from conftest import BACKENDS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu import sanitizer
-from topk_rkl.backends import reference
+from tests.direct import reference
 
 HANGS = 600  # seconds, after which a tool is taken to hang
 PLANTED = """

@@ -17,15 +17,21 @@ from test_select import DTYPES, assert_selects
 from torch import Tensor
 
 from tests import cases
+from tests.direct import Direct, reference
 from topk_rkl import backends
-from topk_rkl.backends import reference
 
 pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels cannot run here")
 
 
 @pytest.fixture
 def cuda() -> Any:
-    return backends._load("cuda")
+    return Direct(backends._load("cuda"))
+
+
+def test_cuda_has_the_renormalised_reverse_kl_alone() -> None:
+    assert backends._objective_refusal("cuda", (0,), "renormalized") is None
+    for divergence, mass in (((0,), "tail"), ((1, -1.0, 1.0), "renormalized"), ((2, 0, 0, 1, 1), "renormalized")):
+        assert "renormalised ReverseKL() alone" in backends._objective_refusal("cuda", divergence, mass)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

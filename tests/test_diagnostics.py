@@ -5,6 +5,7 @@ import torch
 from conftest import DEVICE, LiveBytes
 from torch import Tensor
 
+import topk_rkl.rows
 from topk_rkl import Support, diagnostics, teacher_topk
 from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 
@@ -49,8 +50,8 @@ def test_each_is_its_definition(rows, monkeypatch) -> None:
     want = wanted(z.cpu(), w.cpu(), y.cpu())
     assert 0 < want["overlap_count"].float().mean() < K and want["top1_agreement"].float().mean() not in (0, 1)
     options = {"k": K, "temperature": T, "sampled_ids": y.view(3, 4)}
-    for chunk_bytes in (1, 64 << 20):
-        monkeypatch.setattr(diagnostics, "CHUNK_BYTES", chunk_bytes)
+    for chunk_bytes in (1, 32 << 20):
+        monkeypatch.setattr(topk_rkl.rows, "CHUNK_BYTES", chunk_bytes)
         found = topk_diagnostics(z.view(3, 4, 40).requires_grad_(), w.view(3, 4, 40), diagnostics.NAMES, **options)
         assert list(found) == list(diagnostics.NAMES)
         for name, value in found.items():
@@ -161,7 +162,7 @@ def test_they_are_those_asked_for_in_that_order(rows, asked) -> None:
 
 
 def test_memory_holds_some_rows_alone(monkeypatch) -> None:
-    monkeypatch.setattr(diagnostics, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(topk_rkl.rows, "CHUNK_BYTES", 1 << 19)
     z, w = torch.randn(2, 500, 5_000, device=DEVICE).bfloat16()
     with LiveBytes() as memory:
         topk_diagnostics(z, w, ("student_entropy", "overlap_token_advantage"), k=8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gpu import checks
+from tests.direct import Direct
 from topk_rkl import backends
 
 GROUPS = [name for name in checks.GROUPS if name not in ("graph", "threads")]  # which need a GPU
@@ -36,7 +37,7 @@ FAULTS = {
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in FAULTS[group].split()])
 def test_the_checks_fail_what_is_wrong(group: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One number of a result that a backend gives, or of what it writes, is off from the second call on."""
-    module = backends._load("reference")
+    module = Direct(backends._load("reference"))
     wrong = type("Wrong", (), {})()
     vars(wrong).update({**vars(module), name: off(getattr(module, name))})
     monkeypatch.setattr(checks.backends, "_load", lambda _: wrong)

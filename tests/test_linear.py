@@ -12,6 +12,7 @@ from test_select import lazy_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.direct import Direct, reference
 from topk_rkl import (
     LinearTopKReverseKLLoss,
     Support,
@@ -20,13 +21,15 @@ from topk_rkl import (
     linear_topk_divergence,
     linear_topk_reverse_kl,
     ops,
+    rows,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
     use_backend,
 )
-from topk_rkl.backends import dense_linear, products, reference
+from topk_rkl.backends import products
 
+dense_linear = Direct(backends._load("dense_linear"))
 LOW = [torch.bfloat16, torch.float16]
 N, V, H, K = 6, 90, 24, 7
 
@@ -281,7 +284,7 @@ class Largest(TorchDispatchMode):
 def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad: str) -> None:
     """N V is 360,000 elements here, N K H 5,760, and V H, the gradient of the head itself, 8,000."""
     n, vocab, width, k = 180, 2_000, 4, 8
-    if module is reference:
+    if module.module is reference.module:
         pytest.skip("it gathers, in chunks, which test_the_reference_gathers_in_chunks bounds")
     if DEVICE == "cpu" and module.__name__.endswith("triton"):
         pytest.skip("the interpreter copies every tensor of a launch")
@@ -313,7 +316,7 @@ def test_the_largest_tensor_is_seen() -> None:
 def test_the_reference_gathers_in_chunks() -> None:
     hidden, head, _, support = inputs(n=200)
     with Largest() as largest, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "CHUNK_BYTES", 200_000)
+        patch.setattr(rows, "CHUNK_BYTES", 200_000)
         reference.linear_loss(hidden.detach(), head.detach(), None, *support, None, 1.0, 1.0, None, True)
     assert 0 < largest.numel <= 200_000 // 8
 
@@ -342,9 +345,9 @@ def test_linear_teacher_topk_holds_one_buffer(backend, monkeypatch) -> None:
     module = backends._load(backend)
     seen = []
 
-    def select(logits: Tensor, *others) -> tuple[Tensor, Tensor]:
+    def select(logits: Tensor, *others) -> None:
         seen.append((len(logits), logits.data_ptr()))
-        return original(logits, *others)
+        original(logits, *others)
 
     original = module.select
     monkeypatch.setattr(module, "select", select)
@@ -567,7 +570,7 @@ def test_the_dense_product_keeps_nan_where_it_belongs() -> None:
 def test_autocast_does_not_take_the_dense_product_in_16_bits() -> None:
     hidden, head, _, support = inputs()
     head = head[:20].detach().requires_grad_()
-    assert backends.choose_head("auto", K, hidden, 20) is dense_linear
+    assert backends.choose_linear("auto", K, hidden, 20) is dense_linear.module
     want = linear_topk_reverse_kl(hidden, head, support)
     with torch.autocast("cpu", torch.bfloat16):
         got = linear_topk_reverse_kl(hidden, head, support)
@@ -577,20 +580,20 @@ def test_autocast_does_not_take_the_dense_product_in_16_bits() -> None:
 
 def test_the_dense_product_is_chosen_by_one_rule() -> None:
     hidden = torch.randn(3, 8)
-    assert backends.choose_head("auto", 25, hidden, 100) is dense_linear
-    assert backends.choose_head("auto", 24, hidden, 100) is not dense_linear
-    assert backends.choose_head("reference", 25, hidden, 100) is reference
-    assert backends.choose_head("auto", 25, hidden.double(), 100) is reference
+    assert backends.choose_linear("auto", 25, hidden, 100) is dense_linear.module
+    assert backends.choose_linear("auto", 24, hidden, 100) is not dense_linear.module
+    assert backends.choose_linear("reference", 25, hidden, 100) is reference.module
+    assert backends.choose_linear("auto", 25, hidden.double(), 100) is reference.module
 
 
 SETTINGS = """
 import torch
 from topk_rkl import linear_topk_reverse_kl
-from topk_rkl.backends import choose_head
+from topk_rkl.backends import choose_linear
 hidden, head, teacher = torch.randn(3, 8), torch.randn(20, 8), torch.randn(3, 20)
 def took_dense():
     linear_topk_reverse_kl(hidden, head, teacher, k=10)
-    return choose_head("auto", 10, hidden, 20).__name__.endswith("dense_linear")
+    return choose_linear("auto", 10, hidden, 20).__name__.endswith("dense_linear")
 for setting, dense in SETTINGS:
     exec(setting)
     assert took_dense() == dense, setting

@@ -10,7 +10,7 @@ from cases import LAYOUTS
 from conftest import DEVICE
 from torch import Tensor
 
-from topk_rkl.backends import reference
+from tests.direct import reference
 from topk_rkl.divergence import capped
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -22,7 +22,7 @@ from topk_rkl import (
     use_backend,
 )
 from topk_rkl.mass import classes
-from topk_rkl.settings import pack
+from topk_rkl.objective import pack
 
 HAVE_IT = EVERY_OBJECTIVE
 MASSES = ["tail", "raw", "raw_stop_grad"]
@@ -95,9 +95,9 @@ def test_tail_of_any_support(backend) -> None:
     ids[0, 2], values[0, 4], ids[0, 6], ids[1] = -1, -torch.inf, 95, -1
     want = mass_gradient(z, Support(ids, values))
     mixed = torch.tensor([7, 3, 11, 0, 1, 5, 2, 9, 4, 8, 10, 6, 3, 0, 5], device=DEVICE)
-    others = torch.cat((values[:, mixed[:12]], values[:, mixed[12:]] - 3), 1)
+    outside = torch.cat((values[:, mixed[:12]], values[:, mixed[12:]] - 3), 1)
     for row_ids in (ids[:, mixed], ids[:, mixed].long()):
-        got = mass_gradient(z, Support(row_ids, others))
+        got = mass_gradient(z, Support(row_ids, outside))
         torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
     assert want[0][1] == 0 and (want[1][1].sum() == 0)  # all of it is the rest, on both sides
     z[2, 89 - ids[2].max() % 2] = torch.nan
@@ -214,8 +214,8 @@ def test_mass_does_not_read_the_device_on_the_host(module) -> None:
     ids = ids.sort(1).values
     with NoHostSync():
         tail = module.tail_logit(w, ids, 1.0)
-        _, g, others = module.mass_loss(z, ids, values, tail, None, 1.0, JensenShannon().code, "tail")
-        module.mass_grad(g, ids, others, torch.ones(4, device=DEVICE), None, z, 1.0)
+        _, g, outside = module.mass_loss(z, ids, values, tail, None, 1.0, JensenShannon().code, "tail")
+        module.mass_grad(g, ids, outside, torch.ones(4, device=DEVICE), None, 1.0, z)
         topk_divergence(z.requires_grad_(), w, k=6, mass="tail").backward()
     torch.testing.assert_close(z.grad.sum(1), torch.zeros(4, device=DEVICE))  # and it has written a gradient
     assert z.grad.abs().sum() > 0
@@ -314,7 +314,7 @@ def test_ids_that_32_bits_cannot_hold_are_empty(backend, far: int) -> None:
     ids[:, :2] = torch.tensor([2, 7], device=DEVICE)
     ids[:, 2] = far  # in order, as the op is given them
     tail = torch.zeros(2, device=DEVICE, dtype=torch.float64)
-    got, want = (ops.mass_loss(z, x, values, tail, None, None, "tail", backend) for x in (ids, ids.clamp(-1, 20)))
+    got, want = (ops.mass_loss(z, x, values, tail, None, pack(mass="tail"), backend) for x in (ids, ids.clamp(-1, 20)))
     assert all(map(torch.equal, got, want)) and got[0].isfinite().all()
     out = torch.empty_like(z)
     ops.mass_grad(got[1], ids, got[2], torch.ones(2, device=DEVICE), z, out, None, backend)
@@ -337,7 +337,7 @@ def test_ids_out_of_order_are_not_silent(backend) -> None:
     z = torch.randn(5, 50, device=DEVICE)
     ids = torch.tensor([[1, 4, 9], [1, 9, 4], [1, -1, 9], [4, 4, 9], [1, -1, -1]], device=DEVICE)
     tail = torch.zeros(5, device=DEVICE, dtype=torch.float64)
-    loss, _, _ = ops.mass_loss(z, ids, z[:, :3] - 5, tail, None, None, "tail", backend)
+    loss, _, _ = ops.mass_loss(z, ids, z[:, :3] - 5, tail, None, pack(mass="tail"), backend)
     assert loss.isnan().tolist() == [False, True, True, True, False]
 
 

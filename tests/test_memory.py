@@ -13,6 +13,7 @@ import torch
 from conftest import BACKENDS, DEVICE, LiveBytes
 from torch import Tensor
 
+from tests.direct import Direct
 from topk_rkl import (
     ForwardKL,
     ReverseKL,
@@ -20,11 +21,11 @@ from topk_rkl import (
     backends,
     linear_teacher_topk,
     linear_topk_reverse_kl,
+    rows,
     teacher_topk,
     topk_divergence,
     use_backend,
 )
-from topk_rkl.backends import reference
 from topk_rkl.diagnostics import NAMES, topk_diagnostics
 from topk_rkl.recipe.builders import fixed_ids, student_topk, teacher_top_p, with_sampled
 from topk_rkl.recipe.composition import mixture, taid
@@ -47,11 +48,11 @@ Call = Callable[[], object]
 
 
 def numbers(
-    rows: int,
+    count: int,
     columns: int,
-) -> Tensor:  # (rows, columns) bfloat16
+) -> Tensor:  # (count, columns) bfloat16
     """Few are drawn."""
-    return torch.randn(min(rows, 16), columns).bfloat16().repeat(-(-rows // 16), 1)[:rows]
+    return torch.randn(min(count, 16), columns).bfloat16().repeat(-(-count // 16), 1)[:count]
 
 
 def leaf(*shape: int) -> Tensor:
@@ -222,7 +223,7 @@ IN_PLAIN_PYTORCH = {
 def peak(build: Callable[[int], Call], n: int, backend: str, chunk_bytes: int) -> float:  # MiB
     """Run in a process of its own. A first call, on few rows, also loads what is loaded once."""
     torch.manual_seed(0)
-    reference.CHUNK_BYTES = chunk_bytes
+    rows.CHUNK_BYTES = chunk_bytes
     with use_backend(backend):
         build(8)()
         call = build(n)
@@ -258,15 +259,12 @@ def test_memory_of(build: Callable[[int], Call], backend: str, apart: ProcessPoo
     else:
         share = 8 if backend == "reference" else 1
         n = LOGITS[0] // share
-    assert (
-        apart.submit(peak, build, n, backend, reference.CHUNK_BYTES // share).result()
-        <= ON_EVERY_BACKEND[build] / share
-    )
+    assert apart.submit(peak, build, n, backend, rows.CHUNK_BYTES // share).result() <= ON_EVERY_BACKEND[build] / share
 
 
 @pytest.mark.parametrize("build", IN_PLAIN_PYTORCH, ids=lambda build: build.__name__)
 def test_memory_in_plain_pytorch_of(build: Callable[[int], Call], apart: ProcessPoolExecutor) -> None:
-    held = apart.submit(peak, build, LOGITS[0], "auto", reference.CHUNK_BYTES).result()
+    held = apart.submit(peak, build, LOGITS[0], "auto", rows.CHUNK_BYTES).result()
     assert held <= IN_PLAIN_PYTORCH[build]
 
 
@@ -275,9 +273,9 @@ def test_memory_that_the_launches_of_triton_ask_for(monkeypatch) -> None:
     """The kernels are left out: the interpreter copies every tensor of a launch."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
-    module, n = backends._load("triton"), LOGITS[0]
+    module, n = Direct(backends._load("triton")), LOGITS[0]
     logits, out, ids = numbers(*LOGITS), numbers(*LOGITS), torch.randint(LOGITS[1], (n, K), dtype=torch.int32)
-    slots, row, others = torch.randn(n, K), torch.randn(n), torch.randn(n, 2, dtype=torch.float64)
+    slots, row, outside = torch.randn(n, K), torch.randn(n), torch.randn(n, 2, dtype=torch.float64)
     kl = ReverseKL().code
     calls = [
         lambda: module.select(logits, K),
@@ -288,8 +286,8 @@ def test_memory_that_the_launches_of_triton_ask_for(monkeypatch) -> None:
         lambda: module.scatter(slots, ids, row, out, False),
         lambda: module.tail_logit(logits, ids, 1.0),
         lambda: module.mass_loss(logits, ids, slots, row, row, 1.0, kl, "tail"),
-        lambda: module.mass_grad(slots, ids, others, row, logits, out, 1.0),
-        lambda: module.mass_grad(slots, ids, others, row, None, out, 1.0),
+        lambda: module.mass_grad(slots, ids, outside, row, logits, 1.0, out),
+        lambda: module.mass_grad(slots, ids, outside, row, None, 1.0, out),
     ]
     for call in calls:
         with LiveBytes() as memory:

@@ -8,8 +8,8 @@ from conftest import BACKENDS
 from test_select import DTYPES, assert_selects
 
 from tests import cases
+from tests.direct import Direct, reference
 from topk_rkl import backends
-from topk_rkl.backends import reference
 from topk_rkl.backends.pointers import check_extent
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the extension was not built here")
@@ -31,7 +31,7 @@ def isa(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def native():
-    return backends._load("native")
+    return Direct(backends._load("native"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,9 +60,9 @@ def test_the_mass_outside_with_each_instruction_set(native, isa: str, vocab: int
     results = []
     for module, z, w in kinds:
         tail = module.tail_logit(w, ids, 0.7)
-        loss, g, others = module.mass_loss(z, ids, values, tail, None, 0.7, (2, 0.4, 0.3, 0.6, 0.7), "tail")
+        loss, g, outside = module.mass_loss(z, ids, values, tail, None, 0.7, (2, 0.4, 0.3, 0.6, 0.7), "tail")
         out = torch.empty_like(z)
-        module.mass_grad(g, ids, others, torch.linspace(-1, 2, 7), z, out, 0.7)
+        module.mass_grad(g, ids, outside, torch.linspace(-1, 2, 7), z, 0.7, out)
         results.append((tail, loss.double(), g.double(), out.double()))
     for got, want in zip(*results, strict=True):
         rounding = 2e-6 if got.dim() < 2 or dtype == torch.float32 else 2**-8

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from topk_rkl import (
     ForwardKL,
     JensenShannon,
+    ReverseKL,
     Support,
     TopKReverseKLLoss,
     linear_teacher_topk,
@@ -18,9 +19,9 @@ from topk_rkl import (
     topk_divergence,
     topk_reverse_kl,
 )
-from topk_rkl.settings import pack
+from topk_rkl.objective import pack
 
-CLAMPED = pack(0.7, (1.0, -2.0, 0.5), 0.5, 3.0)
+CLAMPED = pack(0.7, ReverseKL(clamp=(-2.0, 0.5)), logit_scale=0.5, softcap=3.0)
 
 
 def samples() -> dict[str, tuple]:
@@ -30,26 +31,26 @@ def samples() -> dict[str, tuple]:
     hidden, head, bias = torch.randn(3, 4, 8, device=DEVICE), *torch.randn(50, 9, device=DEVICE).split((8, 1), 1)
     head, bias = head.contiguous(), bias.flatten()
     distinct = torch.arange(6, device=DEVICE).expand(3, 4, 6).clone()
-    others = torch.rand(3, 4, 2, device=DEVICE, dtype=torch.float64)
+    outside = torch.rand(3, 4, 2, device=DEVICE, dtype=torch.float64)
     return {
         "kept": (ids.mT,),
         "select": (teacher[:, 1:], 6, True, "reference"),
         "support_loss": (student, ids, values, weights, CLAMPED, "reference"),
         "select_loss": (student, teacher.bfloat16(), 6, None, CLAMPED, "reference"),
         "tail_logit": (student, ids, pack(0.7), "reference"),
-        "mass_loss": (student, distinct, values, weights, weights, pack(0.7), "tail", "reference"),
-        "mass_grad": (values, distinct, others, weights, student, student.clone(), pack(0.7), "reference"),
+        "mass_loss": (student, distinct, values, weights, weights, pack(0.7, mass="tail"), "reference"),
+        "mass_grad": (values, distinct, outside, weights, student, student.clone(), pack(0.7), "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
         "linear_select": (hidden, head, bias, 6, 5, CLAMPED, True, False, "reference"),
-        "linear_values": (hidden, head, bias, ids, CLAMPED),
+        "linear_logits": (hidden, head, bias, ids, CLAMPED),
         "linear_loss": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
         "linear_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
         "linear_mass_loss": (
-            hidden, head, bias, distinct, values, weights, weights, None, "raw", "reference"
+            hidden, head, bias, distinct, values, weights, weights, pack(mass="raw"), "reference"
         ),
         "linear_mass_grad": (
-            values, distinct, others, weights, hidden, head, bias, CLAMPED,
-            *map(torch.clone, (hidden, head, bias)), "raw", "reference",
+            values, distinct, outside, weights, hidden, head, bias,
+            *map(torch.clone, (hidden, head, bias)), pack(0.7, mass="raw", softcap=3.0), "reference",
         ),
     }  # fmt: skip
 
@@ -60,7 +61,7 @@ WRITING = ("scatter", "mass_grad", "linear_weight_grad", "linear_mass_grad")
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
-    outcome = torch.library.opcheck(getattr(ops, name), samples()[name])
+    outcome = torch.library.opcheck(getattr(torch.ops.topk_rkl, name).default, samples()[name])
     assert set(outcome.values()) == {"SUCCESS"}
 
 

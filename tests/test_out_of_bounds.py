@@ -11,7 +11,9 @@ from conftest import BACKENDS, DEVICE
 
 RUN = """
 import torch
-from topk_rkl.backends import triton as backend
+from tests.direct import Direct
+from topk_rkl.backends import triton
+backend = Direct(triton)
 for vocab, k in ((1, 1), (33, 33), (507, 16), (2049, 65)):
     for dtype in (torch.bfloat16, torch.float32):
         student, teacher = torch.randn(2, 2, vocab).to(dtype)
@@ -22,8 +24,8 @@ for vocab, k in ((1, 1), (33, 33), (507, 16), (2049, 65)):
         ascending = torch.where(ids[:1] < 0, vocab, ids[:1]).sort().values.expand(2, k).contiguous()
         ascending[ascending == vocab] = -1
         tail = backend.tail_logit(teacher, ascending, 1.0)
-        _, g, others = backend.mass_loss(student, ascending, g, tail, None, 1.0, (2.0, 0.5, 0.5, 0.5, 0.5), "tail")
-        backend.mass_grad(g, ascending, others, loss, None, student.clone(), 1.0)
+        _, g, outside = backend.mass_loss(student, ascending, g, tail, None, 1.0, (2.0, 0.5, 0.5, 0.5, 0.5), "tail")
+        backend.mass_grad(g, ascending, outside, loss, None, 1.0, student.clone())
         for unique in (True, False):
             backend.scatter(g, ids, loss, torch.empty_like(student), unique)
 print("done")

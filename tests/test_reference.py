@@ -1,16 +1,17 @@
-"""What only the reference has: chunks of rows; and its sparse head against autograd of the plain form."""
+"""What only the reference has: chunks of rows; and its linear loss against autograd of the plain form."""
 
 import pytest
 import torch
 
-from topk_rkl.backends import reference
+from tests.direct import reference
+from topk_rkl import rows
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1 << 10, 32 << 20])
-def test_sparse_head_is_the_loss_of_the_dense_logits(monkeypatch, softcap, biased: bool, chunk_bytes: int) -> None:
-    monkeypatch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
+def test_linear_loss_is_the_loss_of_the_dense_logits(monkeypatch, softcap, biased: bool, chunk_bytes: int) -> None:
+    monkeypatch.setattr(rows, "CHUNK_BYTES", chunk_bytes)
     n, vocab, width, k, temperature, scale = 7, 30, 5, 6, 0.7, 1.3
     hidden, head = torch.randn(n, width).double().requires_grad_(), torch.randn(vocab, width).double().requires_grad_()
     bias = torch.randn(vocab).double().requires_grad_() if biased else None
@@ -37,7 +38,7 @@ def test_sparse_head_is_the_loss_of_the_dense_logits(monkeypatch, softcap, biase
         torch.testing.assert_close(dbias, bias.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_sparse_head_does_not_read_rows_outside_the_support() -> None:
+def test_linear_loss_does_not_read_rows_outside_the_support() -> None:
     hidden, head = torch.randn(2, 4), torch.full((9, 4), torch.nan)
     head[[2, 5, 7]] = torch.randn(3, 4)
     ids = torch.tensor([[2, 5, -1], [7, 99, 2]])
@@ -49,7 +50,7 @@ def test_sparse_head_does_not_read_rows_outside_the_support() -> None:
 def test_chunks_do_not_change_a_bit(monkeypatch) -> None:
     student, teacher = torch.randn(2, 9, 400)
     want = reference.select_loss(student, teacher, 20, None, 1.0)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
     assert all(
         torch.equal(a, b) for a, b in zip(reference.select_loss(student, teacher, 20, None, 1.0), want, strict=True)
     )

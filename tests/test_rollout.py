@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
+import topk_rkl.rows
 from topk_rkl.recipe import rollout
 from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 
@@ -385,7 +386,7 @@ def test_chunks_of_rows_and_padded_rows_change_nothing(monkeypatch):
 
     whole = run(student, teacher)
     padded = run(*(torch.cat([x, torch.full((7, 9), math.nan)], -1)[:, :40] for x in (student, teacher)))
-    monkeypatch.setattr(rollout, "CHUNK_ELEMENTS", 3 * 40)
+    monkeypatch.setattr(topk_rkl.rows, "CHUNK_BYTES", 8 * 3 * 40)
     chunked = run(student, teacher)
     for got in (padded, chunked):
         assert torch.equal(got[0], whole[0])

@@ -10,12 +10,12 @@ from conftest import BACKENDS, DEVICE
 from test_select import lazy_memory
 from torch import Tensor
 
+from tests.direct import Direct, reference
 from topk_rkl import Support, backends, linear_topk_reverse_kl, teacher_topk, topk_divergence, topk_reverse_kl
-from topk_rkl.backends import reference
 from topk_rkl.rows import row_views
 
 V, H, K = 41, 24, 5
-TAKING_SLABS = [name for name in BACKENDS if getattr(backends._load(name), "SLABS", False)]
+TAKING_SLABS = [name for name in BACKENDS if getattr(Direct(backends._load(name)), "SLABS", False)]
 
 
 def into(buffer: Tensor, view: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ def test_as_few_views_as_strides_allow(name: str) -> None:
 
 def test_a_matrix_stays_one_beside_slabs() -> None:
     x, y = torch.randn(2, 3, 5, 7), torch.randn(3, 4, 6)
-    ((rows, others),) = row_views(x[0, :, :-1], y, slabs=True)
-    assert rows.shape == (3, 4, 7) and others.shape == (12, 6)
+    ((rows, outside),) = row_views(x[0, :, :-1], y, slabs=True)
+    assert rows.shape == (3, 4, 7) and outside.shape == (12, 6)
     ((one,),) = row_views(torch.randn(7), slabs=True)
     assert one.shape == (1, 7)
 
@@ -236,7 +236,7 @@ def test_one_call_per_op(module: Any, calls: Counter) -> None:
 @pytest.mark.parametrize("strides", [(2**31 + 11, 40, 1), (40, 2**31 + 11, 1)], ids=["far slabs", "far rows"])
 @pytest.mark.parametrize("name", TAKING_SLABS)
 def test_big_offsets_are_64_bit(name: str, strides: tuple[int, int, int]) -> None:
-    module = backends._load(name)
+    module = Direct(backends._load(name))
     far = [lazy_memory(2**32 + 4_096, torch.bfloat16).as_strided((2, 2, 33), strides) for _ in range(2)]
     near = torch.randn(2, 2, 2, 33).bfloat16()
     for x, y in zip(far, near, strict=True):

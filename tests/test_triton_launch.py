@@ -42,7 +42,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from topk_rkl.backends import triton as backend
+from tests.direct import Direct
+from topk_rkl.backends import triton
+backend = Direct(triton)
 
 libcuda = ctypes.CDLL("libcuda.so.1")
 

@@ -1,4 +1,4 @@
-"""The torch.autograd.Functions: the gradient is found in the forward pass, K numbers a row, and spread in the backward.
+"""The torch.autograd.Functions: the forward pass finds the gradient, K numbers per row, and the backward writes it out.
 
 Only those K numbers and their ids are kept between the two. The incoming gradient scales them on the device.
 """
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from topk_rkl import ops
-from topk_rkl.backends.reference import times
 from topk_rkl.divergence import Terms
+from topk_rkl.rows import times
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -62,7 +62,7 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
 
 def savable(x: Tensor, copy: bool = True) -> Tensor:
     """What autograd may save: of a tensor made under torch.inference_mode a copy, or its memory under another name."""
-    if torch.compiler.is_compiling():  # which cannot tell: of ids alone, K numbers a row, there is always a copy
+    if torch.compiler.is_compiling():  # which cannot tell: of ids alone, K numbers per row, there is always a copy
         return x if x.is_floating_point() else ops.kept(x)
     if not x.is_inference():
         return x
@@ -74,10 +74,10 @@ def savable(x: Tensor, copy: bool = True) -> Tensor:
 class Options:
     """Everything that is not a tensor."""
 
-    terms: Terms | None
-    mass: str
-    overwrite_student_logits: bool
     backend: str
+    terms: Terms | None = None  # of a divergence that is a function
+    overwrite_student_logits: bool = False
+    weight_grad: str = "dense"
 
 
 class _RowLoss(torch.autograd.Function):
@@ -108,13 +108,12 @@ class SupportLoss(_RowLoss):
         ctx: Any,
         student: Tensor,  # (..., V)
         ids: Tensor,  # (..., K)
-        values: Tensor,  # (..., K)
+        log_probs: Tensor,  # (..., K)
         weights: Tensor | None,  # (...)
-        settings: Tensor | None,  # (numbers,)
+        objective: Tensor | None,  # (numbers,)
         options: Options,
     ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
-        op = ops.carrier(ops.support_loss, options.terms)
-        loss, g = op(student, ids, values, weights, settings, options.backend)
+        loss, g = ops.support_loss(student, ids, log_probs, weights, objective, options.backend, terms=options.terms)
         _save(ctx, student, g, ids, options, unique=False)
         return loss, g
 
@@ -129,11 +128,10 @@ class SelectLoss(_RowLoss):
         teacher: Tensor,  # (..., V)
         k: int,
         weights: Tensor | None,  # (...)
-        settings: Tensor | None,  # (numbers,)
+        objective: Tensor | None,  # (numbers,)
         options: Options,
     ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
-        op = ops.carrier(ops.select_loss, options.terms)
-        loss, ids, g = op(student, teacher, k, weights, settings, options.backend)
+        loss, ids, g = ops.select_loss(student, teacher, k, weights, objective, options.backend, terms=options.terms)
         _save(ctx, student, g, ids, options, unique=True)
         return loss, g
 
@@ -148,7 +146,7 @@ def _save(ctx: Any, student: Tensor, g: Tensor, ids: Tensor, options: Options, u
 class MassLoss(torch.autograd.Function):
     """The loss of every row with the rest of the vocabulary as one more class, times its weight.
 
-    It has a gradient everywhere: K numbers a row, and two for all the others, which the backward pass makes of the
+    It has a gradient everywhere: K numbers per row, and two for all the others, which the backward pass makes of the
     logits anew.
     """
 
@@ -157,18 +155,18 @@ class MassLoss(torch.autograd.Function):
         ctx: Any,
         student: Tensor,  # (..., V)
         ids: Tensor,  # (..., K)
-        values: Tensor,  # (..., K)
+        log_probs: Tensor,  # (..., K)
         tail: Tensor,  # (...)
         weights: Tensor | None,  # (...)
-        settings: Tensor | None,  # (numbers,)
+        objective: Tensor | None,  # (numbers,)
         options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        loss, g, others = ops.carrier(ops.mass_loss, options.terms)(
-            student, ids, values, tail, weights, settings, options.mass, options.backend
+        loss, g, outside = ops.mass_loss(
+            student, ids, log_probs, tail, weights, objective, options.backend, terms=options.terms
         )
         ctx.options = options
-        save(ctx, g, ids, others, student, settings)
+        save(ctx, g, ids, outside, student, objective)
         return loss
 
     @staticmethod
@@ -178,26 +176,16 @@ class MassLoss(torch.autograd.Function):
         grad_output: Tensor,  # (...), any strides
         g: Tensor,  # (..., K)
         ids: Tensor,  # (..., K)
-        others: Tensor,  # (..., 2)
+        outside: Tensor,  # (..., 2)
         student: Tensor,  # (..., V)
-        settings: Tensor | None,  # (numbers,)
+        objective: Tensor | None,  # (numbers,)
     ) -> Gradients:  # (..., V), and nothing for the other six
         overwrite = ctx.options.overwrite_student_logits
         out = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype, device=g.device)
-        ops.mass_grad(g, ids, others, grad_output, None if overwrite else student, out, settings, ctx.options.backend)
+        ops.mass_grad(g, ids, outside, grad_output, None if overwrite else student, out, objective, ctx.options.backend)
         if overwrite:
             torch.autograd.graph.increment_version(student)
         return out, None, None, None, None, None, None
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """Everything about the entry from hidden states that is not a tensor."""
-
-    terms: Terms | None
-    mass: str
-    weight_grad: str
-    backend: str
 
 
 class LinearLoss(torch.autograd.Function):
@@ -214,14 +202,14 @@ class LinearLoss(torch.autograd.Function):
         head: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
         ids: Tensor,  # (..., K)
-        values: Tensor,  # (..., K)
+        log_probs: Tensor,  # (..., K)
         weights: Tensor | None,  # (...)
-        settings: Tensor | None,  # (numbers,)
-        options: HeadOptions,
+        objective: Tensor | None,  # (numbers,)
+        options: Options,
     ) -> tuple[Tensor, ...]:  # (...), and for the backward pass (..., K), (..., H)
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        loss, g, dhidden = ops.carrier(ops.linear_loss, options.terms)(
-            hidden, head, bias, ids, values, weights, settings, of_hidden, options.backend
+        loss, g, dhidden = ops.linear_loss(
+            hidden, head, bias, ids, log_probs, weights, objective, of_hidden, options.backend, terms=options.terms
         )
         ctx.options, ctx.head_shape, ctx.dtype, ctx.head_dtype = options, head.shape, hidden.dtype, head.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -267,18 +255,18 @@ class LinearMassLoss(torch.autograd.Function):
         head: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
         ids: Tensor,  # (..., K)
-        values: Tensor,  # (..., K)
+        log_probs: Tensor,  # (..., K)
         tail: Tensor,  # (...)
         weights: Tensor | None,  # (...)
-        settings: Tensor | None,  # (numbers,)
-        options: HeadOptions,
+        objective: Tensor | None,  # (numbers,)
+        options: Options,
     ) -> Tensor:  # (...)
         loss: Tensor
-        loss, g, others = ops.carrier(ops.linear_mass_loss, options.terms)(
-            hidden, head, bias, ids, values, tail, weights, settings, options.mass, options.backend
+        loss, g, outside = ops.linear_mass_loss(
+            hidden, head, bias, ids, log_probs, tail, weights, objective, options.backend, terms=options.terms
         )
-        ctx.options = options
-        save(ctx, g, ids, others, hidden, savable(head, copy=False), bias, settings)
+        ctx.backend = options.backend
+        save(ctx, g, ids, outside, hidden, savable(head, copy=False), bias, objective)
         return loss
 
     @staticmethod
@@ -288,18 +276,15 @@ class LinearMassLoss(torch.autograd.Function):
         grad_output: Tensor,  # (...), any strides
         g: Tensor,  # (..., K)
         ids: Tensor,  # (..., K)
-        others: Tensor,  # (..., 2)
+        outside: Tensor,  # (..., 2)
         hidden: Tensor,  # (..., H)
         head: Tensor,  # (V, H)
         bias: Any,  # (V,), or None
-        settings: Tensor | None,  # (numbers,)
+        objective: Tensor | None,  # (numbers,)
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other six
         asked = zip(ctx.needs_input_grad[:3], (hidden, head, bias))
         outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
-        options = ctx.options
-        ops.linear_mass_grad(
-            g, ids, others, grad_output, hidden, head, bias, settings, *outs, options.mass, options.backend
-        )
+        ops.linear_mass_grad(g, ids, outside, grad_output, hidden, head, bias, *outs, objective, ctx.backend)
         return *outs, None, None, None, None, None, None
 
 

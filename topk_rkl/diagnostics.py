@@ -7,19 +7,18 @@ watch = topk_diagnostics(student_logits, teacher_logits, ["student_mass", "overl
 torch.compile gets all rows at once, since a loop over parts would be compiled anew for another number of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from topk_rkl import checks, ops
-from topk_rkl.backends import reference, requested
+from topk_rkl.backends import requested
 from topk_rkl.backends.products import all_logits
-from topk_rkl.rows import row_views
+from topk_rkl.objective import Objective
+from topk_rkl.rows import chunks, live_slots, result_dtype, row_views
 from topk_rkl.support import Support, require_teacher, require_temperature_1, true_log_probs
-
-CHUNK_BYTES = 64 << 20  # of logits as they are computed with
 
 
 class _once:
@@ -49,10 +48,10 @@ class Block:
         sampled_ids: Tensor | None,  # (n,)
         temperature: float,
     ) -> None:
-        dtype = reference.result_dtype(student)
+        dtype = result_dtype(student)
         self.student, self.temperature = student.to(dtype), temperature
         self.teacher = None if teacher is None else teacher.to(dtype)
-        live = reference.live_slots(ids, log_probs, student.shape[1])  # (n, K)
+        live = live_slots(ids, log_probs, student.shape[1])  # (n, K)
         ids, log_probs = Support(ids.masked_fill(~live, -1), log_probs.to(dtype)).unique()
         self.live = ids >= 0  # (n, K)
         self.ids, self.log_probs = ids.clamp(min=0).long(), log_probs.masked_fill(~self.live, -torch.inf)
@@ -228,10 +227,11 @@ def linear_topk_diagnostics(
     checks.require_head("student_hidden", student_hidden, "student_weight", head[0], "student_bias", head[1])
     checks.require_plain(student_hidden=student_hidden, student_weight=head[0], student_bias=head[1], teacher=teacher)
     names, k = _require_asked(names, teacher, k, temperature, sampled_ids, student_hidden, "student_hidden")
-    caps = checks.require_logit_options(logit_scale, softcap)
+    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    objective = Objective(logit_scale=logit_scale, softcap=softcap)
 
     def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
-        return all_logits(hidden, *head, *caps)
+        return all_logits(hidden, *head, objective)
 
     vocab = len(student_weight)
     return _measured(names, student_hidden, logits_of, vocab, teacher, k, sampled_ids, float(temperature))
@@ -254,20 +254,13 @@ def _measured(
     y = None if sampled_ids is None else sampled_ids.contiguous()
     parts: list[list[Tensor]] = []
     for z, w, slot_ids, slot_log_probs, tokens in row_views(student, logits, ids, log_probs, y):
-        for rows in _parts(len(z), max(1, CHUNK_BYTES // (8 * vocab))):
+        for rows in chunks(len(z), bytes_per_row=4 * vocab, whole=torch.compiler.is_compiling()):
             block = Block(
                 z[rows] if logits_of is None else logits_of(z[rows]), None if w is None else w[rows],
                 slot_ids[rows], slot_log_probs[rows], None if tokens is None else tokens[rows], temperature,
             )  # fmt: skip
             parts.append([getattr(block, name)() for name in names])
     return {name: torch.cat(column).view(student.shape[:-1]) for name, column in zip(names, zip(*parts))}
-
-
-def _parts(n: int, step: int) -> Iterable[slice]:
-    """At least one, and one alone under torch.compile."""
-    if torch.compiler.is_compiling():
-        return [slice(None)]
-    return (slice(start, start + step) for start in range(0, max(1, n), step))
 
 
 def _require_asked(

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from topk_rkl import checks
+from topk_rkl.rows import finite_max
 from topk_rkl.terms import of_function
 
 Terms = Callable[[Tensor, Tensor], Tensor]  # of log p and log q, (..., K) each: a term per slot
@@ -192,35 +193,6 @@ def generalized_jsd(beta: float) -> Divergence:
     return ReverseKL() if beta == 1 else JensenShannon(beta)
 
 
-def require_objective(divergence: object, mass: str) -> None:
-    """Refuses what is no divergence, no mass, or no pair of them."""
-    checks.require_one_of("mass", mass, MASSES)
-    if isinstance(divergence, type):
-        name = divergence.__name__
-        raise TypeError(f"divergence is the class {name}; pass an instance, such as {name}(...)")
-    known = isinstance(divergence, Divergence) and type(divergence).code is not Divergence.code
-    if isinstance(divergence, nn.Module) and any(x.requires_grad for x in divergence.parameters()):
-        raise ValueError(
-            f"divergence is {checks.kind_of(divergence)} with parameters that require grad, to which a loss gives "
-            "none; pass divergence.requires_grad_(False), or write a loss that trains them in plain PyTorch"
-        )
-    if not known and not callable(divergence):
-        raise TypeError(
-            f"divergence is {checks.kind_of(divergence)}; use ReverseKL(), another of topk_rkl.divergence, or a "
-            "function (log_p, log_q) -> terms"
-        )
-    plain = divergence == ReverseKL() or isinstance(divergence, ForwardKL)
-    if mass.startswith("ema_pg") and not plain:
-        raise ValueError(
-            f"mass={mass!r} is for ReverseKL() without clamp and ForwardKL(), but divergence is {divergence}"
-        )
-    if mass.startswith("raw") and not plain and not isinstance(divergence, Mixture):
-        raise ValueError(
-            f"mass={mass!r} is for ReverseKL() without clamp, ForwardKL() and Mixture, but divergence is {divergence}; "
-            "use mass='tail' or 'renormalized'"
-        )
-
-
 def _require_skew(lam: float) -> None:
     checks.require_number("lam", lam)
     if not 0 <= lam < 1:
@@ -229,7 +201,7 @@ def _require_skew(lam: float) -> None:
 
 def slots_loss(
     z: Tensor,  # (..., K) the student's logits
-    w: Tensor,  # (..., K) the teacher's logits or log-probs, up to a constant a row
+    w: Tensor,  # (..., K) the teacher's logits or log-probs, up to a constant per row
     live: Tensor,  # (..., K) bool, the slots that are in S
     temperature: float,
     divergence: Code | Terms = REVERSE_KL,
@@ -240,7 +212,7 @@ def slots_loss(
     Where `mass` is not "renormalized" the last slot is the rest of the vocabulary, temperature times the logsumexp of
     all other logits / temperature, so that p and q are probabilities among all tokens.
 
-    float64, because at temperature 0.05 float32 misses the promised accuracy by a factor of 3.5; on K numbers a row
+    float64, because at temperature 0.05 float32 misses the promised accuracy by a factor of 3.5; on K numbers per row
     it costs nothing that can be measured. A row without a live slot gives 0; a NaN or +inf on a live slot, or of the
     teacher on any, gives NaN, and on the live slots a gradient of NaN; a student logit of -inf has probability 0 and
     gradient 0, and leaves the teacher's side as it is.
@@ -248,8 +220,8 @@ def slots_loss(
     inv_t = 1.0 / temperature
     z = torch.where(live, z.double(), -torch.inf)
     w = torch.where(live | ~(w < torch.inf), w.double(), -torch.inf)
-    a = z - _finite_max(z)
-    b = w - _finite_max(w)
+    a = z - finite_max(z)
+    b = w - finite_max(w)
     p, q = (a * inv_t).exp(), (b * inv_t).exp()
     p_sum, q_sum = _nonzero(p.sum(-1, keepdim=True)), _nonzero(q.sum(-1, keepdim=True))
     p, q, poison = p / p_sum, q / q_sum, 0 * (p_sum + q_sum)  # 0, or NaN
@@ -262,7 +234,7 @@ def slots_loss(
     else:
         terms, h = _terms(divergence, p, q, d, log_q)
         if mass not in ("renormalized", "tail"):
-            terms, h = _head_only(divergence, mass, terms, h, p, d, reachable)
+            terms, h = _without_tail(divergence, mass, terms, h, p, d, reachable)
     loss = terms.sum(-1, keepdim=True)
     if mass in ("renormalized", "tail") and not callable(divergence) and divergence[0] in (BLENDED, ALPHA_BETA):
         loss = torch.where(loss < 0, 0, loss)  # which only rounding makes it
@@ -297,7 +269,7 @@ def _terms(
     return _alpha_beta(code[1], code[2], d, log_q)
 
 
-def _head_only(
+def _without_tail(
     code: Code,
     mass: str,
     terms: Tensor,  # (..., K)
@@ -306,7 +278,7 @@ def _head_only(
     d: Tensor,  # (..., K)
     reachable: Tensor,  # (..., K) bool
 ) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
-    """Without a term of the rest; "ema_pg" has one of the sampled token, the last slot but one, in its stead.
+    """Terms and h without those of the tail; "ema_pg" has those of the sampled token, the last slot but one, instead.
 
     The probabilities on S have no constant sum, so here it matters which multiple of p stands in h. Alone, h is that of
     the generalised KL, sum [ p log(p / q) - p + q ]; the terms as they are have h + kappa p.
@@ -404,11 +376,6 @@ def capped(
         return z, raw.new_full((), logit_scale)
     bent = (z / softcap).tanh()
     return softcap * bent, logit_scale * (1 - bent * bent)
-
-
-def _finite_max(x: Tensor) -> Tensor:  # (..., K) -> (..., 1)
-    top = x.amax(-1, keepdim=True)
-    return torch.where(top == -torch.inf, 0, top)
 
 
 def _nonzero(x: Tensor) -> Tensor:

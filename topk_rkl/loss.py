@@ -4,12 +4,17 @@ from topk_rkl.loss import topk_reverse_kl
 
 loss = topk_reverse_kl(student_logits, teacher_logits, k=32, weights=response_mask)
 loss.backward()
+
+The entries from logits are here, those from hidden states in `topk_rkl.linear_loss`.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topk_rkl import checks, ops
+from topk_rkl.autograd import MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
 from topk_rkl.divergence import (
     AlphaBeta,
@@ -21,19 +26,22 @@ from topk_rkl.divergence import (
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    Terms,
     generalized_jsd,
 )
-from topk_rkl.objective import (
-    REVERSE_KL,
+from topk_rkl.linear_loss import (
     LinearTopKDivergenceLoss,
-    TopKDivergenceLoss,
+    LinearTopKReverseKLLoss,
     WeightGrad,
+    linear_teacher_topk,
     linear_topk_divergence,
-    topk_divergence,
+    linear_topk_reverse_kl,
 )
-from topk_rkl.reduction import Reduction
-from topk_rkl.settings import pack
-from topk_rkl.support import Support
+from topk_rkl.mass import classes
+from topk_rkl.objective import pack, require_objective
+from topk_rkl.overwrite import require_overwritable
+from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
+from topk_rkl.support import Support, require_teacher
 
 __all__ = [
     "AlphaBeta",
@@ -62,6 +70,8 @@ __all__ = [
     "use_backend",
 ]
 
+REVERSE_KL = ReverseKL()
+
 
 def teacher_topk(
     teacher_logits: Tensor,  # (..., V)
@@ -75,7 +85,7 @@ def teacher_topk(
         teacher_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; must not require grad.
         k: 1 <= k <= V.
         normalize: returns true log-probs instead of logits, the logsumexp over V taken in the same pass. The loss
-            needs no more than the logits, as a constant a row cancels.
+            needs no more than the logits, as a constant per row cancels.
 
     Returns:
         Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64). Logits of -inf are never
@@ -103,9 +113,10 @@ def topk_reverse_kl(
 ) -> Tensor:  # (...) or ()
     """Reverse KL between student and teacher, both renormalised on the K tokens the teacher ranks highest.
 
-    With S those tokens, and p and q the softmax over S alone of the student's and the teacher's logits / temperature,
-    the loss of a position is sum_S p (log p - log q), and its gradient p (log p - log q - loss) / temperature on S and
-    exactly 0 elsewhere. It is equations 7 and 8 of "Revisiting On-Policy Distillation" (arXiv 2603.25562).
+    S is the set of those tokens; p and q are the softmax over S alone of the student's and the teacher's logits /
+    temperature. The loss of a position is sum_S p (log p - log q). Its gradient is p (log p - log q - loss) /
+    temperature on S and exactly 0 elsewhere: equations 7 and 8 of "Revisiting On-Policy Distillation" (arXiv
+    2603.25562).
 
     Position t of both sides must already speak of the same next token; nothing is shifted.
 
@@ -115,17 +126,17 @@ def topk_reverse_kl(
         teacher: (..., V_teacher) logits, of which `k` are selected as by `teacher_topk`; or a `Support`. Must not
             require grad. Slots whose id is outside the student's vocabulary are outside S.
         k: how many tokens to compare, 1 <= k <= V_teacher; only with teacher logits. k = 1 gives exactly 0, and warns.
-        weights: (...) bool, integer or float, any sign, times which each position counts; None counts all as 1. A
-            position of weight 0 contributes exactly 0 whatever it holds, NaN included.
+        weights: (...) bool, integer or float, any sign: the factor of each position; None is 1 for all. A position of
+            weight 0 contributes exactly 0 whatever it holds, NaN included.
         temperature: divides both sides' logits. The loss is not multiplied by its square.
         reduction: "none" gives the weighted loss of each position, (...); "sum" their sum; "mean" that sum over
             sum(weights), and 0, still attached to the graph, where sum(weights) is 0.
         denominator: a number or 0-d tensor instead of sum(weights), already global over micro-batches and ranks.
         overwrite_student_logits: writes the gradient into the memory of student_logits during the backward pass,
-            instead of new memory of the same size. The logits are lost then, and autograd raises if anything that saved
-            them, a second backward pass included, still needs them. They must not be a leaf, whose `.grad` would be
-            its own memory. To autograd all views of a tensor are one: of logits[:2] and logits[2:] it lets only one be
-            overwritten. Ignored under torch.compile, which plans memory itself.
+            instead of new memory of the same size. The logits are lost then. Autograd raises if anything that saved
+            them, a second backward pass included, still needs them. A leaf is refused: its `.grad` would be its own
+            memory. Autograd takes all views of a tensor for one: of logits[:2] and logits[2:] only one can be
+            overwritten. The option is ignored under torch.compile, which plans memory itself.
 
     Returns:
         float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN
@@ -142,104 +153,131 @@ def topk_reverse_kl(
     )  # fmt: skip
 
 
-def linear_teacher_topk(
-    teacher_hidden: Tensor,  # (..., H)
-    teacher_weight: Tensor,  # (V, H)
-    k: int,
-    *,
-    bias: Tensor | None = None,  # (V,)
-    normalize: bool = False,
-    chunk_rows: int | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    logits_dtype: torch.dtype | None = None,
-) -> Support:
-    """`teacher_topk` of the logits teacher_hidden @ teacher_weight.T + bias, which never exist all at once.
-
-    The platform's own matrix product fills one buffer of `chunk_rows` positions at a time, which is selected from at
-    once: the ids are, to the bit, those that `teacher_topk` gives for the buffer. Such a product may give a position
-    other last bits in another batch.
-
-    Args:
-        teacher_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states; constant.
-        teacher_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; constant. Its dtype, and that of
-            the bias, may differ, but float64 goes with float64 alone.
-        k: 1 <= k <= V.
-        bias: (V,).
-        normalize: returns true log-probs instead of logits, as `teacher_topk` does, of the logits in the buffer.
-        chunk_rows: positions a buffer; None takes as many as 128 MiB hold.
-        logit_scale, softcap: see `linear_topk_reverse_kl`.
-        logits_dtype: None for logits of the inputs' dtype, as the model itself would make them. torch.float32 for the
-            products of the same numbers summed in float32, as `linear_topk_reverse_kl` sums the student's: a 16-bit
-            teacher is then at distance 0 from itself but for the order of those sums. It is so too where dtypes differ.
-
-    Returns:
-        Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64), which hold logits, or
-        log-probs with `normalize`.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
-    chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
-    k = checks.require_k(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
-    checks.warn_of_single_slot(k)
-    checks.require_flag("normalize", normalize)
-    checks.require_logits_dtype(logits_dtype, teacher_hidden)
-    settings = pack(1.0, REVERSE_KL.code, *checks.require_logit_options(logit_scale, softcap))
-    head, full = (teacher_hidden, teacher_weight, bias), logits_dtype is not None
-    return Support(*ops.linear_select(*head, k, chunk_rows, settings, normalize, full, requested()))
-
-
-def linear_topk_reverse_kl(
-    student_hidden: Tensor,  # (..., H)
-    student_weight: Tensor,  # (V, H)
+def topk_divergence(
+    student_logits: Tensor,  # (..., V)
     teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
     *,
-    student_bias: Tensor | None = None,  # (V,)
+    divergence: Divergence | Terms = REVERSE_KL,
+    mass: Mass = "renormalized",
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
     temperature: float = 1.0,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    weight_grad: WeightGrad = "dense",
+    overwrite_student_logits: bool = False,
+    sampled_ids: Tensor | None = None,  # (...)
 ) -> Tensor:  # (...) or ()
-    """`topk_reverse_kl` of the logits that the student's head would make of its hidden states, without making them.
+    """`topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
-    With z = student_hidden @ student_weight.T + student_bias, the student's logits are those of
-    `logit_scale` * z, then `softcap` * tanh(. / `softcap`). Only the K rows of the head that the teacher's tokens name
-    are read, for each position: nothing of the size N V exists in the forward or in the backward pass.
+    With p and q the probabilities of student and teacher over the whole vocabulary, P and Q their sums over S:
+
+    | mass               | compared                                                                 | gradient |
+    |--------------------|--------------------------------------------------------------------------|----------|
+    | "renormalized"     | p / P and q / Q on S: the default; blind to P and Q                      | on S     |
+    | "tail"             | p and q on S and, as one more class, 1 - P and 1 - Q                     | dense    |
+    | "raw"              | p and q on S, and nothing else                                           | dense    |
+    | "raw_stop_grad"    | the same, with the gradient of sum_S [p log(p / q) - p + q]              | dense    |
+    | "ema_pg"           | "raw", and the sampled token where S lacks it (arXiv 2602.04417)         | dense    |
+    | "ema_pg_corrected" | that, with an unbiased gradient: on average the one of the full KL       | dense    |
+
+    "raw" is unstable. Moving mass out of S makes its reverse KL small, below 0 even, through the "+ 1" in its
+    derivative log(p / q) + 1. Training collapses in arXiv 2603.25562 (section 5) and 2605.11182, and verl warns of it.
+    "raw_stop_grad" leaves the 1 out: it is sum_S p log(p / q) with the logarithm held constant.
+    The gradient of "ema_pg" as published averages, over sampled tokens, to that of the full KL plus that of P (minus,
+    for forward KL). The corrected one has the gradient of "raw_stop_grad" on S. With r = q / p, the sampled token of
+    forward KL has the gradient of r there, where the published one has that of r - log r.
 
     Args:
-        student_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states.
-        student_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; whole, not sharded or quantised.
-            Frozen, it costs nothing in the backward pass. Its dtype, and that of the bias, may differ from that of the
-            hidden states, but float64 goes with float64 alone: neither is rounded to the other's.
-        teacher: (..., V_teacher) logits with `k`, or a `Support`, such as of `linear_teacher_topk`. Slots whose id is
-            outside the head are outside S.
-        student_bias: (V,).
-        k, weights, temperature, reduction, denominator: see `topk_reverse_kl`.
-        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling); 0, or between 1e-30
-            and 1e30 in size.
-        softcap: then softcap * tanh(logits / softcap) (Gemma 2), at least 1e-30; None, or 1e30 and more, for none.
-        weight_grad: "dense", (V, H); or "sparse", a row-sparse gradient over the ids that occur, as nn.Embedding with
-            sparse=True gives and torch.optim.SparseAdam and SGD take, whose number of rows is read on the host: not
-            within a CUDA graph or torch.compile(fullgraph=True). "sparse" needs a student_weight that is a leaf.
+        student_logits, teacher, k, weights, temperature, reduction, denominator, overwrite_student_logits: see
+            `topk_reverse_kl`. A Support must hold true log-probs where mass is not "renormalized", such as of
+            teacher_topk(..., normalize=True), at temperature 1: K of them do not tell the normaliser at another. 1 - Q
+            is then at least half the epsilon of their dtype. The first slot counts of an id given twice. A position
+            whose probabilities add up to more than 1 (by 1/16 in the logarithm) holds logits, and is NaN.
+        divergence: `ReverseKL`, `ForwardKL`, `JensenShannon`, `Mixture`, `SkewReverseKL`, `SkewForwardKL`, `AlphaBeta`,
+            each with every mass of "renormalized" and "tail"; the raw ones are for ReverseKL without clamp, ForwardKL
+            and Mixture, the last two for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
+            each, that gives a term per slot: plain PyTorch, differentiated by autograd over the slots, on the
+            "reference" backend. It is summed over the slots of S where p is not 0, and may see any finite number at
+            the others. Such a function breaks the graph of torch.compile. It must depend on log p, and on nothing
+            else that requires grad. With mass="tail" it sees K + 1 slots: the last is the rest of the vocabulary.
+        mass: as above. All but "renormalized" read the student's logits once more forwards and once backwards.
+        sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg" alone. They need
+            teacher logits too.
 
     Returns:
-        float32, or float64 from float64. Dot products are summed in float32; the gradients of head and bias too, over
-        all positions, and in a fixed order: the same bits every run. Each gradient has the dtype of its tensor.
+        As `topk_reverse_kl`. A student logit of -inf in S makes a divergence that holds forward KL +inf, or leaves it
+        finite where the teacher is compared with a blend of both. The gradient is 0 there and finite at the others. A
+        NaN anywhere in the student's row makes that position NaN where mass is not "renormalized".
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
-        RuntimeError: the backend asked for by name cannot take these tensors.
+        RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    return linear_topk_divergence(
-        student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
-        temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
-        softcap=softcap, weight_grad=weight_grad,
-    )  # fmt: skip
+    checks.require_logits("student_logits", student_logits)
+    checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
+    checks.require_weights(weights, student_logits)
+    checks.require_temperature(temperature)
+    require_reduction(reduction, denominator, student_logits)
+    require_objective(divergence, mass)
+    checks.require_flag("overwrite_student_logits", overwrite_student_logits)
+    checks.require_sampled_for_mass(sampled_ids, mass, student_logits, "student_logits")
+    overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
+    if overwrite_student_logits:
+        require_overwritable(student_logits)
+    k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
+    weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
+    objective = pack(temperature, divergence, mass)
+    options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
+    if mass != "renormalized":
+        compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
+        per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)
+    elif isinstance(teacher, Support):
+        per_token, _ = SupportLoss.apply(student_logits, *teacher, weights, objective, options)
+    else:
+        per_token, _ = SelectLoss.apply(student_logits, teacher, k, weights, objective, options)
+    return reduce(per_token, weights, reduction, denominator)
+
+
+class TopKDivergenceLoss(nn.Module):
+    """`topk_divergence` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        divergence: Divergence | Terms | None = None,  # ReverseKL()
+        mass: Mass = "renormalized",
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        overwrite_student_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        divergence = REVERSE_KL if divergence is None else divergence
+        require_objective(divergence, mass)
+        checks.require_temperature(temperature)
+        require_reduction(reduction, None)
+        checks.require_flag("overwrite_student_logits", overwrite_student_logits)
+        k = checks.require_count("k", k)
+        self.options: dict[str, Any] = {
+            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
+            "overwrite_student_logits": overwrite_student_logits,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (..., V)
+        teacher: Tensor | Support,
+        weights: Tensor | None = None,  # (...)
+        denominator: float | Tensor | None = None,
+        sampled_ids: Tensor | None = None,  # (...)
+    ) -> Tensor:
+        """See `topk_divergence`."""
+        return topk_divergence(
+            student_logits, teacher, weights=weights, denominator=denominator, sampled_ids=sampled_ids, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class TopKReverseKLLoss(TopKDivergenceLoss):
@@ -256,23 +294,4 @@ class TopKReverseKLLoss(TopKDivergenceLoss):
         super().__init__(
             k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction,
             overwrite_student_logits=overwrite_student_logits,
-        )  # fmt: skip
-
-
-class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
-    """`linear_topk_reverse_kl` as a module: the options in the constructor, the tensors in the call."""
-
-    def __init__(
-        self,
-        k: int | None = None,
-        *,
-        temperature: float = 1.0,
-        reduction: Reduction = "mean",
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        weight_grad: WeightGrad = "dense",
-    ) -> None:
-        super().__init__(
-            k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction, logit_scale=logit_scale,
-            softcap=softcap, weight_grad=weight_grad,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import ops
-from topk_rkl.settings import pack
+from topk_rkl.objective import pack
 from topk_rkl.support import Support, true_log_probs
 
 LAST = torch.iinfo(torch.int32).max

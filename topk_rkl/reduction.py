@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
-from topk_rkl.backends.reference import result_dtype
-from topk_rkl.settings import traced
+from topk_rkl.rows import result_dtype
+from topk_rkl.traced import traced
 
 Reduction = Literal["none", "sum", "mean"]
 

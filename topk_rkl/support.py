@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
+from topk_rkl.rows import repeats
 
 LARGEST_LOG_SUM = 1 / 16  # of true log-probs, 0 but for rounding: in bfloat16, 1/32 where they are from -8 to -16
 
@@ -29,9 +30,7 @@ class Support(NamedTuple):
         """Keeps the first slot of each id of a row and empties the others."""
         require_support("support", self)
         ids, slots = self.ids.sort(dim=-1, stable=True)
-        repeated = torch.zeros_like(ids, dtype=torch.bool)
-        repeated[..., 1:] = ids[..., 1:] == ids[..., :-1]
-        repeated = torch.zeros_like(repeated).scatter(-1, slots, repeated)
+        repeated = torch.zeros_like(ids, dtype=torch.bool).scatter(-1, slots, repeats(ids))
         return Support(self.ids.masked_fill(repeated, -1), self.log_probs.masked_fill(repeated, -torch.inf))
 
 

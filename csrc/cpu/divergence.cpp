@@ -1,10 +1,10 @@
-// The mathematics of topk_rkl/divergence.py on the slots of one row, for every form but the plain reverse KL, which has
-// slots.cpp. In float64, a slot at a time.
-#include "divergence.hpp"
-
+// The mathematics of topk_rkl/divergence.py on the slots of one row, in float64 and slot by slot. The plain reverse KL
+// has simd/support_loss.cpp.
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "slots.hpp"
 
 namespace topk_rkl {
 namespace {
@@ -59,15 +59,15 @@ Term alpha_beta(double alpha, double beta, double d, double log_q) {
           summable((d * of_h) * of_h * chord(-std::abs(alpha * d)))};
 }
 
-Term term_of(const Objective& at, double p, double q, double d, double log_q) {
-  const double* x = at.numbers;
-  switch (at.form) {
-    case Form::reverse: return {times(p, d), times(p, d)};
-    case Form::clamped: {
+Term term_of(const Divergence& at, double p, double q, double d, double log_q) {
+  const double* x = at.parameters;
+  switch (at.family) {
+    case Family::reverse: return {times(p, d), times(p, d)};
+    case Family::clamped: {
       const double bounded = std::clamp(d, x[0], x[1]);
       return {times(p, bounded), times(p, d >= x[0] && d <= x[1] ? bounded : bounded - 1)};
     }
-    case Form::blended: {
+    case Family::blended: {
       const Blend of_p = blend(d, x[1]), of_q = blend(-d, x[3]);
       const double value = x[0] * times(p, of_p.log_ratio) + x[2] * times(q, of_q.log_ratio);
       const double rise = times(p, of_p.log_ratio + (of_p.part - (1 - x[1])));
@@ -90,21 +90,25 @@ double softmax(double* x, int64_t n, double inv_t, double* e) {
 
 }  // namespace
 
-double divergence(const Objective& at, double* z, double* w, double* p, double* q, int64_t n, double inv_t) {
+double divergence(const Objective& at, double* z, double* w, double* p, double* q, int64_t n) {
+  const double inv_t = 1 / at.temperature;
   const double p_log_sum = std::log(softmax(z, n, inv_t, p)), q_log_sum = std::log(softmax(w, n, inv_t, q));
   const bool head_only = at.mass == Mass::raw || at.mass == Mass::raw_stop_grad;
-  const double* x = at.numbers;
-  const double kappa = at.mass != Mass::raw ? 0 : at.form == Form::reverse ? 1 : x[0] * (1 - x[1]) - x[2] * (1 - x[3]);
+  const Family family = at.divergence.family;
+  const double* x = at.divergence.parameters;
+  const double kappa = at.mass != Mass::raw         ? 0
+                       : family == Family::reverse ? 1
+                                                   : x[0] * (1 - x[1]) - x[2] * (1 - x[3]);
   double loss = 0, sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double d = (z[i] - w[i]) * inv_t - (p_log_sum - q_log_sum);
-    Term term = term_of(at, p[i], q[i], d, w[i] * inv_t - q_log_sum);
+    Term term = term_of(at.divergence, p[i], q[i], d, w[i] * inv_t - q_log_sum);
     if (head_only) term = i + 1 < n ? Term{term.value, term.h + kappa * p[i]} : Term{0, 0};
     loss += term.value;
     sum += q[i] = term.h;
   }
   for (int64_t i = 0; i < n; ++i) p[i] = z[i] == -INF ? 0 : (q[i] - p[i] * sum) * inv_t;
-  const bool lifted = !head_only && (at.form == Form::blended || at.form == Form::alpha_beta);
+  const bool lifted = !head_only && (family == Family::blended || family == Family::alpha_beta);
   return lifted && loss < 0 ? 0 : loss;  // which only rounding makes it
 }
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "types.hpp"
+#include "../types.hpp"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -17,7 +17,7 @@ namespace topk_rkl {
 
 constexpr int64_t LINE = 64;  // bytes
 
-// From here on an output is too large for the last cache.
+// An output of this size is taken to exceed the last cache.
 constexpr int64_t STREAMED_BYTES = 32 << 20;
 
 // Both are aligned to a line.
@@ -31,16 +31,15 @@ inline void stream_line(char* to, const char* line) {
 #endif
 }
 
-// Memory that is new is given by the kernel page by page as it is first written, which takes longer than the writing
-// itself: in pages of 2 MiB it takes a fraction. Advice only, and no matter whether it is heeded.
-inline void want_huge_pages([[maybe_unused]] const Matrix& out, [[maybe_unused]] int64_t n) {
+// The kernel gives new memory page by page as it is first written, which takes longer than the writing itself. Pages of
+// 2 MiB take a fraction of it. Only advice, which may be ignored.
+inline void want_huge_pages([[maybe_unused]] const Matrix& out) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 2 << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(out.at(0)) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = reinterpret_cast<uintptr_t>(out.at(n - 1, out.columns)) / PAGE * PAGE;
-  if (out.step == 1 && out.stride == out.columns && n <= out.slab_rows && first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
+  const uintptr_t last = reinterpret_cast<uintptr_t>(out.at(out.rows - 1, out.columns)) / PAGE * PAGE;
+  const bool in_one_piece = out.column_stride == 1 && out.row_stride == out.columns && out.rows <= out.slab_rows;
+  if (in_one_piece && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -1,9 +1,9 @@
-// What the kernels are written in: CUDA, or its stand-in on the host (host/simt.hpp).
+// What the kernels are written in: CUDA, or its stand-in on the host (testing/simt.hpp).
 #pragma once
 
 #include <cstdint>
 
-#include "../cpu/types.hpp"
+#include "../types.hpp"
 
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
@@ -11,7 +11,7 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
 #else
-#include "host/simt.hpp"
+#include "../testing/simt.hpp"
 #endif
 
 namespace topk_rkl::cuda {
@@ -36,7 +36,7 @@ __device__ inline Float16 from_float<Float16>(float x) { return __float2half_rn(
 template <>
 __device__ inline float from_float<float>(float x) { return x; }
 
-// Of a kind that only the caller knows, as K numbers a row may be.
+// Of a kind that only the caller knows, as K numbers per row may be.
 __device__ inline double real_at(const void* data, Kind kind, int64_t at) {
   switch (kind) {
     case Kind::bfloat16: return to_float(static_cast<const BFloat16*>(data)[at]);
@@ -48,11 +48,11 @@ __device__ inline double real_at(const void* data, Kind kind, int64_t at) {
 
 // Of K numbers per row.
 __device__ inline double real_at(const Matrix& x, int64_t row, int64_t column) {
-  return real_at(x.data, x.kind, x.flat_offset(row) + column * x.step);
+  return real_at(x.data, x.kind, x.flat_offset(row) + column * x.column_stride);
 }
 
 __device__ inline int64_t integer_at(const Matrix& x, int64_t row, int64_t column) {
-  const int64_t at = x.flat_offset(row) + column * x.step;
+  const int64_t at = x.flat_offset(row) + column * x.column_stride;
   return x.kind == Kind::int64 ? static_cast<const int64_t*>(x.data)[at] : static_cast<const int32_t*>(x.data)[at];
 }
 

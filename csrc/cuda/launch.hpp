@@ -14,7 +14,7 @@
 
 namespace topk_rkl::cuda {
 
-// What a block may have without being allowed it, unless its kernel has other shared memory than that of `Shared`.
+// What a block may have without asking, if its kernel has no shared memory besides that of `Shared`.
 constexpr int64_t FREE_SHARED_BYTES = 48 << 10;
 
 struct Grid {
@@ -55,8 +55,8 @@ inline int attribute(cudaDeviceAttr name, int device) {
 inline int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 inline bool has_clusters(int device) { return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9; }
 
-// Lets a kernel have the shared memory of a launch on the current device. The limit is one for all threads, of which
-// another may launch the same kernel with less at any time: so it is only ever set to the most that the device has.
+// Lets a kernel have the shared memory of a launch on the current device. All threads share the limit, and another may
+// launch the same kernel with less at any time: so the limit is only ever set to the most that the device has.
 inline void allow_shared_memory(const void* kernel, int64_t bytes, int device, const std::string& what) {
   if (bytes <= FREE_SHARED_BYTES) return;
   cudaFuncAttributes of_kernel{};

@@ -17,22 +17,14 @@ constexpr int64_t ROOM = 96 << 10;         // bytes of a block, of which two fit
 constexpr int64_t LEAST_SLICE = 256;       // columns
 constexpr int MAX_CLUSTER = 8;             // blocks, that every device of sm_90 and later can schedule
 
+// The op, and how its hidden states and heads are cut.
 struct Problem {
-  Matrix hidden;  // (N, H)
-  Matrix head;    // (V, H)
-  int64_t vocab;
-  Vector bias;  // (V)
-  int k;
-  Matrix ids;      // (N, K)
-  Matrix values;   // (N, K)
-  Vector weights;  // (N)
-  double inv_t, logit_scale, softcap;
-  float* loss;     // (N)
-  float* g;        // (N, K)
-  float* dhidden;  // (N, H) or null
-  int slice;       // columns of a block
-  int kept;        // rows of the head in shared memory: those of the first slots
-  bool on_packs;   // its rows can be read 16 bytes at a time
+  LinearLoss op;
+  int slice;      // columns of a block
+  int kept;       // rows of the head in shared memory: those of the first slots
+  bool on_packs;  // its rows can be read 16 bytes at a time
+
+  TOPK_RKL_BOTH int k() const { return int(op.ids.columns); }
 };
 
 template <class T>
@@ -59,12 +51,12 @@ struct Slice {
 
   // The row of the head that slot j names, or -1.
   __device__ int64_t live_id(int j) const {
-    const int64_t id = integer_at(p.ids, row, j);
-    return id < p.vocab && !(real_at(p.values, row, j) == -INFINITY) ? id : -1;
+    const int64_t id = integer_at(p.op.ids, row, j);
+    return id < p.op.head.rows && !(real_at(p.op.log_probs, row, j) == -INFINITY) ? id : -1;
   }
 
   __device__ const T* at(int64_t id, int h) const {
-    return static_cast<const T*>(p.head.data) + p.head.flat_offset(id) + (first + h) * p.head.step;
+    return static_cast<const T*>(p.op.head.data) + p.op.head.flat_offset(id) + (first + h) * p.op.head.column_stride;
   }
 
   // N columns from h on, a multiple of N, with 0 for those that there are not.
@@ -90,13 +82,13 @@ __device__ void fetch(const Slice<T>& slice, const HeadPieces<T>& pieces, int j)
   __pipeline_commit();
 }
 
-// raw[j] of each live slot, a warp a slot; of a row that was fetched, a lane reads what it has copied itself.
+// raw[j] of each live slot, one warp per slot; of a row that was fetched, a lane reads what it has copied itself.
 template <class T>
 __device__ void multiply(const Slice<T>& slice, const HeadPieces<T>& pieces) {
   constexpr int SIZE = Slice<T>::SIZE;
   const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP;
   for (int i = 0; i < AHEAD; ++i) fetch(slice, pieces, warp + i * WARPS);
-  for (int j = warp; j < slice.p.k; j += WARPS) {
+  for (int j = warp; j < slice.p.k(); j += WARPS) {
     fetch(slice, pieces, j + AHEAD * WARPS);
     __pipeline_wait_prior(AHEAD);
     const int64_t id = slice.live_id(j);
@@ -112,17 +104,7 @@ __device__ void multiply(const Slice<T>& slice, const HeadPieces<T>& pieces) {
   }
 }
 
-// The logit that a model makes of a product with its head, as divergence.capped.
-__device__ inline double capped(double raw, const Problem& p, double& slope) {
-  const double z = raw * p.logit_scale;
-  slope = p.logit_scale;
-  if (p.softcap == 0) return z;
-  const double bent = tanh(z / p.softcap);
-  slope *= 1 - bent * bent;
-  return p.softcap * bent;
-}
-
-// The sum over the slots of the gradient times the row of the head, for columns of this block, two a thread.
+// The sum over the slots of the gradient times the row of the head, for columns of this block, two per thread.
 template <class T>
 __device__ void store_dhidden(const Slice<T>& slice, const HeadPieces<T>& pieces) {
   struct alignas(2 * sizeof(T)) Two {
@@ -131,21 +113,21 @@ __device__ void store_dhidden(const Slice<T>& slice, const HeadPieces<T>& pieces
   const Problem& p = slice.p;
   for (int h = 2 * int(threadIdx.x); h < slice.columns; h += 2 * THREADS) {
     float total[2] = {};
-    for (int start = 0; start < p.k; start += TERMS) {
-      const int end = start + TERMS < p.k ? start + TERMS : p.k;
+    for (int start = 0; start < p.k(); start += TERMS) {
+      const int end = start + TERMS < p.k() ? start + TERMS : p.k();
       float sum[2] = {};
       for (int j = start; j < end; ++j) {
         const float factor = pieces.factor[j];
         if (factor == 0) continue;  // its row of the head need not even be finite
         const Two two = j < p.kept
                             ? *reinterpret_cast<const Two*>(pieces.rows + int64_t(j) * p.slice + h)
-                            : slice.template few_at<Two, 2>(integer_at(p.ids, slice.row, j), h);
+                            : slice.template few_at<Two, 2>(integer_at(p.op.ids, slice.row, j), h);
         for (int e = 0; e < 2; ++e) sum[e] += factor * to_float(two.at[e]);
       }
       for (int e = 0; e < 2; ++e) total[e] += sum[e];
     }
     for (int e = 0; e < 2 && h + e < slice.columns; ++e) {
-      p.dhidden[slice.row * p.hidden.columns + slice.first + h + e] = total[e];
+      p.op.dhidden.data[slice.row * p.op.hidden.columns + slice.first + h + e] = total[e];
     }
   }
 }
@@ -153,81 +135,75 @@ __device__ void store_dhidden(const Slice<T>& slice, const HeadPieces<T>& pieces
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) linear_loss_kernel(Problem p) {
   const int rank = cluster_rank(), blocks = cluster_size();
-  const int64_t first = int64_t(rank) * p.slice, left = p.hidden.columns - first;
+  const int64_t first = int64_t(rank) * p.slice, left = p.op.hidden.columns - first;
   const Slice<T> slice{p, blockIdx.x / blocks, first, int(left < 0 ? 0 : left < p.slice ? left : p.slice)};
   Shared shared = shared_memory();
-  const HeadPieces<T> pieces(shared, p.k, p.slice, p.kept);
-  const double weight = weight_of(p.weights, slice.row);
+  const HeadPieces<T> pieces(shared, p.k(), p.slice, p.kept);
+  const double weight = weight_of(p.op.weights, slice.row);
   if (weight == 0) {
-    if (rank == 0) store_zero_row(slice.row, p.k, p.loss, p.g);
-    for (int h = threadIdx.x; p.dhidden && h < slice.columns; h += THREADS) {
-      p.dhidden[slice.row * p.hidden.columns + slice.first + h] = 0;
+    if (rank == 0) store_zero_row(slice.row, p.k(), p.op.loss, p.op.g);
+    for (int h = threadIdx.x; p.op.dhidden.data && h < slice.columns; h += THREADS) {
+      p.op.dhidden.data[slice.row * p.op.hidden.columns + slice.first + h] = 0;
     }
     return;
   }
 
-  const int64_t start = p.hidden.offset(slice.row) + first * p.hidden.step;
+  const int64_t start = p.op.hidden.offset(slice.row) + first * p.op.hidden.column_stride;
   for (int h = threadIdx.x; h < p.slice; h += THREADS) {
     const bool inside = h < slice.columns;
-    pieces.x[h] = inside ? float(real_at(p.hidden.data, p.hidden.kind, start + h * p.hidden.step)) : 0;
+    pieces.x[h] = inside ? float(real_at(p.op.hidden.data, p.op.hidden.kind, start + h * p.op.hidden.column_stride)) : 0;
   }
   __syncthreads();
   multiply(slice, pieces);
   cluster_sync();
 
   double poison = 0;
-  for (int j = threadIdx.x; j < p.k; j += THREADS) {
+  for (int j = threadIdx.x; j < p.k(); j += THREADS) {
     const int64_t id = slice.live_id(j);
     double raw = 0;
     for (int i = 0; i < blocks; ++i) raw += in_block(pieces.raw, i)[j];
-    if (p.bias.data && id >= 0) raw += real_at(p.bias.data, p.bias.kind, id * p.bias.stride);
-    const double z = capped(raw, p, pieces.slope[j]);
+    if (p.op.bias.data && id >= 0) raw += real_at(p.op.bias.data, p.op.bias.kind, id * p.op.bias.stride);
+    const double z = p.op.objective.capped(raw, pieces.slope[j]);
     pieces.slots.z[j] = id < 0 ? -INFINITY : z;
-    const double w = real_at(p.values, slice.row, j);
+    const double w = real_at(p.op.log_probs, slice.row, j);
     pieces.slots.w[j] = id < 0 ? -INFINITY : w;
-    if (integer_at(p.ids, slice.row, j) >= 0) poison += poison_of(w);
+    if (integer_at(p.op.ids, slice.row, j) >= 0) poison += poison_of(w);
   }
-  const double loss = reverse_kl(pieces.slots, p.k, p.inv_t, poison, [&](int j, double dz) {
+  const double loss = reverse_kl(pieces.slots, p.k(), 1 / p.op.objective.temperature, poison, [&](int j, double dz) {
     dz *= weight;
     pieces.factor[j] = float(dz == 0 ? 0 : dz * pieces.slope[j]);
-    if (rank == 0) p.g[slice.row * p.k + j] = pieces.factor[j];
+    if (rank == 0) p.op.g.data[slice.row * p.k() + j] = pieces.factor[j];
   });
-  if (rank == 0 && threadIdx.x == 0) p.loss[slice.row] = float(loss * weight);
+  if (rank == 0 && threadIdx.x == 0) p.op.loss[slice.row] = float(loss * weight);
   __syncthreads();
-  if (p.dhidden) store_dhidden(slice, pieces);
+  if (p.op.dhidden.data) store_dhidden(slice, pieces);
   cluster_sync();  // the others may still read `raw`
 }
 
 template <class T>
-void run(Problem p, int64_t n, const Where& where) {
-  const int64_t width = p.hidden.columns, align = Pack<T>::SIZE;
+void run(Problem p, const Where& where) {
+  const int64_t n = p.op.ids.rows, width = p.op.hidden.columns, align = Pack<T>::SIZE;
   const int most = has_clusters(where.device) ? MAX_CLUSTER : 1;
   int cluster = 1;
   const auto plan = [&] {
     p.slice = int(((width + cluster - 1) / cluster + align - 1) / align * align);
-    const int64_t room = ROOM - shared_bytes<HeadPieces<T>>(p.k, p.slice, 0);
-    p.kept = int(std::clamp<int64_t>(room / (p.slice * int64_t(sizeof(T))), 0, p.k));
+    const int64_t room = ROOM - shared_bytes<HeadPieces<T>>(p.k(), p.slice, 0);
+    p.kept = int(std::clamp<int64_t>(room / (p.slice * int64_t(sizeof(T))), 0, p.k()));
   };
-  for (plan(); p.kept < p.k && cluster < most && p.slice > LEAST_SLICE; plan()) cluster *= 2;
+  for (plan(); p.kept < p.k() && cluster < most && p.slice > LEAST_SLICE; plan()) cluster *= 2;
   // The order of the sums is settled; it must not depend on where the rows lie.
-  p.on_packs = p.head.step == 1 && (reinterpret_cast<uintptr_t>(p.head.data) | p.head.stride * sizeof(T)) % 16 == 0;
+  p.on_packs = p.op.head.column_stride == 1 && (reinterpret_cast<uintptr_t>(p.op.head.data) | p.op.head.row_stride * sizeof(T)) % 16 == 0;
   if (!p.on_packs) p.kept = 0;
-  launch("linear_loss_kernel of N = " + std::to_string(n) + ", K = " + std::to_string(p.k) +
+  launch("linear_loss_kernel of N = " + std::to_string(n) + ", K = " + std::to_string(p.k()) +
              ", H = " + std::to_string(width),
          linear_loss_kernel<T>,
-         {n * cluster, 1, THREADS, shared_bytes<HeadPieces<T>>(p.k, p.slice, p.kept), cluster}, where, p);
+         {n * cluster, 1, THREADS, shared_bytes<HeadPieces<T>>(p.k(), p.slice, p.kept), cluster}, where, p);
 }
 
 }  // namespace
 
-void linear_loss(const Matrix& hidden, const Matrix& head, int64_t vocab, const Vector& bias, int64_t n, int64_t k,
-                 const Matrix& ids, const Matrix& values, const Vector& weights, double temperature,
-                 double logit_scale, double softcap, float* loss, float* g, float* dhidden, const Where& where) {
-  with_kind(head.kind, [&](auto element) {
-    run<decltype(element)>({hidden, head, vocab, bias, int(k), ids, values, weights, 1 / temperature, logit_scale,
-                            softcap, loss, g, dhidden, 0, 0, false},
-                           n, where);
-  });
+void linear_loss(const LinearLoss& op, const Where& where) {
+  with_kind(op.head.kind, [&](auto element) { run<decltype(element)>({op, 0, 0, false}, where); });
 }
 
 }  // namespace topk_rkl::cuda

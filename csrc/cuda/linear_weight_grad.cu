@@ -32,15 +32,14 @@ struct Slice {
   float* sums;    // (windows, columns), written where the window is of one id
 };
 
-__global__ void pairs_kernel(const float* g,  // (N, K)
-                             Matrix ids,      // (N, K)
-                             int64_t pairs, int k, int64_t vocab,
+__global__ void pairs_kernel(LinearWeightGrad op,
                              uint32_t* keys,      // (pairs): the id, or V where it is empty or has no gradient
                              uint32_t* places) {  // (pairs)
-  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= pairs) return;
-  const int64_t id = integer_at(ids, i / k, i % k);
-  keys[i] = uint32_t(id >= 0 && id < vocab && g[i] != 0 ? id : vocab);
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, vocab = op.vocab();
+  if (i >= op.slots()) return;
+  const int k = int(op.ids.columns);
+  const int64_t id = integer_at(op.ids, i / k, i % k);
+  keys[i] = uint32_t(id >= 0 && id < vocab && op.g.data[i] != 0 ? id : vocab);
   places[i] = uint32_t(i);
 }
 
@@ -85,8 +84,8 @@ struct Sum {
 
   __device__ void add(float term, uint32_t row) {
     const Matrix& hidden = slice.hidden;
-    const T* from = static_cast<const T*>(hidden.data) + hidden.flat_offset(row) + first * hidden.step;
-    const bool whole = hidden.step == 1 && first + EACH <= hidden.columns;
+    const T* from = static_cast<const T*>(hidden.data) + hidden.flat_offset(row) + first * hidden.column_stride;
+    const bool whole = hidden.column_stride == 1 && first + EACH <= hidden.columns;
     if (whole && reinterpret_cast<uintptr_t>(from) % sizeof(Few<T>) == 0) {
       const Few<T> few = *reinterpret_cast<const Few<T>*>(from);
 #pragma unroll
@@ -94,7 +93,7 @@ struct Sum {
     } else {
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
-        if (first + e < hidden.columns) total[e] += term * (hidden.data ? to_float(from[e * hidden.step]) : 1.0f);
+        if (first + e < hidden.columns) total[e] += term * (hidden.data ? to_float(from[e * hidden.column_stride]) : 1.0f);
       }
     }
   }
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(THREADS) segments_kernel(Segments segments, Sl
   }
   if (first < last) sum.add_pairs(segments, last * WINDOW, end);
   for (int e = 0; e < EACH && sum.first + e < slice.out.columns; ++e) {
-    const int64_t at = slice.out.flat_offset(id) + (sum.first + e) * slice.out.step;
+    const int64_t at = slice.out.flat_offset(id) + (sum.first + e) * slice.out.column_stride;
     switch (slice.out.kind) {
       case Kind::bfloat16: static_cast<BFloat16*>(slice.out.data)[at] = from_float<BFloat16>(sum.total[e]); break;
       case Kind::float16: static_cast<Float16*>(slice.out.data)[at] = from_float<Float16>(sum.total[e]); break;
@@ -143,8 +142,8 @@ struct Layout {
   int64_t keys, places, ids, sorted, bounds, sums, sort, bytes;
   int bits = 0;
 
-  Layout(int64_t n, int64_t k, int64_t vocab, int64_t width, int device) : pairs(n * k), windows(pairs / WINDOW) {
-    const int64_t blocks = (width + COLUMNS - 1) / COLUMNS;
+  Layout(const LinearWeightGrad& op, int device) : pairs(op.slots()), windows(pairs / WINDOW) {
+    const int64_t vocab = op.vocab(), width = op.hidden.columns, blocks = (width + COLUMNS - 1) / COLUMNS;
     slice = std::clamp<int64_t>(SCRATCH / (4 * COLUMNS * std::max<int64_t>(windows, 1)), 1, blocks) * COLUMNS;
     while (vocab >> bits) ++bits;
     int64_t used = 0;
@@ -177,36 +176,34 @@ void add_up(const Segments& segments, const Matrix& hidden, const Matrix& out, f
 
 }  // namespace
 
-int64_t linear_weight_grad_scratch(int64_t n, int64_t k, int64_t vocab, int64_t width, int device) {
-  return Layout(n, k, vocab, width, device).bytes;
-}
+int64_t linear_weight_grad_scratch(const LinearWeightGrad& op, int device) { return Layout(op, device).bytes; }
 
-void linear_weight_grad(const float* g, const Matrix& ids, const Matrix& hidden, int64_t n, int64_t k, int64_t vocab,
-                 const Matrix& dhead, const Vector& dbias, void* scratch, const Where& where) {
-  const Layout layout(n, k, vocab, hidden.columns, where.device);
-  const auto at = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(static_cast<char*>(scratch) + offset); };
+void linear_weight_grad(const LinearWeightGrad& op, const Where& where) {
+  const Layout layout(op, where.device);
+  const int64_t k = op.ids.columns, vocab = op.vocab();
+  const auto at = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(static_cast<char*>(where.scratch) + offset); };
   const auto of_all = [](int64_t count) { return Grid{(count + THREADS - 1) / THREADS, 1, THREADS}; };
-  const std::string shape = " of N = " + std::to_string(n) + ", K = " + std::to_string(k);
+  const std::string shape = " of N = " + std::to_string(op.ids.rows) + ", K = " + std::to_string(k);
   uint32_t *keys = at(layout.keys), *places = at(layout.places), *sorted_ids = at(layout.ids);
   auto* terms = reinterpret_cast<float*>(keys);
   auto* sums = reinterpret_cast<float*>(at(layout.sums));
-  launch("pairs_kernel" + shape, pairs_kernel, of_all(layout.pairs), where, g, ids, layout.pairs, int(k), vocab, keys,
-         places);
+  launch("pairs_kernel" + shape, pairs_kernel, of_all(layout.pairs), where, op, keys, places);
   if (layout.pairs) {
     sort_pairs({keys, places, sorted_ids, at(layout.sorted), layout.pairs, layout.bits}, at(layout.sort), where);
   }
-  launch("gather_kernel" + shape, gather_kernel, of_all(layout.pairs), where, g, at(layout.sorted), layout.pairs, int(k),
-         places, terms);
+  launch("gather_kernel" + shape, gather_kernel, of_all(layout.pairs), where, op.g.data, at(layout.sorted), layout.pairs,
+         int(k), places, terms);
   launch("bounds_kernel" + shape, bounds_kernel, of_all(vocab + 1), where, sorted_ids, layout.pairs, vocab,
          at(layout.bounds));
   const Segments segments{sorted_ids, places, terms, at(layout.bounds), layout.pairs, vocab};
-  if (dhead.data) {
-    with_kind(hidden.kind, [&](auto element) {
-      add_up<decltype(element)>(segments, hidden, dhead, sums, layout, where);
+  if (op.dhead.data) {
+    with_kind(op.hidden.kind, [&](auto element) {
+      add_up<decltype(element)>(segments, op.hidden, op.dhead, sums, layout, where);
     });
   }
-  if (dbias.data) {
-    const Matrix ones{nullptr, Kind::float32, 1, 0, 0}, out{dbias.data, dbias.kind, 1, dbias.stride, 1};
+  if (op.dbias.data) {
+    const Matrix ones{nullptr, Kind::float32, op.hidden.rows, 1, 0, 0};
+    const Matrix out{op.dbias.data, op.dbias.kind, vocab, 1, op.dbias.stride, 1};
     add_up<float>(segments, ones, out, sums, layout, where);
   }
 }

@@ -1,7 +1,7 @@
 // Exact row-wise top-K in one read of the row, and the loss on those K slots in the same launch.
 //
-// A block reads a row 16 bytes a thread at a time and compares two 16-bit elements an instruction with the least value
-// that can still be of the K best; what passes is a candidate (candidates.cuh). Parts of the row are taken in an order
+// Each thread of a block reads 16 bytes of the row at a time. One instruction compares two 16-bit elements with the least
+// value that can still be of the K best; what passes is a candidate (candidates.cuh). Parts of the row are taken in an order
 // that has nothing to do with that of the ids, so that a row of rising values does not make all of them candidates.
 // Few rows are split over several blocks, and the K best of each are merged by a second launch.
 #include <algorithm>
@@ -20,18 +20,13 @@ constexpr int THREADS = Candidates::THREADS;
 constexpr int PACKS = 4;  // that a thread has in flight
 constexpr int MAX_PARTS = 32;
 
-// The rows to select from, and what to do with what is selected.
+// A selection, and the loss on what is selected.
 struct Selection {
-  Matrix logits;  // (N, V)
-  int k;
-  Item* best;      // (N, parts, K) scratch, or null where the row is not split
-  int32_t* ids;    // (N, K)
-  float* values;   // (N, K), or null with a loss
-  Matrix student;  // (N, V_student), or null data: select only
-  Vector weights;  // (N)
-  double inv_t;
-  float* loss;  // (N)
-  float* g;     // (N, K)
+  Select to;        // without log-probs where there is a loss
+  SelectLoss loss;  // or none, where its `loss` is null
+  Item* best;       // (N, parts, K) scratch, where rows are split
+
+  TOPK_RKL_BOTH int k() const { return int(to.ids.columns); }
 };
 
 // 16 bytes of a row, kept as words: as elements they would be taken apart and put together again.
@@ -60,15 +55,15 @@ template <class T>
 struct Row {
   static constexpr int SIZE = Pack<T>::SIZE;
   const T* data;
-  int64_t columns, step;
+  int64_t columns, column_stride;
   int lead, first_whole, whole;  // elements of the first pack before the row; the packs that are not cut off
 
   __device__ Row(const Matrix& logits, int64_t row)
-      : data(static_cast<const T*>(logits.data) + logits.offset(row)), columns(logits.columns), step(logits.step),
-        lead(step == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
+      : data(static_cast<const T*>(logits.data) + logits.offset(row)), columns(logits.columns), column_stride(logits.column_stride),
+        lead(column_stride == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
         whole(int((columns + lead) / SIZE) - first_whole) {}
 
-  __device__ float at(int64_t column) const { return to_float(data[column * step]); }
+  __device__ float at(int64_t column) const { return to_float(data[column * column_stride]); }
   __device__ int64_t packs() const { return (columns + lead + SIZE - 1) / SIZE; }
   __device__ int64_t first_column(int pack) const { return int64_t(pack) * SIZE - lead; }
   __device__ bool is_whole(int pack) const { return pack >= first_whole && pack < first_whole + whole; }
@@ -94,7 +89,7 @@ struct Row {
     for (int e = 0; e < SIZE; ++e) {
       const int64_t column = first_column(i) + e;
       if (i < 0 || column < 0 || column >= columns) continue;
-      const T element = data[column * step];
+      const T element = data[column * column_stride];
       uint32_t bits = 0;
       memcpy(&bits, &element, sizeof(T));
       constexpr int EACH = 4 / int(sizeof(T));
@@ -231,22 +226,24 @@ __device__ void store_row(const Selection& s, int64_t row_index, const Row<T>& r
     id = item ? id_of(item) : -1;
     w = item ? row.at(id) - shift : -INFINITY;
   };
-  for (int j = threadIdx.x; j < s.k; j += THREADS) {
+  for (int j = threadIdx.x; j < s.k(); j += THREADS) {
     int64_t id;
     double w;
     slot_of(j, id, w);
-    s.ids[row_index * s.k + j] = int32_t(id);
-    if (s.values) s.values[row_index * s.k + j] = float(w);
+    s.to.ids.data[row_index * s.k() + j] = int32_t(id);
+    if (s.to.log_probs.data) s.to.log_probs.data[row_index * s.k() + j] = float(w);
   }
-  if (s.loss) store_loss_row(s.student, row_index, pieces.slots, s.k, weight, s.inv_t, s.loss, s.g, slot_of);
+  if (!s.loss.loss) return;
+  store_loss_row(s.loss.student, row_index, pieces.slots, s.k(), weight, s.loss.objective.temperature, s.loss.loss,
+                 s.loss.g, slot_of);
 }
 
 // A row of weight 0 is not read.
 __device__ inline bool is_left_out(const Selection& s, int64_t row, double weight, bool last) {
-  if (!s.loss || weight != 0) return false;
+  if (!s.loss.loss || weight != 0) return false;
   if (!last) return true;
-  for (int j = threadIdx.x; j < s.k; j += THREADS) s.ids[row * s.k + j] = -1;
-  store_zero_row(row, s.k, s.loss, s.g);
+  for (int j = threadIdx.x; j < s.k(); j += THREADS) s.to.ids.data[row * s.k() + j] = -1;
+  store_zero_row(row, s.k(), s.loss.loss, s.loss.g);
   return true;
 }
 
@@ -258,12 +255,12 @@ __global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
   const int64_t row_index = blockIdx.x / parts;
   const int part = int(blockIdx.x % parts);
   Shared shared = shared_memory();
-  SelectPieces pieces(shared, s.k);
+  SelectPieces pieces(shared, s.k());
   Candidates& best = pieces.best;
-  const double weight = weight_of(s.weights, row_index);
+  const double weight = weight_of(s.loss.weights, row_index);
   if (is_left_out(s, row_index, weight, parts == 1)) return;
 
-  const Row<T> row(s.logits, row_index);
+  const Row<T> row(s.to.logits, row_index);
   best.clear();
   Mass mass;
   const auto visit = [&](const Tile<T, PACKED>& tile) {
@@ -290,8 +287,8 @@ __global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
 
   best.finish();
   if (parts > 1) {
-    Item* to = s.best + int64_t(blockIdx.x) * s.k;
-    for (int j = threadIdx.x; j < s.k; j += THREADS) to[j] = best.items[j];
+    Item* to = s.best + int64_t(blockIdx.x) * s.k();
+    for (int j = threadIdx.x; j < s.k(); j += THREADS) to[j] = best.items[j];
     return;
   }
   store_row(s, row_index, row, pieces, weight, NORMALIZE ? mass.log_total(pieces.slots.of_warp) : 0.0);
@@ -301,19 +298,19 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, 4) merge_kernel(Selection s, int parts) {
   const int64_t row_index = blockIdx.x;
   Shared shared = shared_memory();
-  SelectPieces pieces(shared, s.k);
-  const double weight = weight_of(s.weights, row_index);
+  SelectPieces pieces(shared, s.k());
+  const double weight = weight_of(s.loss.weights, row_index);
   if (is_left_out(s, row_index, weight, true)) return;
 
   pieces.best.clear();
-  const Item* from = s.best + row_index * parts * s.k;
-  for (int start = 0; start < parts * s.k; start += THREADS) {
+  const Item* from = s.best + row_index * parts * s.k();
+  for (int start = 0; start < parts * s.k(); start += THREADS) {
     const int i = start + int(threadIdx.x);
-    const Item item = i < parts * s.k ? from[i] : 0;
+    const Item item = i < parts * s.k() ? from[i] : 0;
     pieces.best.offer(item != 0, [&](int) { return item; });
   }
   pieces.best.finish();
-  store_row(s, row_index, Row<T>(s.logits, row_index), pieces, weight, 0.0);
+  store_row(s, row_index, Row<T>(s.to.logits, row_index), pieces, weight, 0.0);
 }
 
 // As many as read a row of any address; a stride near the golden ratio spreads what comes early over the row.
@@ -325,45 +322,48 @@ Order order_of(int64_t vocab, Kind kind) {
   return {segments, stride % segments};
 }
 
-// Blocks a row: one, unless that leaves processors idle. Sums of exponentials would depend on it.
+// Blocks per row: one, unless that leaves processors idle. Sums of exponentials would depend on it.
 int parts_of(int64_t n, const Order& order, bool normalize, int device) {
   if (normalize || n == 0) return 1;
   return int(std::clamp<int64_t>(std::min<int64_t>(2 * processors(device) / n, order.segments / PACKS), 1, MAX_PARTS));
 }
 
-void run(const Selection& s, int64_t n, bool normalize, const Where& where) {
-  const Kind kind = s.logits.kind;
-  const Order order = order_of(s.logits.columns, kind);
+void run(const Selection& s, const Where& where) {
+  const Matrix& logits = s.to.logits;
+  const bool normalize = s.to.normalize;
+  const int64_t n = logits.rows;
+  const Order order = order_of(logits.columns, logits.kind);
   const int parts = parts_of(n, order, normalize, where.device);
-  const int64_t bytes = shared_bytes<SelectPieces>(s.k);
-  const std::string shape = " of N = " + std::to_string(n) + ", V = " + std::to_string(s.logits.columns) +
-                            ", K = " + std::to_string(s.k);
-  with_kind(kind, [&](auto element) {
+  const int64_t bytes = shared_bytes<SelectPieces>(s.k());
+  const std::string shape = " of N = " + std::to_string(n) + ", V = " + std::to_string(logits.columns) +
+                            ", K = " + std::to_string(s.k());
+  with_kind(logits.kind, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = s.logits.step == 1 ? normalize ? select_kernel<T, true, true> : select_kernel<T, true, false>
-                        : normalize        ? select_kernel<T, false, true>
-                                           : select_kernel<T, false, false>;
+    const auto kernel = logits.column_stride == 1 ? normalize ? select_kernel<T, true, true> : select_kernel<T, true, false>
+                        : normalize               ? select_kernel<T, false, true>
+                                                  : select_kernel<T, false, false>;
     launch("select_kernel" + shape, kernel, {n * parts, 1, THREADS, bytes}, where, s, parts, order);
     if (parts > 1) launch("merge_kernel" + shape, merge_kernel<T>, {n, 1, THREADS, bytes}, where, s, parts);
   });
 }
 
+// Selects what the loss is taken of.
+Select selection_of(const SelectLoss& op) { return {op.teacher, false, op.ids, {}}; }
+
 }  // namespace
 
-int64_t select_scratch(int64_t n, int64_t vocab, Kind kind, int64_t k, bool normalize, int device) {
-  const int parts = parts_of(n, order_of(vocab, kind), normalize, device);
-  return parts == 1 ? 0 : n * parts * k * int64_t(sizeof(Item));
+int64_t select_scratch(const Select& op, int device) {
+  const Matrix& logits = op.logits;
+  const int parts = parts_of(logits.rows, order_of(logits.columns, logits.kind), op.normalize, device);
+  return parts == 1 ? 0 : logits.rows * parts * op.ids.columns * int64_t(sizeof(Item));
 }
 
-void select(const Matrix& logits, int64_t n, int64_t k, bool normalize, void* scratch, int32_t* ids, float* values,
-            const Where& where) {
-  run({logits, int(k), static_cast<Item*>(scratch), ids, values, {}, {}, 1, nullptr, nullptr}, n, normalize, where);
-}
+int64_t select_loss_scratch(const SelectLoss& op, int device) { return select_scratch(selection_of(op), device); }
 
-void select_loss(const Matrix& student, const Matrix& teacher, int64_t n, int64_t k, const Vector& weights,
-                 double temperature, void* scratch, float* loss, int32_t* ids, float* g, const Where& where) {
-  run({teacher, int(k), static_cast<Item*>(scratch), ids, nullptr, student, weights, 1 / temperature, loss, g}, n,
-      false, where);
+void select(const Select& op, const Where& where) { run({op, {}, static_cast<Item*>(where.scratch)}, where); }
+
+void select_loss(const SelectLoss& op, const Where& where) {
+  run({selection_of(op), op, static_cast<Item*>(where.scratch)}, where);
 }
 
 }  // namespace topk_rkl::cuda

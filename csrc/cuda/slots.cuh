@@ -1,4 +1,4 @@
-// The loss of one row and its gradient on K slots, by one block: divergence.reverse_kl, line by line, in float64.
+// The reverse KL of one row and its gradient on K slots, by one block in float64, as divergence.slots_loss has it.
 #pragma once
 
 #include "device.cuh"
@@ -48,8 +48,8 @@ __device__ inline double sum_of_exponentials(const double* x, int k, double inv_
 // 0, or NaN where the teacher's logit is NaN or +inf, which spoils the row whether or not the student has the token.
 __device__ inline double poison_of(double w) { return w < INFINITY ? 0 : NAN; }
 
-// Calls put(j, gradient) for each slot, and returns the loss, to which each thread adds its poison. A thread reads only
-// what it wrote of z and w.
+// Calls put(j, gradient) for each slot, and returns the loss, to which each thread adds its poison. Of z and w a thread
+// reads only what it wrote.
 template <class Put>
 __device__ double reverse_kl(const Slots& slots, int k, double inv_t, double poison, Put put) {
   unsigned live = 0;  // a bit for each slot of this thread
@@ -78,7 +78,7 @@ __device__ double reverse_kl(const Slots& slots, int k, double inv_t, double poi
 // Writes the loss of a row and its gradient, times the weight; slot_of(j, id, w) tells of slot j what it holds.
 template <class SlotOf>
 __device__ void store_loss_row(const Matrix& student, int64_t row, const Slots& slots, int k, double weight,
-                               double inv_t, float* loss, float* g, SlotOf slot_of) {
+                               double temperature, float* loss, const Rows<float>& g, SlotOf slot_of) {
   const int64_t start = student.offset(row);
   double poison = 0;
   for (int j = threadIdx.x; j < k; j += blockDim.x) {
@@ -86,16 +86,17 @@ __device__ void store_loss_row(const Matrix& student, int64_t row, const Slots& 
     double w;
     slot_of(j, id, w);
     const bool live = id >= 0 && id < student.columns && !(w == -INFINITY);
-    slots.z[j] = live ? real_at(student.data, student.kind, start + id * student.step) : -INFINITY;
+    slots.z[j] = live ? real_at(student.data, student.kind, start + id * student.column_stride) : -INFINITY;
     slots.w[j] = live ? w : -INFINITY;
     if (id >= 0) poison += poison_of(w);
   }
-  const double row_loss = reverse_kl(slots, k, inv_t, poison, [&](int j, double dz) { g[row * k + j] = float(dz * weight); });
+  const auto put = [&](int j, double dz) { g.data[row * k + j] = float(dz * weight); };
+  const double row_loss = reverse_kl(slots, k, 1 / temperature, poison, put);
   if (threadIdx.x == 0) loss[row] = float(row_loss * weight);
 }
 
-__device__ inline void store_zero_row(int64_t row, int k, float* loss, float* g) {
-  for (int j = threadIdx.x; j < k; j += blockDim.x) g[row * k + j] = 0;
+__device__ inline void store_zero_row(int64_t row, int k, float* loss, const Rows<float>& g) {
+  for (int j = threadIdx.x; j < k; j += blockDim.x) g.data[row * k + j] = 0;
   if (threadIdx.x == 0) loss[row] = 0;
 }
 

@@ -7,31 +7,26 @@ namespace {
 
 constexpr int THREADS = 128;
 
-__global__ void support_loss_kernel(Matrix student,  // (N, V)
-                                    Matrix ids,      // (N, K)
-                                    Matrix values,   // (N, K)
-                                    Vector weights,  // (N)
-                                    int k, double inv_t,
-                                    float* loss,  // (N)
-                                    float* g) {   // (N, K)
+__global__ void support_loss_kernel(SupportLoss op) {
   const int64_t row = blockIdx.x;
+  const int k = int(op.ids.columns);
   Shared shared = shared_memory();
   const Slots slots(shared, k);
-  const double weight = weight_of(weights, row);
-  if (weight == 0) return store_zero_row(row, k, loss, g);
-  store_loss_row(student, row, slots, k, weight, inv_t, loss, g, [&](int j, int64_t& id, double& w) {
-    id = integer_at(ids, row, j);
-    w = real_at(values, row, j);
-  });
+  const double weight = weight_of(op.weights, row);
+  if (weight == 0) return store_zero_row(row, k, op.loss, op.g);
+  store_loss_row(op.student, row, slots, k, weight, op.objective.temperature, op.loss, op.g,
+                 [&](int j, int64_t& id, double& w) {
+                   id = integer_at(op.ids, row, j);
+                   w = real_at(op.log_probs, row, j);
+                 });
 }
 
 }  // namespace
 
-void support_loss(const Matrix& student, int64_t n, int64_t k, const Matrix& ids, const Matrix& values,
-                  const Vector& weights, double temperature, float* loss, float* g, const Where& where) {
+void support_loss(const SupportLoss& op, const Where& where) {
+  const int64_t n = op.ids.rows, k = op.ids.columns;
   launch("support_loss_kernel of N = " + std::to_string(n) + ", K = " + std::to_string(k), support_loss_kernel,
-         {n, 1, THREADS, shared_bytes<Slots>(int(k))}, where, student, ids, values, weights, int(k), 1 / temperature,
-         loss, g);
+         {n, 1, THREADS, shared_bytes<Slots>(int(k))}, where, op);
 }
 
 }  // namespace topk_rkl::cuda

@@ -13,7 +13,8 @@ from typing import Any
 from unittest import mock
 
 SELECT = "topk_rkl.backends.triton.select"
-HEAD = "topk_rkl.backends.triton.linear_loss"
+LINEAR_LOSS = "topk_rkl.backends.triton.linear_loss"
+WEIGHT_GRAD = "topk_rkl.backends.triton.linear_weight_grad"
 
 DECISIONS = {
     "backend of a selection": "CUDA_FROM_K becomes the least K from which the CUDA backend wins: "
@@ -59,11 +60,11 @@ def place_per_row() -> AbstractContextManager[object]:
 
 
 def head(**sizes: int) -> AbstractContextManager[object]:
-    return returning(HEAD, "plan_linear_loss", lambda planned: replace(planned, **sizes))
+    return returning(LINEAR_LOSS, "plan_linear_loss", lambda planned: replace(planned, **sizes))
 
 
 def weight_grad(**sizes: int) -> AbstractContextManager[object]:
-    return returning(HEAD, "plan_linear_weight_grad", lambda planned: replace(planned, **sizes))
+    return returning(WEIGHT_GRAD, "plan_linear_weight_grad", lambda planned: replace(planned, **sizes))
 
 
 def named(overrides: list[tuple[int, int]]) -> dict[str, Override]:

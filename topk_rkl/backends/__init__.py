@@ -89,36 +89,36 @@ def choose(
     *logits: Tensor,  # (..., V) each
     divergence: Code | Terms = REVERSE_KL,
     mass: str = "renormalized",
-    head: bool = False,
+    linear: bool = False,
 ) -> ModuleType:
     """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all.
 
-    With `head` they are hidden states, which meet K rows of the head.
+    With `linear` they are hidden states, which meet K rows of the head.
     """
     _check_name(name, "TOPK_RKL_BACKEND")
     if name != "auto":
         if reason := _first_refusal(name, k, logits, divergence, mass):
             raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reason}")
         return _load(name)
-    fastest = _fastest(k, logits[0], CUDA_LINEAR_FROM_K if head else CUDA_FROM_K)
+    fastest = _fastest(k, logits[0], CUDA_LINEAR_FROM_K if linear else CUDA_FROM_K)
     able = (name for name in fastest if not _first_refusal(name, k, logits, divergence, mass))
     return _load(next(able, "reference"))
 
 
-def choose_head(
+def choose_linear(
     name: str,
     k: int,
     hidden: Tensor,  # (N, H)
     vocab: int,
     divergence: Code | Terms = REVERSE_KL,
 ) -> ModuleType:
-    """The module that serves K rows of the head a position, or for "auto" the dense product where that is cheaper.
+    """The module that serves K rows of the head per position, or for "auto" the dense product where that is cheaper.
 
-    Gathering moves K rows of the head a position at the pace of the memory, a product multiplies all V at the pace of
-    the processor. They break even between K = V / 12, where the head is far larger than the caches, and V / 2, where it
-    fits. Only where that was measured, on CPUs, and where float32 products have not been allowed fewer bits.
+    Memory bandwidth bounds the gathering of K rows; arithmetic bounds the product with all V. They break even at
+    K = V / 12 where the head is far larger than the caches, and at V / 2 where it fits. Both were measured on CPUs
+    alone. A product in TF32 or bfloat16 would be less exact: see torch.backends.mkldnn.matmul.fp32_precision.
     """
-    module = choose(name, k, hidden, divergence=divergence, head=True)
+    module = choose(name, k, hidden, divergence=divergence, linear=True)
     dense_pays = k * DENSE_FROM >= vocab and hidden.is_cpu and hidden.dtype in _LOW_DTYPES
     if name == "auto" and dense_pays and _products_are_float32():
         return _load("dense_linear")
@@ -126,7 +126,7 @@ def choose_head(
 
 
 def _products_are_float32() -> bool:
-    """Whether no setting allows a CPU's float32 products fewer bits."""
+    """Whether no setting lets oneDNN compute a CPU's float32 products in TF32 or bfloat16."""
     newer = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on; the older may raise once it was used
     if newer is None:
         return torch.get_float32_matmul_precision() == "highest"
@@ -165,14 +165,12 @@ def _first_refusal(name: str, k: int, logits: tuple[Tensor, ...], divergence: Co
 
 
 def _refusal(name: str, k: int, logits: Tensor) -> str | None:
-    if reason := unavailable(name):
+    if (reason := unavailable(name)) or name == "reference":
         return reason
-    if name == "reference":
-        return None
     if logits.dtype not in _LOW_DTYPES:
         return f"the logits are {logits.dtype}; use bfloat16, float16 or float32, or the 'reference' backend"
-    refusals = {"native": _native_refusal, "triton": _triton_refusal, "cuda": _cuda_refusal}
-    return refusals[name](k, logits)
+    refusal: str | None = _load(name).refusal(k, logits)
+    return refusal
 
 
 def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | None:
@@ -180,44 +178,10 @@ def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | 
         return None
     if callable(divergence):
         return "it has no kernel for a divergence that is a function; use 'auto' or 'reference'"
-    if name == "triton" and (tiny := [x for x in divergence[1:] if 0 < abs(x) < 1e-30]):
-        return f"its kernels take the numbers of a divergence as float32, and {tiny[0]} is too small; use 'reference'"
-    if name == "cuda" and (mass != "renormalized" or tuple(divergence) != REVERSE_KL):
-        return "it has kernels for the renormalised ReverseKL() alone; use 'auto' or 'reference'"
-    if mass.startswith("ema_pg"):
+    refusal: str | None = _load(name).objective_refusal(divergence, mass)
+    if refusal is None and mass.startswith("ema_pg"):
         return f"it has no kernel for mass={mass!r}; use 'auto' or 'reference'"
-    return None
-
-
-def _native_refusal(_k: int, logits: Tensor) -> str | None:
-    if not logits.is_cpu:
-        return f"the logits are on {logits.device}; move them to the CPU, or use 'triton' or 'reference'"
-    return None
-
-
-def _triton_refusal(k: int, logits: Tensor) -> str | None:
-    launch = importlib.import_module("topk_rkl.backends.triton.launch")
-    memory = importlib.import_module("topk_rkl.backends.triton.memory")
-    if not logits.is_cuda and not (logits.is_cpu and memory.INTERPRETED):
-        return (
-            f"the logits are on {logits.device}; move them to a GPU, set TRITON_INTERPRET=1 before topk_rkl is "
-            "imported to interpret the kernels on a CPU, or use 'reference'"
-        )
-    if k > launch.MAX_K or logits.shape[-1] > launch.MAX_VOCAB:
-        return (
-            f"K = {k} and V = {logits.shape[-1]}; it takes K up to {launch.MAX_K} and V up to {launch.MAX_VOCAB}, "
-            "the 'reference' backend any"
-        )
-    return None
-
-
-def _cuda_refusal(k: int, logits: Tensor) -> str | None:
-    cuda = _load("cuda")
-    if logits.device.type != ("cpu" if cuda.HOST else "cuda"):
-        return f"the logits are on {logits.device}; move them to a GPU, or use 'native' or 'reference'"
-    if k > cuda.MAX_K:
-        return f"K = {k}; it takes K up to {cuda.MAX_K}, the 'reference' backend any"
-    return None
+    return refusal
 
 
 @functools.cache

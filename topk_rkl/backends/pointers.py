@@ -10,15 +10,17 @@ KINDS = {
     for kind, dtype in enumerate(
         (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
     )
-}  # as in csrc/cpu/types.hpp
+}  # as in csrc/types.hpp
 LOGITS = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = (*LOGITS, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_OFFSET = 2**63 - 1
 MAX_VOCAB = 2**31 - 1
 
-Matrix = tuple[int, int, int, int, int, int, int]
-Vector = tuple[int, int, int]
+# As the structs of those names in csrc/types.hpp.
+Matrix = tuple[int, int, int, int, int, int, int, int]
+Vector = tuple[int, int, int, int]
+Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,21 @@ class Pointers:
         name: str,
         x: Tensor | None,  # (N, columns), or (S, R, columns) with S R = N
         dtypes: tuple[torch.dtype, ...] = LOGITS,
+        shape: tuple[int, int] | None = None,
     ) -> Matrix:
         if x is None:
-            return 0, 0, 0, 0, 0, 0, 0
-        self._check(name, x, dtypes)
-        shape, strides = tuple(x.shape), x.stride()
-        if len(shape) not in (2, 3):
-            raise ValueError(f"{name} has shape {shape}; it must be rows (N, X), or slabs of rows (S, R, X)")
-        check_extent(name, shape, strides, x.element_size())
-        slab_stride = strides[0] if len(shape) == 3 else 0
-        return x.data_ptr(), KINDS[x.dtype], shape[-1], strides[-2], strides[-1], max(1, shape[-2]), slab_stride
+            return 0, 0, 0, 0, 0, 0, 0, 0
+        self._check(name, x, dtypes, shape)
+        sizes, strides = x.shape, x.stride()
+        if len(sizes) not in (2, 3):
+            raise ValueError(f"{name} has shape {tuple(sizes)}; it must be rows (N, X), or slabs of rows (S, R, X)")
+        check_extent(name, tuple(sizes), strides, x.element_size())
+        slabs, slab_stride = (sizes[0], strides[0]) if len(sizes) == 3 else (1, 0)
+        *_, rows, columns = sizes
+        *_, row_stride, column_stride = strides
+        return (
+            x.data_ptr(), KINDS[x.dtype], slabs * rows, columns, row_stride, column_stride, max(1, rows), slab_stride
+        )  # fmt: skip
 
     def vector(
         self,
@@ -50,29 +57,56 @@ class Pointers:
         n: int,
     ) -> Vector:
         if x is None:
-            return 0, 0, 0
-        self._check(name, x, FLOATS)
-        same_shape(name, x, (n,))
+            return 0, 0, 0, 0
+        self._check(name, x, FLOATS, (n,))
         check_extent(name, (1, n), (0, x.stride(0)), x.element_size())
-        return x.data_ptr(), KINDS[x.dtype], x.stride(0)
+        return x.data_ptr(), KINDS[x.dtype], n, x.stride(0)
 
-    def _check(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    def rows(
+        self,
+        name: str,
+        x: Tensor | None,  # (N, columns)
+        shape: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Rows:
+        """Of an output, which is contiguous."""
+        return (0, 0) if x is None else (self._contiguous(name, x, shape, dtype), shape[1])
+
+    def row(
+        self,
+        name: str,
+        x: Tensor,  # (N,)
+        n: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> int:
+        """Of an output, which is contiguous."""
+        return self._contiguous(name, x, (n,), dtype)
+
+    def _contiguous(self, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        self._check(name, x, (dtype,), shape)
+        if not x.is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()}; it must be contiguous")
+        return x.data_ptr()
+
+    def _check(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None) -> None:
         if x.device != self.device:
             raise ValueError(f"{name} is on {x.device}; it must be on {self.device}")
         if x.dtype not in dtypes:
             raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(map(str, dtypes))}")
+        if shape is not None:
+            same_shape(name, x, shape)
 
 
 def check_extent(name: str, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
     """Refuses what would put a byte of the tensor out of the reach of a 64-bit offset, or before its start."""
-    if min(strides) < 0:
-        raise ValueError(f"{name} has strides {strides}; a negative one cannot be read, pass {name}.contiguous()")
+    reach = 1
+    for size, stride in zip(shape, strides):
+        if stride < 0:
+            raise ValueError(f"{name} has strides {strides}; a negative one cannot be read, pass {name}.contiguous()")
+        reach += max(size, 2) * stride  # past the last element, and past one step even where there is none
     if shape[-1] > MAX_VOCAB:
         raise ValueError(f"{name} has {shape[-1]} columns; ids are int32, so that at most {MAX_VOCAB} are possible")
-    reach = 1
-    for size, stride in zip(shape, strides, strict=True):
-        reach += max(0, size - 1) * stride
-    if max(reach, *strides) * itemsize > MAX_OFFSET:
+    if reach * itemsize > MAX_OFFSET:
         raise ValueError(f"{name} of shape {shape} and strides {strides} reaches past 2^63 bytes; pass a smaller part")
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from topk_rkl.backends.reference import result_dtype
 from topk_rkl.divergence import capped
+from topk_rkl.objective import Objective
+from topk_rkl.rows import chunks, result_dtype
 
 # At most, of a block:
 ROWS = 512  # positions
@@ -19,22 +20,17 @@ WEIGHTS = 12 << 20  # bytes of the head's rows, and of the hidden states
 SOLVED = 1 << 17  # slots whose loss is found at once: some 250 bytes each, in float64
 
 
-def parts(total: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
 def row_blocks(
     ids: Tensor,  # (N, K)
     hidden: Tensor,  # (N, H)
 ) -> Iterator[slice]:
-    return parts(len(ids), _most_rows(ids.shape[1], hidden))
+    return chunks(len(ids), 1, _most_rows(ids.shape[1], hidden))
 
 
 def slot_blocks(
     ids: Tensor,  # (N, K)
 ) -> Iterator[slice]:
-    return parts(len(ids), SOLVED // ids.shape[1])
+    return chunks(len(ids), ids.shape[1], SOLVED)
 
 
 def token_blocks(
@@ -44,7 +40,8 @@ def token_blocks(
 ) -> Iterator[slice]:
     """As many tokens as go with a block of positions."""
     rows = max(1, min(len(ids), _most_rows(ids.shape[1], hidden)))
-    return parts(vocab, min(LOGITS // rows, WEIGHTS // hidden.shape[1]) // result_dtype(hidden).itemsize)
+    most = min(LOGITS // rows, WEIGHTS // hidden.shape[1]) // result_dtype(hidden).itemsize
+    return chunks(vocab, 1, max(1, most))
 
 
 def _most_rows(k: int, hidden: Tensor) -> int:
@@ -65,8 +62,7 @@ def all_logits(
     hidden: Tensor,  # (n, H)
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
+    objective: Objective,
     out: Tensor | None = None,  # (n, V)
 ) -> Tensor:  # (n, V)
     """Of so few positions that they may all exist."""
@@ -76,7 +72,9 @@ def all_logits(
     for tokens in token_blocks(no_slots, hidden, len(head)):
         weight, biases = head[tokens].to(dtype), None if bias is None else bias[tokens]
         for rows in row_blocks(no_slots, hidden):
-            out[rows, tokens] = capped(product(hidden[rows], weight, biases), logit_scale, softcap)[0]
+            out[rows, tokens] = capped(product(hidden[rows], weight, biases), objective.logit_scale, objective.softcap)[
+                0
+            ]
     return out
 
 
@@ -85,22 +83,21 @@ def logits_at(
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     ids: Tensor,  # (N, K)
-    logit_scale: float,
-    softcap: float | None,
+    objective: Objective,
 ) -> Tensor:  # (N, K), -inf at ids outside the vocabulary
     """Of the tokens named alone, whose rows of the head are gathered some at a time."""
     known = (ids >= 0) & (ids < len(head))
     columns = torch.where(known, ids, 0).long()
     dtype, width = result_dtype(hidden), hidden.shape[1]
     raw = hidden.new_empty(ids.shape, dtype=dtype)
-    most = WEIGHTS // (width * dtype.itemsize)
-    for slots in parts(ids.shape[1], most):
-        for rows in parts(len(ids), most // (slots.stop - slots.start)):
+    row_bytes = width * dtype.itemsize
+    for slots in chunks(ids.shape[1], row_bytes, WEIGHTS):
+        for rows in chunks(len(ids), (slots.stop - slots.start) * row_bytes, WEIGHTS):
             kept = head[columns[rows, slots]].to(dtype)  # (n, k, H)
             raw[rows, slots] = (kept * hidden[rows, None].to(dtype)).sum(2)
     if bias is not None:
         raw += bias[columns]
-    return torch.where(known, capped(raw, logit_scale, softcap)[0], -torch.inf)
+    return torch.where(known, capped(raw, objective.logit_scale, objective.softcap)[0], -torch.inf)
 
 
 def inside(

@@ -17,9 +17,8 @@ from torch.nn.functional import pad
 
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
-from topk_rkl.backends.reference import result_dtype
-from topk_rkl.divergence import REVERSE_KL
-from topk_rkl.settings import pack
+from topk_rkl.objective import pack
+from topk_rkl.rows import add_repeats, result_dtype
 from topk_rkl.support import Support, require_support
 
 
@@ -158,14 +157,15 @@ def linear_fixed_ids(
     chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
     ids = _require_ids(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
     checks.require_flag("normalize", normalize)
-    settings = pack(1.0, REVERSE_KL, *checks.require_logit_options(logit_scale, softcap))
+    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    objective = pack(logit_scale=logit_scale, softcap=softcap)
     ids = torch.as_tensor(ids, device=teacher_hidden.device)
     ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
     head = teacher_hidden, teacher_weight, bias
-    values = ops.linear_values(*head, ids, settings)
+    values = ops.linear_logits(*head, ids, objective)
     if normalize:
-        best, log_prob = ops.linear_select(*head, 1, chunk_rows, settings, True, True, requested())
-        normal = _from_best(values, ops.linear_values(*head, best, settings), best, log_prob)
+        best, log_prob = ops.linear_select(*head, 1, chunk_rows, objective, True, True, requested())
+        normal = _from_best(values, ops.linear_logits(*head, best, objective), best, log_prob)
         values = torch.where((ids >= 0) & (ids < len(teacher_weight)), normal, -torch.inf)
     return Support(ids, values).unique()
 
@@ -283,7 +283,10 @@ def remap(
     if student_vocab is not None:
         beyond = ids >= min(student_vocab, torch.iinfo(ids.dtype).max)  # an int above the ids' dtype would wrap
         ids = ids.masked_fill(beyond & (support.log_probs < torch.inf), -1)  # NaN still spoils the row
-    return _merge_duplicates(Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)))
+    log_probs = support.log_probs.to(result_dtype(support.log_probs)).masked_fill(ids < 0, -torch.inf)
+    ordered, slots = ids.sort(dim=-1, stable=True)
+    total = add_repeats(ordered, log_probs.gather(-1, slots), torch.logaddexp)
+    return Support(ids, torch.empty_like(total).scatter(-1, slots, total)).unique()
 
 
 def values_at(
@@ -332,19 +335,6 @@ def _occurs(first: Support, second: Support) -> Tensor:  # (..., K1) bool
 def _kept(support: Support, keep: Tensor) -> Support:
     ids = _live_ids(support).masked_fill(~keep, -1)
     return Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)).unique()
-
-
-def _merge_duplicates(support: Support) -> Support:
-    """The first slot of each id has the probability of all, the others are emptied."""
-    ids, slots = support.ids.sort(dim=-1, stable=True)
-    total = support.log_probs.to(result_dtype(support.log_probs)).gather(-1, slots)
-    distance = 1
-    while distance < ids.shape[-1]:
-        same = ids[..., distance:] == ids[..., :-distance]
-        head, rest = total[..., :-distance], total[..., distance:]
-        total = torch.cat([torch.where(same, head.logaddexp(rest), head), total[..., -distance:]], -1)
-        distance *= 2
-    return Support(support.ids, torch.empty_like(total).scatter(-1, slots, total)).unique()
 
 
 def _require_ids(

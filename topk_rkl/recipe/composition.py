@@ -17,11 +17,11 @@ A source is a model's (..., V) logits or a `Support`.
 Sources are constants: the student's own logits, in `taid` and `veto`, are detached. The loss's temperature divides the
 composed log-probs.
 
-The sum of losses, instead of the loss of a sum, needs nothing from here: add one loss a teacher, each with its
+The sum of losses, instead of the loss of a sum, needs nothing from here: add one loss per teacher, each with its
 `weights`, which may be 0 where a position is another teacher's.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,10 @@ from torch import Tensor
 
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
-from topk_rkl.backends.reference import result_dtype
 from topk_rkl.recipe.builders import normalized, values_at
-from topk_rkl.settings import clamped
+from topk_rkl.rows import chunks, finite_max, result_dtype, row_views
 from topk_rkl.support import Support, require_support, true_log_probs
-
-CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB a source, however many rows there are
+from topk_rkl.traced import clamped
 
 
 def mixture(
@@ -47,8 +45,8 @@ def mixture(
 
     Args:
         teachers: (..., V) logits or supports with true log-probs.
-        weights: one a teacher, a number or a (...) tensor, not negative; divided by their sum. A teacher of weight 0 is
-            absent there, whatever it holds or names.
+        weights: one per teacher, a number or a (...) tensor, not negative; divided by their sum. A teacher of weight 0
+            is absent there, whatever it holds or names.
         k: how many tokens, where all teachers are logits.
 
     Returns:
@@ -101,7 +99,7 @@ def residual(
         k: how many tokens, where both are logits.
 
     Returns:
-        Support of (..., K); from logits with true log-probs, from supports up to a constant a position.
+        Support of (..., K); from logits with true log-probs, from supports up to a constant per position.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -136,7 +134,7 @@ def extrapolation(
         k: how many tokens, where both are logits.
 
     Returns:
-        Support of (..., K); from logits with true log-probs, from supports up to a constant a position.
+        Support of (..., K); from logits with true log-probs, from supports up to a constant per position.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -166,7 +164,7 @@ def taid(
         k: how many tokens, where the teacher is logits.
 
     Returns:
-        Support of (..., K); from logits with true log-probs, from a support up to a constant a position. A token of
+        Support of (..., K); from logits with true log-probs, from a support up to a constant per position. A token of
         probability 0 in the teacher keeps that, for t > 0.
 
     Raises:
@@ -197,7 +195,7 @@ def veto(
         k: how many tokens, where the teacher is logits.
 
     Returns:
-        Support of (..., K); from logits with true log-probs, from a support up to a constant a position. A token of
+        Support of (..., K); from logits with true log-probs, from a support up to a constant per position. A token of
         probability 0 in the teacher keeps that.
 
     Raises:
@@ -227,26 +225,14 @@ def _compose(
         return _on_slots(formula, sources, normalize, extras)
     logits = [x.detach() for x in sources if isinstance(x, Tensor)]  # (..., V) each
     found = []
-    for part in _chunks([*logits, *extras]):  # (..., V) and (..., X) each
-        values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
-        values = [normalized(x, x) for x in values] if normalize else [_relative(x) for x in values]
-        ids, log_probs = ops.select(formula(*part[len(logits) :], *values), k, True, requested())
-        found.append((ids.flatten(0, -2), log_probs.flatten(0, -2)))
-    shape = (*logits[0].shape[:-1], ids.shape[-1])
-    return Support(*(torch.cat([x[i] for x in found]).view(shape) for i in range(2)))
-
-
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Views of some positions each, in order, of at most CHUNK_ELEMENTS of the first tensor or one position."""
-    first = tensors[0]
-    if first.dim() == 1 or first.numel() <= CHUNK_ELEMENTS:
-        yield [x if first.dim() > 1 else x[None] for x in tensors]
-    elif (slab := first[0].numel()) <= CHUNK_ELEMENTS:
-        parts = [x.split(CHUNK_ELEMENTS // slab) for x in tensors]
-        yield from ([x[i] for x in parts] for i in range(len(parts[0])))
-    else:
-        for i in range(len(first)):
-            yield from _chunks([x[i] for x in tensors])
+    for views in row_views(*logits, *extras):  # (n, V) and (n, X) each
+        for rows in chunks(len(views[0]), bytes_per_row=8 * logits[0].shape[-1]):  # two float32 rows of each source
+            part = [x[rows] for x in views]
+            values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
+            values = [normalized(x, x) for x in values] if normalize else [_relative(x) for x in values]
+            found.append(ops.select(formula(*part[len(logits) :], *values), k, True, requested()))
+    shape = (*logits[0].shape[:-1], k)
+    return Support(*(torch.cat(x).view(shape) for x in zip(*found)))
 
 
 def _on_slots(
@@ -271,9 +257,8 @@ def _slot_values(support: Support, normalize: bool) -> Tensor:  # (..., K) at le
 
 def _relative(
     logits: Tensor,  # (..., X)
-) -> Tensor:  # (..., X) a constant a row cancels, and products of small numbers are rounded less
-    best = logits.amax(-1, keepdim=True)
-    return logits - best.masked_fill(best == -torch.inf, 0)
+) -> Tensor:  # (..., X) a constant per row cancels, and products of small numbers are rounded less
+    return logits - finite_max(logits)
 
 
 def _where_live(

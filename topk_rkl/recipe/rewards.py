@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from topk_rkl import checks
 from topk_rkl.recipe.sequences import require_cu_seqlens, starts
-from topk_rkl.settings import clamped
+from topk_rkl.traced import clamped
 
 
 def log_ratio(

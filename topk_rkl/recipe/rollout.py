@@ -1,5 +1,6 @@
 """The student's side of a rollout: nucleus sampling, and the sampled-token objective to compare with."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,11 +9,9 @@ from torch.nn.functional import pad
 
 from topk_rkl import checks
 from topk_rkl.autograd import differentiable_once, savable, save
-from topk_rkl.backends.reference import result_dtype, times
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
-from topk_rkl.settings import traced
-
-CHUNK_ELEMENTS = 1 << 22  # float32 scratch of 16 MiB, however many rows there are
+from topk_rkl.rows import chunks, result_dtype, times
+from topk_rkl.traced import traced
 
 
 def top_p_filter(
@@ -201,10 +200,11 @@ class _LogRatio(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         scale = times(slope[:, None], grad_output)  # (N, 1)
         grad = torch.empty_like(student_logits)  # (N, V)
-        for rows in _row_chunks(student_logits):
-            weights = _exponentials(student_logits[rows], best[rows], temperature)  # (n, V)
-            chosen, others = (x.to(weights.dtype) for x in (scale[rows], -scale[rows] / total[rows, None]))  # (n, 1)
-            dense = weights.mul_(others).scatter_add_(-1, ids[rows, None], chosen)
+        for rows in _chunks(student_logits):
+            exponentials = _exponentials(student_logits[rows], best[rows], temperature)  # (n, V)
+            at_token = scale[rows].to(exponentials.dtype)  # (n, 1)
+            everywhere = (-scale[rows] / total[rows, None]).to(exponentials.dtype)  # (n, 1)
+            dense = exponentials.mul_(everywhere).scatter_add_(-1, ids[rows, None], at_token)
             grad[rows] = dense.masked_fill_(scale[rows] == 0, 0)  # not by the factor: 0 * NaN is NaN
         return grad, None, None, None, None
 
@@ -219,7 +219,7 @@ def _token_log_probs(
     Differences come before quotients and rounding, or the log-prob would lose what the logits' size takes.
     """
     best = logits.amax(-1)  # (N,)
-    parts = (_exponentials(logits[rows], best[rows], temperature) for rows in _row_chunks(logits))
+    parts = (_exponentials(logits[rows], best[rows], temperature) for rows in _chunks(logits))
     total = torch.cat([x.sum(-1, dtype=torch.float64) for x in parts])  # (N,)
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1).double() - best.double()  # (N,)
     return chosen / temperature - total.log(), best, total
@@ -233,18 +233,11 @@ def _exponentials(
     return logits.to(result_dtype(logits)).sub(best[:, None]).div_(temperature).exp_()
 
 
-def _row_chunks(
+def _chunks(
     logits: Tensor,  # (N, V)
-) -> list[slice]:
-    """Slices that cover the rows, each of at most CHUNK_ELEMENTS or one row; one empty slice when N is 0.
-
-    torch.compile gets all rows at once: it fuses what the chunks keep small, and would compile anew for each number.
-    """
-    if torch.compiler.is_compiling():
-        return [slice(None)]
-    rows, vocab = logits.shape
-    step = max(1, CHUNK_ELEMENTS // vocab)
-    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+) -> Iterator[slice]:
+    """Rows of which two float32 copies are held, or all of them under torch.compile, which fuses what it can."""
+    return chunks(len(logits), bytes_per_row=8 * logits.shape[1], whole=torch.compiler.is_compiling())
 
 
 def _require_generator(

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from topk_rkl import checks
 from topk_rkl.autograd import savable
-from topk_rkl.backends.reference import result_dtype
 from topk_rkl.recipe.rewards import return_to_go
 from topk_rkl.recipe.sequences import first_of_each, require_cu_seqlens, starts
 from topk_rkl.reduction import ratio
+from topk_rkl.rows import result_dtype
 
 Mode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 Occurrences = Literal["first", "all"]

@@ -12,23 +12,24 @@ BLENDED = tl.constexpr(divergence.BLENDED)
 LARGEST_EXPONENT = tl.constexpr(divergence.LARGEST_EXPONENT)
 SUMMABLE = tl.constexpr(divergence.SUMMABLE)
 
-RENORMALIZED, TAIL, RAW = map(tl.constexpr, range(3))  # and RAW_STOP_GRAD
+RENORMALIZED, TAIL, RAW = (tl.constexpr(divergence.MASSES.index(x)) for x in ("renormalized", "tail", "raw"))
 
 
-def encoded(code: divergence.Code) -> tuple[int, tuple[float, ...]]:
-    """FAMILY, and the numbers as `number` reads them."""
+def encoded(code: divergence.Code | divergence.Terms) -> tuple[int, tuple[float, ...]]:
+    """FAMILY, and the parameters as `number` reads them."""
+    assert not callable(code)  # `choose` sends a function to the reference
     return int(code[0]), tuple(half for number in code[1:] for half in float32_halves(number))
 
 
 @triton.jit
-def number(numbers, PLACE: tl.constexpr):
-    return tl.cast(numbers[2 * PLACE], tl.float64) + tl.cast(numbers[2 * PLACE + 1], tl.float64)
+def number(parameters, PLACE: tl.constexpr):
+    return tl.cast(parameters[2 * PLACE], tl.float64) + tl.cast(parameters[2 * PLACE + 1], tl.float64)
 
 
 @triton.jit
-def told(
+def of_named(
     column,  # [K] ids
-    w,  # [K] the teacher's values
+    w,  # [K] the teacher's log-probs
     vocab,  # the student's
 ):
     """As slots_loss takes them: -inf where the slot is not in S, unless a NaN or +inf there has to spoil the row."""
@@ -41,8 +42,8 @@ def slots_loss(
     w,  # [K] the teacher's, likewise, but for a NaN or +inf, which spoils the row
     live,  # [K] bool: the slot is in S
     inv_t,  # float64: 1 / temperature
-    numbers,
-    head,  # [K] bool: all slots but the rest of the vocabulary; None where that is none
+    parameters,
+    in_support,  # [K] bool: all slots but the tail; None where there is no tail
     FAMILY: tl.constexpr,
     MASS: tl.constexpr,
 ):
@@ -68,17 +69,17 @@ def slots_loss(
         q = q / q_sum
         poison = 0.0 * (p_sum + q_sum)  # 0, or NaN
         d = tl.where(live, (a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum)), 0.0)  # [K]
-        term, h = _terms(p, q, d, tl.where(live, b * inv_t - tl.log(q_sum), 0.0), numbers, FAMILY)
+        term, h = _terms(p, q, d, tl.where(live, b * inv_t - tl.log(q_sum), 0.0), parameters, FAMILY)
         if MASS == RAW:
             kappa = 1.0
             if FAMILY == BLENDED:
-                kappa = number(numbers, 0) * (1.0 - number(numbers, 1)) - number(numbers, 2) * (
-                    1.0 - number(numbers, 3)
+                kappa = number(parameters, 0) * (1.0 - number(parameters, 1)) - number(parameters, 2) * (
+                    1.0 - number(parameters, 3)
                 )
             h += kappa * p
         if MASS > TAIL:
-            term = tl.where(head, term, 0.0)
-            h = tl.where(head, h, 0.0)
+            term = tl.where(in_support, term, 0.0)
+            h = tl.where(in_support, h, 0.0)
         loss = tl.sum(term, 0)
         if MASS <= TAIL and FAMILY >= BLENDED:
             loss = tl.where(loss < 0.0, 0.0, loss)  # which only rounding makes it
@@ -92,7 +93,7 @@ def _terms(
     q,  # [K]
     d,  # [K] log p - log q
     log_q,  # [K]
-    numbers,
+    parameters,
     FAMILY: tl.constexpr,
 ):
     """-> the terms of the sum and h, p times the derivative of the sum with respect to p: both 0 where p = q."""
@@ -100,18 +101,18 @@ def _terms(
         x = _times(p, d)
         return x, x
     elif FAMILY == CLAMPED:
-        bounded = tl.where(d < number(numbers, 0), number(numbers, 0), d)
-        bounded = tl.where(bounded > number(numbers, 1), number(numbers, 1), bounded)
+        bounded = tl.where(d < number(parameters, 0), number(parameters, 0), d)
+        bounded = tl.where(bounded > number(parameters, 1), number(parameters, 1), bounded)
         return _times(p, bounded), _times(p, tl.where(bounded == d, bounded, bounded - 1.0))
     elif FAMILY == BLENDED:
-        log_p_blend, q_part = _blend(d, number(numbers, 1))
-        log_q_blend, p_part = _blend(-d, number(numbers, 3))
-        term = number(numbers, 0) * _times(p, log_p_blend) + number(numbers, 2) * _times(q, log_q_blend)
-        fall = (q - p) * p_part + p * (p_part - (1.0 - number(numbers, 3)))
-        rise = _times(p, log_p_blend + (q_part - (1.0 - number(numbers, 1))))
-        return term, number(numbers, 0) * rise - number(numbers, 2) * fall
+        log_p_blend, q_part = _blend(d, number(parameters, 1))
+        log_q_blend, p_part = _blend(-d, number(parameters, 3))
+        term = number(parameters, 0) * _times(p, log_p_blend) + number(parameters, 2) * _times(q, log_q_blend)
+        fall = (q - p) * p_part + p * (p_part - (1.0 - number(parameters, 3)))
+        rise = _times(p, log_p_blend + (q_part - (1.0 - number(parameters, 1))))
+        return term, number(parameters, 0) * rise - number(parameters, 2) * fall
     else:
-        return _alpha_beta(number(numbers, 0), number(numbers, 1), d, log_q)
+        return _alpha_beta(number(parameters, 0), number(parameters, 1), d, log_q)
 
 
 @triton.jit

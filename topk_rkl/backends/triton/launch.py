@@ -12,7 +12,7 @@ from topk_rkl.divergence import REVERSE
 MAX_K = 1024
 MAX_VOCAB = 1 << 20
 RESIDENT_WARPS = 64  # of one core, at most
-HELD_BYTES = 1 << 16  # of the head, a program: four programs on each core of an H100 fill two thirds of its L2
+HELD_BYTES = 1 << 16  # of the head per program: four programs on each core of an H100 fill two thirds of its L2
 FLOAT32_MAX = torch.finfo(torch.float32).max
 SCRATCH_BYTES = 48 << 20
 """Scratch memory held at a time; a launch covers as much as fits."""
@@ -26,9 +26,9 @@ def pad_k(k: int) -> int:
     return max(16, 1 << (k - 1).bit_length())
 
 
-def slot_warps(k: int, form: int) -> int:
-    """Warps that keep K slots in registers: other forms than the plain reverse KL have room for two a thread."""
-    return 4 if form == REVERSE else min(16, max(4, pad_k(k) // 64))
+def slot_warps(k: int, family: int) -> int:
+    """Warps that keep K slots in registers: families other than the plain reverse KL have room for two per thread."""
+    return 4 if family == REVERSE else min(16, max(4, pad_k(k) // 64))
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class SelectPlan:
     registers: int  # of a thread, at most
 
 
-def plan_select(vocab: int, k: int, itemsize: int, wide: bool, form: int = REVERSE) -> SelectPlan:
-    """Balances the two sets a program bisects: one maximum a group, and the columns of K groups."""
+def plan_select(vocab: int, k: int, itemsize: int, wide: bool, family: int = REVERSE) -> SelectPlan:
+    """Balances the two sets a program bisects: one maximum per group, and the columns of K groups."""
     k_pad = pad_k(k)
     group = 16
     while triton.next_power_of_2(triton.cdiv(vocab, group)) > k_pad * group:
         group *= 2
     groups_pad = max(16, triton.next_power_of_2(triton.cdiv(vocab, group)))
     keys = max(groups_pad, k_pad * group)
-    num_warps = max(8, slot_warps(k, form), keys // (32 * 64))
+    num_warps = max(8, slot_warps(k, family), keys // (32 * 64))
     # For four programs on a core, three, two, or one: of the committed table only bfloat16 on sm_80 spills with them.
     per_thread = keys // (32 * num_warps)
     registers = 120 if num_warps == 8 and itemsize == 2 else 128
     if wide and per_thread <= 32 and num_warps == 8:
         registers = 64 if per_thread <= 16 else 72
-    # 128 bytes in flight a thread cover the latency of memory with two programs on a core. Exponentials, and rows that
-    # no 16-byte load fits, keep more numbers an element in registers.
+    # 128 bytes in flight per thread cover the latency of memory with two programs on a core. Exponentials, and rows
+    # that no 16-byte load fits, keep more numbers per element in registers.
     in_flight = num_warps * 32 * (128 // itemsize if wide else 16)
     block = min(in_flight, max(16 * group, triton.next_power_of_2(vocab)))
     return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps, registers)
@@ -75,7 +75,7 @@ class ScatterPlan:
 
 
 def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
-    """Many programs a row; fewer where each has to compare K slots with K slots first."""
+    """Many programs per row; fewer where each has to compare K slots with K slots first."""
     block = min(8192, max(128, triton.next_power_of_2(vocab)))
     return ScatterPlan(block, span=block if unique else 8 * block, num_warps=4)
 
@@ -89,9 +89,9 @@ class TailPlan:
     num_warps: int
 
 
-def plan_tail(vocab: int, k: int, form: int = REVERSE) -> TailPlan:
-    """32 bytes of 16-bit logits in flight a thread."""
-    num_warps = max(8, slot_warps(k + 1, form))
+def plan_tail(vocab: int, k: int, family: int = REVERSE) -> TailPlan:
+    """32 bytes of 16-bit logits in flight per thread."""
+    num_warps = max(8, slot_warps(k + 1, family))
     return TailPlan(
         block=min(16 * 32 * num_warps, max(256, triton.next_power_of_2(vocab))), group=16, num_warps=num_warps
     )
@@ -108,7 +108,7 @@ class LinearLossPlan:
     num_warps: int
 
 
-def plan_linear_loss(k: int, width: int, itemsize: int, form: int = REVERSE) -> LinearLossPlan:
+def plan_linear_loss(k: int, width: int, itemsize: int, family: int = REVERSE) -> LinearLossPlan:
     """A warp multiplies whole rows and a thread adds up its own columns: what threads share they add after the loop.
 
     Two large programs on a core have half as many rows under way as four small ones: L2 keeps more for the second read.
@@ -116,7 +116,7 @@ def plan_linear_loss(k: int, width: int, itemsize: int, form: int = REVERSE) -> 
     """
     columns = max(16, triton.next_power_of_2(width))
     large = k > 512 or k * width * itemsize > HELD_BYTES  # the loss of 512 slots takes all registers of four warps
-    num_warps = max(8 if large else 4, slot_warps(k, form))
+    num_warps = max(8 if large else 4, slot_warps(k, family))
     block, terms = (1024 // itemsize, 16 // itemsize) if large else (256, 4)
     span = 32 * num_warps * 32 // itemsize  # two vectors of 16 bytes per thread
     return LinearLossPlan(16, min(block, columns), terms, min(span, columns), num_warps)

@@ -1,4 +1,4 @@
-"""The dense gradient from K numbers a row: zeros and values in one pass over the output."""
+"""The dense gradient from K numbers per row: zeros and values in one pass over the output."""
 
 import torch
 import triton

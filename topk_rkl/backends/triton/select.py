@@ -22,7 +22,7 @@ from topk_rkl.backends.triton.launch import (
 )
 from topk_rkl.backends.triton.memory import INTERPRETED, fence, layout_of, on_device_of, row_of
 from topk_rkl.backends.triton.support_loss import store_loss_row
-from topk_rkl.divergence import REVERSE_KL, Code
+from topk_rkl.objective import PLAIN, Objective
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -35,7 +35,7 @@ def _larger(a, b):
 
 @triton.jit
 def _group_max(x):
-    """[GROUPS, G] -> [GROUPS] float32; NaN wins. Two 16-bit values an instruction once compiled."""
+    """[GROUPS, G] -> [GROUPS] float32; NaN wins. Two 16-bit values per instruction once compiled."""
     x = x.to(tl.float32)
     if INTERPRETED:  # where a reduction of our own would run element by element, and tl.max drops NaN
         return tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(tl.where(x != x, 0.0, x), 1))
@@ -130,7 +130,7 @@ def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
 @triton.jit
 def _scan(
     logits,  # (V,) one row
-    step,
+    column_stride,
     vocab,
     group_max,  # (groups,)
     groups,
@@ -138,7 +138,7 @@ def _scan(
     BLOCK: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """The only full read of the row: one maximum a group -> the largest of all and, where the row is normalised, the
+    """The only full read of the row: one maximum per group -> the largest of all and, where the row is normalised, the
     log of the sum of exponentials less it: apart, since a sum of both would be rounded like the largest."""
     TILE: tl.constexpr = BLOCK // GROUP
     tile = tl.arange(0, TILE)  # [TILE]
@@ -147,11 +147,11 @@ def _scan(
     mass = tl.zeros([TILE], tl.float32)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        x = tl.load(logits + (start + column).to(tl.int64) * step)  # [TILE, GROUP]
+        x = tl.load(logits + (start + column).to(tl.int64) * column_stride)  # [TILE, GROUP]
         peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
     if whole < vocab:
         inside = whole + column < vocab
-        x = tl.load(logits + (whole + column).to(tl.int64) * step, mask=inside, other=float("-inf"))
+        x = tl.load(logits + (whole + column).to(tl.int64) * column_stride, mask=inside, other=float("-inf"))
         first = whole // GROUP
         peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
     highest, log_total = 0.0, 0.0
@@ -186,14 +186,14 @@ def select_kernel(
     taken,  # (places,) int32 zeros, or None: a place for every row
     places,
     ids,  # (N, K) int32
-    values,  # (N, K) float32
+    log_probs,  # (N, K) float32
     student,  # (N, V_student), or None: select only
     student_layout,
     student_vocab,
     weights,  # (N,) or None
     inv_t_high,
     inv_t_low,
-    numbers,
+    parameters,
     loss,  # (N,)
     g,  # (N, K)
     K_PAD: tl.constexpr,
@@ -207,9 +207,9 @@ def select_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits = row_of(logits, layout, tl.program_id(0))
-    step = layout[3]
+    column_stride = layout[3]
     ids += row * k
-    values += row * k
+    log_probs += row * k
     slot = tl.arange(0, K_PAD)  # [K]
     weight = 1.0
     if student is not None:
@@ -227,12 +227,12 @@ def select_kernel(
         place = _claim(taken, places)
     group_max += place.to(tl.int64) * groups
 
-    # 1. The only full read of the row: one maximum a group.
-    highest, log_total = _scan(logits, step, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
+    # 1. The only full read of the row: one maximum per group.
+    highest, log_total = _scan(logits, column_stride, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
     fence()
 
-    # 2. The K best groups. Until the end the output rows hold what was picked: groups in values, columns in ids.
-    picked = values.to(tl.pointer_type(tl.int32), bitcast=True)
+    # 2. The K best groups. Until the end the output rows hold what was picked: groups in log_probs, columns in ids.
+    picked = log_probs.to(tl.pointer_type(tl.int32), bitcast=True)
     group = tl.arange(0, GROUPS_PAD // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]  # [GROUPS / 16, 16]
     x = tl.load(group_max + group, mask=group < groups, other=float("-inf"))
     key = _order_key(x, IDLE)
@@ -250,7 +250,7 @@ def select_kernel(
     part = tl.arange(0, PICKED_PAD * PARTS)  # sixteen columns each
     group = tl.load(picked + part // PARTS, mask=part // PARTS < count, other=groups)  # [PICKED * PARTS]
     column = (group * GROUP + part % PARTS * 16)[:, None] + tl.arange(0, 16)[None, :]  # [PICKED * PARTS, 16]
-    x = tl.load(logits + column.to(tl.int64) * step, mask=column < vocab, other=float("-inf"))
+    x = tl.load(logits + column.to(tl.int64) * column_stride, mask=column < vocab, other=float("-inf"))
     key = _order_key(x, IDLE)
     threshold = _kth_largest(key, low, high, k, IDLE)
     count = _store_largest(key, threshold, k, ids, PICKED_PAD * PARTS)
@@ -259,84 +259,78 @@ def select_kernel(
     # 4. In order: value descending, id ascending.
     candidate = tl.load(ids + slot, mask=slot < count, other=0)
     column = tl.load(picked + candidate // GROUP, mask=slot < count, other=0) * GROUP + candidate % GROUP
-    x = tl.load(logits + column.to(tl.int64) * step, mask=slot < count, other=float("-inf"))
+    x = tl.load(logits + column.to(tl.int64) * column_stride, mask=slot < count, other=float("-inf"))
     fence()
     order = (_order_key(x, IDLE).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     column = 0x7FFFFFFF - (tl.sort(order, descending=True) & 0x7FFFFFFF).to(tl.int32)  # [K]
     filled = slot < count
-    w = tl.load(logits + column.to(tl.int64) * step, mask=filled, other=float("-inf")).to(tl.float32)
+    w = tl.load(logits + column.to(tl.int64) * column_stride, mask=filled, other=float("-inf")).to(tl.float32)
     column = tl.where(filled, column, -1)
     if NORMALIZE:
         w = tl.where(filled, w.to(tl.float64) - highest - log_total, float("-inf")).to(tl.float32)
     tl.store(ids + slot, column, mask=slot < k)
-    tl.store(values + slot, w, mask=slot < k)
+    tl.store(log_probs + slot, w, mask=slot < k)
 
     # 5. The loss on those slots.
     if student is not None:
         student = row_of(student, student_layout, tl.program_id(0))
         inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
         store_loss_row(
-            student, student_layout[3], student_vocab, column.to(tl.int64), w, weight, inv_t, numbers, loss, g, slot, k,
-            FAMILY,
+            student, student_layout[3], student_vocab, column.to(tl.int64), w, weight, inv_t, parameters, loss, g, slot,
+            k, FAMILY,
         )  # fmt: skip
 
 
 def select(
     logits: Tensor,  # (N, V)
-    k: int,
-    normalize: bool = False,
-) -> tuple[Tensor, Tensor]:  # (N, K) int32, (N, K) float32
-    return _launch(logits, k, normalize)[:2]
+    normalize: bool,
+    ids: Tensor,  # (N, K) int32, written
+    log_probs: Tensor,  # (N, K), written
+) -> None:
+    _launch(logits, normalize, ids, log_probs)
 
 
 def select_loss(
     student: Tensor,  # (N, V_student)
     teacher: Tensor,  # (N, V)
-    k: int,
     weights: Tensor | None,  # (N,)
-    temperature: float,
-    divergence: Code = REVERSE_KL,
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K) int32, (N, K) float32
-    ids, _, loss, g = _launch(teacher, k, False, student, weights, temperature, divergence)
-    assert loss is not None and g is not None  # the type of _launch cannot say that they come with a student
-    return loss, ids, g
+    objective: Objective,
+    loss: Tensor,  # (N,), written
+    ids: Tensor,  # (N, K) int32, written
+    g: Tensor,  # (N, K), written
+) -> None:
+    _launch(teacher, False, ids, torch.empty_like(g), student, weights, objective, loss, g)
 
 
 def _launch(
     logits: Tensor,  # (N, V)
-    k: int,
     normalize: bool,
+    ids: Tensor,  # (N, K)
+    log_probs: Tensor,  # (N, K)
     student: Tensor | None = None,  # (N, V_student)
     weights: Tensor | None = None,  # (N,)
-    temperature: float = 1.0,
-    divergence: Code = REVERSE_KL,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # ids, values, loss, g
-    n, vocab = logits.shape[:-1].numel(), logits.shape[-1]
-    ids = torch.empty((n, k), dtype=torch.int32, device=logits.device)
-    values = torch.empty((n, k), dtype=torch.float32, device=logits.device)
-    loss = g = student_layout = None
-    if student is not None:
-        loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-        g = torch.empty((n, k), dtype=torch.float32, device=logits.device)
-        student_layout = layout_of(student)
+    objective: Objective = PLAIN,
+    loss: Tensor | None = None,  # (N,)
+    g: Tensor | None = None,  # (N, K)
+) -> None:
+    (n, k), vocab = ids.shape, logits.shape[-1]
     if n == 0:
-        return ids, values, loss, g
-
+        return
     layout = layout_of(logits)
     whole_vectors = layout[3] == 1 and all(x % 16 == 0 for x in (*layout[1:3], logits.data_ptr()))
-    form, numbers = encoded(divergence)
-    plan = plan_select(vocab, k, logits.element_size(), wide=whole_vectors and not normalize, form=form)
+    family, parameters = encoded(objective.divergence)
+    plan = plan_select(vocab, k, logits.element_size(), wide=whole_vectors and not normalize, family=family)
     groups = triton.cdiv(vocab, 16 * plan.group) * 16
     places = min(n, RESIDENT_WARPS // plan.num_warps * cores(logits.device))
     group_max = torch.empty((places, groups), dtype=logits.dtype, device=logits.device)
     taken = None if places == n else torch.zeros(places, dtype=torch.int32, device=logits.device)
+    student_layout, student_vocab = (None, 0) if student is None else (layout_of(student), student.shape[-1])
     with on_device_of(logits):
         select_kernel[(n,)](
-            logits, layout, vocab, k, group_max, groups, taken, places, ids, values,
-            student, student_layout, 0 if student is None else student.shape[-1], weights,
-            *float32_halves(1.0 / temperature), numbers, loss, g,
+            logits, layout, vocab, k, group_max, groups, taken, places, ids, log_probs,
+            student, student_layout, student_vocab, weights,
+            *float32_halves(1.0 / objective.temperature), parameters, loss, g,
             K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
-            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=form,
+            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=family,
             num_warps=plan.num_warps, **compile_options(torch.version.hip is not None, plan.registers),
         )  # fmt: skip
-    return ids, values, loss, g

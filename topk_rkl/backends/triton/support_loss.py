@@ -5,22 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, slots_loss, told
+from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, of_named, slots_loss
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, slot_warps
 from topk_rkl.backends.triton.memory import layout_of, on_device_of, row_of
-from topk_rkl.divergence import REVERSE_KL, Code
+from topk_rkl.objective import Objective
 
 
 @triton.jit
 def store_loss_row(
     student,  # (V,) one row
-    student_step,
+    student_column_stride,
     student_vocab,
     column,  # [K] ids, negative where the slot is empty
-    w,  # [K] the teacher's logits or log-probs there
+    w,  # [K] the log-probs there
     weight,
     inv_t,
-    numbers,
+    parameters,
     loss,  # (1,)
     g,  # (K,)
     slot,  # [K]
@@ -28,9 +28,9 @@ def store_loss_row(
     FAMILY: tl.constexpr,
 ):
     live = (column >= 0) & (column < student_vocab) & (w != float("-inf"))  # [K]
-    z = tl.load(student + column * student_step, mask=live, other=float("-inf"))  # [K]
-    w = told(column, w, student_vocab)
-    row_loss, row_g = slots_loss(z, w, live, inv_t, numbers, None, FAMILY, RENORMALIZED)
+    z = tl.load(student + column * student_column_stride, mask=live, other=float("-inf"))  # [K]
+    w = of_named(column, w, student_vocab)
+    row_loss, row_g = slots_loss(z, w, live, inv_t, parameters, None, FAMILY, RENORMALIZED)
     tl.store(loss, (row_loss * weight).to(tl.float32))
     tl.store(g + slot, (row_g * weight).to(tl.float32), mask=slot < k)
 
@@ -41,11 +41,11 @@ def support_loss_kernel(
     student_layout,
     student_vocab,
     ids,  # (N, K)
-    values,  # (N, K)
+    log_probs,  # (N, K)
     weights,  # (N,) or None
     inv_t_high,
     inv_t_low,
-    numbers,
+    parameters,
     loss,  # (N,)
     g,  # (N, K)
     k,
@@ -57,7 +57,7 @@ def support_loss_kernel(
     student = row_of(student, student_layout, row)
     row = row.to(tl.int64)
     ids += row * k
-    values += row * k
+    log_probs += row * k
     g += row * k
     loss += row
     weight = 1.0
@@ -68,32 +68,30 @@ def support_loss_kernel(
             tl.store(g + slot, 0.0, mask=slot < k)
             return
     column = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int64)  # [K]
-    w = tl.load(values + slot, mask=slot < k, other=float("-inf")).to(tl.float64)  # [K]
+    w = tl.load(log_probs + slot, mask=slot < k, other=float("-inf")).to(tl.float64)  # [K]
     inv_t = tl.cast(inv_t_high, tl.float64) + tl.cast(inv_t_low, tl.float64)
     store_loss_row(
-        student, student_layout[3], student_vocab, column, w, weight, inv_t, numbers, loss, g, slot, k, FAMILY
+        student, student_layout[3], student_vocab, column, w, weight, inv_t, parameters, loss, g, slot, k, FAMILY
     )
 
 
 def support_loss(
     student: Tensor,  # (N, V), or in slabs
     ids: Tensor,  # (N, K)
-    values: Tensor,  # (N, K)
+    log_probs: Tensor,  # (N, K)
     weights: Tensor | None,  # (N,)
-    temperature: float,
-    divergence: Code = REVERSE_KL,
-) -> tuple[Tensor, Tensor]:  # (N,), (N, K) float32
+    objective: Objective,
+    loss: Tensor,  # (N,), written
+    g: Tensor,  # (N, K), written
+) -> None:
     n, k = ids.shape
-    loss = torch.empty(n, dtype=torch.float32, device=student.device)
-    g = torch.empty((n, k), dtype=torch.float32, device=student.device)
     if n == 0:
-        return loss, g
-    form, numbers = encoded(divergence)
+        return
+    family, parameters = encoded(objective.divergence)
     with on_device_of(student):
         support_loss_kernel[(n,)](
             student, layout_of(student), student.shape[-1],
-            ids, values, weights, *float32_halves(1.0 / temperature), numbers,
-            loss, g, k, K_PAD=pad_k(k), FAMILY=form, num_warps=slot_warps(k, form),
+            ids, log_probs, weights, *float32_halves(1.0 / objective.temperature), parameters,
+            loss, g, k, K_PAD=pad_k(k), FAMILY=family, num_warps=slot_warps(k, family),
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
-    return loss, g

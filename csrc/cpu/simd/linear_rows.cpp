@@ -7,11 +7,13 @@ namespace {
 
 constexpr int LANES = BYTES / 4, VECTORS = 4, BLOCK = VECTORS * LANES;
 
-// What is left of a row after its whole blocks, filled up with zeros.
+// The columns of a row after its whole blocks, filled up with zeros.
 template <class Read>
-struct Tail {
+struct Remainder {
   alignas(64) char bytes[BLOCK * Read::SIZE] = {};
-  Tail(const char* row, int64_t from, int64_t n) { std::memcpy(bytes, row + from * Read::SIZE, (n - from) * Read::SIZE); }
+  Remainder(const char* row, int64_t from, int64_t n) {
+    std::memcpy(bytes, row + from * Read::SIZE, (n - from) * Read::SIZE);
+  }
 };
 
 template <class Read>
@@ -24,7 +26,7 @@ double dot(const void* row, const float* x, int64_t n) {
   };
   const int64_t whole = n / BLOCK * BLOCK;
   for (int64_t i = 0; i < whole; i += BLOCK) add(from + i * Read::SIZE, x + i);
-  if (whole < n) add(Tail<Read>(from, whole, n).bytes, x + whole);
+  if (whole < n) add(Remainder<Read>(from, whole, n).bytes, x + whole);
   const Floats lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double sum = 0;
   for (int i = 0; i < LANES; ++i) sum += lanes[i];
@@ -43,8 +45,8 @@ void add_rows(const void* const* rows, const float* factors, int64_t count, int6
   };
   const int64_t whole = n / BLOCK * BLOCK;
   for (int64_t i = 0; i < whole; i += BLOCK) add(i, [&](const char* row) { return row + i * Read::SIZE; });
-  struct Last : Tail<Read> {
-    using Tail<Read>::Tail;
+  struct Last : Remainder<Read> {
+    using Remainder<Read>::Remainder;
     const char& operator[](int64_t i) const { return this->bytes[i]; }
   };
   if (whole < n) add(whole, [&](const char* row) { return Last(row, whole, n); });

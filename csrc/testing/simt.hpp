@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../cpu/types.hpp"
+#include "../types.hpp"
 
 #define __global__
 #define __device__

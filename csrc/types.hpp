@@ -1,4 +1,4 @@
-// What crosses the border: raw pointers, and sizes and strides in elements.
+// Tensors as raw pointers, with sizes and strides in elements.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,12 @@ inline int64_t size_of(Kind kind) {
   return kind == Kind::bfloat16 || kind == Kind::float16 ? 2 : kind == Kind::float32 || kind == Kind::int32 ? 4 : 8;
 }
 
-// (rows, columns) of any strides. Rows come in slabs of `slab_rows`, each `slab_stride` after the last: mostly in one.
+// (rows, columns) of any strides, or nothing where data is null. Rows come in slabs of `slab_rows`, each `slab_stride`
+// after the last: mostly in one.
 struct Matrix {
   void* data;
   Kind kind;
-  int64_t columns, stride, step;
+  int64_t rows, columns, row_stride, column_stride;
   int64_t slab_rows = INT64_MAX, slab_stride = 0;
 
   // Where a row starts, in elements. The rows of the first slab, often all there are, need no division.
@@ -32,22 +33,43 @@ struct Matrix {
 #else
     const int64_t slab = row / slab_rows;
 #endif
-    return slab * slab_stride + (row - slab * slab_rows) * stride;
+    return slab * slab_stride + (row - slab * slab_rows) * row_stride;
   }
   // The same for a single slab, as K numbers per row and the head are: it costs a GPU no registers for a division.
-  TOPK_RKL_BOTH int64_t flat_offset(int64_t row) const { return row * stride; }
+  TOPK_RKL_BOTH int64_t flat_offset(int64_t row) const { return row * row_stride; }
 
   char* at(int64_t row, int64_t column = 0) const {
-    return static_cast<char*>(data) + (offset(row) + column * step) * size_of(kind);
+    return static_cast<char*>(data) + (offset(row) + column * column_stride) * size_of(kind);
   }
+  int64_t column_bytes() const { return column_stride * size_of(kind); }  // from column to column
 };
 
-// A row in one piece: itself, or a copy where its columns are apart.
-const void* contiguous(const Matrix& x, int64_t row, char* copy);
+// An output of contiguous rows, or nothing where data is null.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t columns;
+
+  TOPK_RKL_BOTH T* operator[](int64_t row) const { return data + row * columns; }
+};
 
 // One element as a double, exactly, of the kinds that are floating point; and of those that are integers.
 double load(const void* element, Kind kind);
 int64_t load_integer(const void* element, Kind kind);
+
+// A vector, or nothing where data is null.
+struct Vector {
+  void* data;
+  Kind kind;
+  int64_t size, stride;
+
+  char* at(int64_t i) const { return static_cast<char*>(data) + i * stride * size_of(kind); }
+  double operator[](int64_t i) const { return load(at(i), kind); }
+  double value_or_1(int64_t i) const { return data ? (*this)[i] : 1; }
+};
+
+// A row in one piece: itself, or a copy where its columns are apart.
+const void* contiguous(const Matrix& x, int64_t row, char* copy);
 
 // The n first elements of a row, and those at n columns of it.
 void load_floats(const Matrix& x, int64_t row, int64_t n, double* to);
@@ -62,16 +84,6 @@ inline float product(double g, double scale) {
   const auto value = float(g * scale);
   return g == 0 || scale == 0 || value == 0 ? 0.0f : value;
 }
-
-// A vector, or nothing where data is null.
-struct Vector {
-  void* data;
-  Kind kind;
-  int64_t stride;
-
-  char* at(int64_t i) const { return static_cast<char*>(data) + i * stride * size_of(kind); }
-  double operator[](int64_t i) const { return load(at(i), kind); }
-};
 
 // (key << 32 | payload), ascending by `bytes` bytes of the key; equal keys keep their order.
 void sort_by_key(uint64_t* items, uint64_t* spare, int64_t n, int bytes);

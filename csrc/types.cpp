@@ -57,9 +57,9 @@ uint16_t float16_bits(float value) {
 
 const void* contiguous(const Matrix& x, int64_t row, char* copy) {
   const char* from = x.at(row);
-  if (x.step == 1) return from;
+  if (x.column_stride == 1) return from;
   const int64_t size = size_of(x.kind);
-  for (int64_t i = 0; i < x.columns; ++i) std::memcpy(copy + i * size, from + i * x.step * size, size);
+  for (int64_t i = 0; i < x.columns; ++i) std::memcpy(copy + i * size, from + i * x.column_bytes(), size);
   return copy;
 }
 
@@ -69,7 +69,7 @@ double load(const void* element, Kind kind) {
 
 void load_floats(const Matrix& x, int64_t row, int64_t n, double* to) {
   const char* from = x.at(row);
-  const int64_t step = x.step * size_of(x.kind);
+  const int64_t step = x.column_bytes();
   with_reader(x.kind, [&](auto read_one) {
     for (int64_t i = 0; i < n; ++i) to[i] = read_one(from + i * step);
     return 0.0;
@@ -78,7 +78,7 @@ void load_floats(const Matrix& x, int64_t row, int64_t n, double* to) {
 
 void gather(const Matrix& x, int64_t row, const int64_t* columns, int64_t n, double* to) {
   const char* from = x.at(row);
-  const int64_t step = x.step * size_of(x.kind);
+  const int64_t step = x.column_bytes();
   with_reader(x.kind, [&](auto read_one) {
     for (int64_t i = 0; i < n; ++i) to[i] = read_one(from + columns[i] * step);
     return 0.0;
@@ -87,10 +87,11 @@ void gather(const Matrix& x, int64_t row, const int64_t* columns, int64_t n, dou
 
 void load_integers(const Matrix& x, int64_t row, int64_t n, int64_t* to) {
   const char* from = x.at(row);
+  const int64_t step = x.column_bytes();
   if (x.kind == Kind::int64) {
-    for (int64_t i = 0; i < n; ++i) to[i] = read<int64_t>(from + i * x.step * 8);
+    for (int64_t i = 0; i < n; ++i) to[i] = read<int64_t>(from + i * step);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = read<int32_t>(from + i * x.step * 4);
+    for (int64_t i = 0; i < n; ++i) to[i] = read<int32_t>(from + i * step);
   }
 }
 

@@ -3,32 +3,32 @@
 // function that the linker keeps for a machine without it.
 #pragma once
 
-#include "types.hpp"
+#include "../../types.hpp"
 
 namespace topk_rkl {
 
 // Neighbouring columns that share one maximum.
 constexpr int64_t GROUP = 64;
-// Columns scanned at a time, at most: one group a lane of the widest vector.
+// Columns scanned at a time, at most: one group per lane of the widest vector.
 constexpr int64_t MAX_BLOCK = 32 * GROUP;
 
 // The working memory of one thread. Every size follows from V and K, so that nothing can overflow.
 struct Scratch {
-  void* maxima;         // ceil(V / GROUP) keys, rounded up to whole blocks
-  void* tail;           // MAX_BLOCK columns: what is left of the row after its whole blocks, filled up with -inf
-  int32_t* groups;      // K, or all where K groups are the whole row
-  void* keys;           // of the columns of those groups
-  int32_t* columns;     // theirs
-  uint64_t* items;      // K
-  uint64_t* spare;      // K
+  void* maxima;      // ceil(V / GROUP) keys, rounded up to whole blocks
+  void* remainder;   // MAX_BLOCK columns: those of the row after its whole blocks, filled up with -inf
+  int32_t* groups;   // K, or all where K groups are the whole row
+  void* keys;        // of the columns of those groups
+  int32_t* columns;  // of those keys
+  uint64_t* items;   // K
+  uint64_t* spare;   // K
 };
 
 struct Row {
   const void* data;  // contiguous
   int64_t vocab, k;
   bool normalize;
-  int32_t* ids;   // K
-  float* values;  // K
+  int32_t* ids;      // K
+  float* log_probs;  // K
 };
 
 using SelectRow = void (*)(const Row&, const Scratch&);
@@ -39,8 +39,9 @@ constexpr int64_t SLOTS = 8;
 // Leaves the gradient in g, spoils z and w, and returns the loss.
 using SlotsLoss = double (*)(double* z, double* w, double* g, int64_t n, double inv_t);
 
-// By Kind of the rows, which are contiguous; x and out are padded to a multiple of this.
+// x and out are padded to a multiple of this.
 constexpr int64_t HEAD_BLOCK = 64;
+// By Kind of the rows, which are contiguous.
 struct HeadRows {
   double (*dot[3])(const void* row, const float* x, int64_t n);
   // out += the sum over j of factors[j] rows[j]
@@ -48,7 +49,7 @@ struct HeadRows {
   void (*round_bfloat16)(const float* from, char* to, int64_t n);
 };
 
-// A row as float32, a block of n columns at a time; buffers are padded to a multiple of HEAD_BLOCK.
+// A row as float32, in blocks of n columns; buffers are padded to a multiple of HEAD_BLOCK.
 struct RowBlocks {
   void (*read[3])(const void* from, int64_t n, float* to);  // by Kind
   // The largest, or NaN if one is NaN or +inf.

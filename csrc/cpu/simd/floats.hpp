@@ -1,7 +1,7 @@
 // Vectors of float32, read from memory of each kind, and their exponentials.
 #pragma once
 
-#include "simd.hpp"
+#include "vectors.hpp"
 
 namespace topk_rkl::TOPK_RKL_ISA {
 

@@ -12,8 +12,10 @@ extern "C" double log(double);
 namespace topk_rkl::TOPK_RKL_ISA {
 namespace {
 
-// Keys are the bits of the element as an integer in the same order: -inf is the lowest, -0.0 equals +0.0, and every
-// NaN is the highest. `shifted` is short of that by two steps which keep the order, so that they may follow a maximum.
+// A key is an integer in the order of the elements: -inf is the lowest, -0.0 equals +0.0, and every NaN is the highest.
+//
+// `shifted` makes the integers from the bits, but leaves apart the two zeros and the NaN. `finished` makes each of those
+// one key. No step of it swaps two keys, so it may be applied to a maximum alone.
 template <class Int, class UInt, UInt INF>
 struct Order {
   using Key = Int;
@@ -57,8 +59,8 @@ struct Select {
     else return merge<Key, LEVEL>(tree<LEVEL - 1>(tops), tree<LEVEL - 1>(tops + (1 << (LEVEL - 1))));
   }
 
-  // The maxima of the LANES groups of a block. A short loop reads them: the processor fetches ahead of a load
-  // instruction by the steps that it takes, and of those of an unrolled tree each would take too large ones.
+  // The maxima of the LANES groups of a block. The loop is not unrolled: the processor fetches ahead by the stride of
+  // each load instruction, and in an unrolled loop each of them has a stride too large for it.
   static V block_maxima(const Key* from) {
     V tops[LANES];
 #pragma GCC unroll 1
@@ -108,24 +110,24 @@ struct Select {
   static void run(const Row& row, const Scratch& scratch) {
     const Key* data = static_cast<const Key*>(row.data);
     Key* maxima = static_cast<Key*>(scratch.maxima);
-    Key* tail = static_cast<Key*>(scratch.tail);
+    Key* remainder = static_cast<Key*>(scratch.remainder);
     const int64_t whole = row.vocab / BLOCK * BLOCK;
     const int64_t groups = (row.vocab + BLOCK - 1) / BLOCK * LANES;
     for (int64_t start = 0; start < whole; start += BLOCK)
       store_vec(maxima + start / GROUP, block_maxima(data + start));
     if (whole < row.vocab) {
-      for (int64_t i = row.vocab - whole; i < BLOCK; ++i) tail[i] = Key(F::MINUS_INF);
-      std::memcpy(tail, data + whole, (row.vocab - whole) * sizeof(Key));
-      store_vec(maxima + whole / GROUP, block_maxima(tail));
+      for (int64_t i = row.vocab - whole; i < BLOCK; ++i) remainder[i] = Key(F::MINUS_INF);
+      std::memcpy(remainder, data + whole, (row.vocab - whole) * sizeof(Key));
+      store_vec(maxima + whole / GROUP, block_maxima(remainder));
     }
     const int64_t chosen = choose_groups(maxima, groups, row.k, scratch.groups);
-    const int64_t found = choose_columns(data, tail, whole, chosen, row.k, scratch);
+    const int64_t found = choose_columns(data, remainder, whole, chosen, row.k, scratch);
     sort_by_key(scratch.items, scratch.spare, found, sizeof(Key));
     for (int64_t i = 0; i < found; ++i) row.ids[i] = int32_t(uint32_t(scratch.items[i]));
-    for (int64_t i = 0; i < found; ++i) row.values[i] = float(load(data + row.ids[i], kind()));
-    for (int64_t i = found; i < row.k; ++i) row.ids[i] = -1, row.values[i] = -__builtin_inff();
+    for (int64_t i = 0; i < found; ++i) row.log_probs[i] = float(load(data + row.ids[i], kind()));
+    for (int64_t i = found; i < row.k; ++i) row.ids[i] = -1, row.log_probs[i] = -__builtin_inff();
     if (row.normalize && found) {
-      normalize(row, data, tail, whole, found, Key(uint32_t(F::HIGHEST) - uint32_t(scratch.items[0] >> 32)));
+      normalize(row, data, remainder, whole, found, Key(uint32_t(F::HIGHEST) - uint32_t(scratch.items[0] >> 32)));
     }
   }
 
@@ -141,7 +143,7 @@ struct Select {
   }
 
   // The k best columns of the chosen groups, as items of which the sorted order is the answer.
-  static int64_t choose_columns(const Key* data, const Key* tail, int64_t whole, int64_t chosen, int64_t k,
+  static int64_t choose_columns(const Key* data, const Key* remainder, int64_t whole, int64_t chosen, int64_t k,
                                 const Scratch& scratch) {
     Key* keys = static_cast<Key*>(scratch.keys);
     const Key* maxima = static_cast<const Key*>(scratch.maxima);
@@ -153,7 +155,7 @@ struct Select {
     int64_t n = 0;
     for (int64_t i = 0; i < chosen; ++i) {
       const int64_t start = int64_t(scratch.groups[i]) * GROUP;
-      const Key* from = start < whole ? data + start : tail + (start - whole);
+      const Key* from = start < whole ? data + start : remainder + (start - whole);
       for (int lane = 0; lane < GROUP; lane += LANES) {
         const V key = F::finished(read(from + lane));
         for (uint32_t hits = bits_of<Key>((V)(key >= floor)); hits; hits &= hits - 1) {
@@ -172,19 +174,19 @@ struct Select {
     return found;
   }
 
-  // values -= log of the sum of the exponentials of the row; NaN where that is NaN or +inf.
-  static void normalize(const Row& row, const Key* data, const Key* tail, int64_t whole, int64_t found, Key top) {
+  // Subtracts log(sum(exp(row))) from the log-probs; NaN where the largest of the row is NaN or +inf.
+  static void normalize(const Row& row, const Key* data, const Key* remainder, int64_t whole, int64_t found, Key top) {
     double shift = __builtin_nan("");
     if (top < F::TOP) {
-      const float peak = row.values[0];
+      const float peak = row.log_probs[0];
       double sum = sum_of_exponentials(data, whole, peak);
-      sum += sum_of_exponentials(tail, row.vocab > whole ? BLOCK : 0, peak);
+      sum += sum_of_exponentials(remainder, row.vocab > whole ? BLOCK : 0, peak);
       shift = peak + log(sum);
     }
-    for (int64_t i = 0; i < found; ++i) row.values[i] = float(row.values[i] - shift);
+    for (int64_t i = 0; i < found; ++i) row.log_probs[i] = float(row.log_probs[i] - shift);
   }
 
-  // Of n columns, a multiple of BLOCK. Lanes are added in double a block at a time, so that no error builds up.
+  // Of n columns, a multiple of BLOCK. The lanes are added in double after each block, so that no error builds up.
   static double sum_of_exponentials(const Key* data, int64_t n, float peak) {
     double sum = 0;
     for (int64_t start = 0; start < n; start += BLOCK) {

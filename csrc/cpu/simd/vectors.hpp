@@ -43,7 +43,7 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// One bit a lane of a mask whose lanes are 0 or -1.
+// One bit per lane of a mask whose lanes are 0 or -1.
 template <class T>
 inline uint32_t bits_of(Vec<T> mask) {
 #if defined(__AVX512BW__)

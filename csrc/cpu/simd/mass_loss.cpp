@@ -1,4 +1,4 @@
-// Exponentials of a whole row, a block at a time, for one instruction set.
+// Exponentials of a whole row, block by block, for one instruction set.
 #include "floats.hpp"
 #include "isa.hpp"
 

@@ -1,7 +1,7 @@
 // The loss of one row and its gradient on K slots: the mathematics of topk_rkl/divergence.py, in float64, for one
 // instruction set.
 #include "isa.hpp"
-#include "simd.hpp"
+#include "vectors.hpp"
 
 extern "C" double log(double);
 
@@ -27,12 +27,12 @@ Doubles exp_of(Doubles x) {
                                      1.0 / 2,         1,              1};
   const Doubles bounded = x < -708.0 ? Doubles{} - 708.0 : x;
   const Doubles rounder = Doubles{} + 0x1.8p52;
-  const Doubles shifted = bounded * 0x1.71547652b82fep0 + rounder;
-  const Doubles n = shifted - rounder;
+  const Doubles whole = bounded * 0x1.71547652b82fep0 + rounder;
+  const Doubles n = whole - rounder;
   const Doubles r = bounded - n * 0x1.62e42fefa38p-1 - n * 0x1.ef35793c7673p-45;
   Doubles p = {};
   for (const double coefficient : COEFFICIENTS) p = p * r + coefficient;
-  const Longs exponent = ((Longs)shifted - (Longs)rounder) << 52;
+  const Longs exponent = ((Longs)whole - (Longs)rounder) << 52;
   return x < -708.0 ? Doubles{} : (Doubles)((Longs)p + exponent);
 }
 

@@ -1,0 +1,247 @@
+"""The losses from hidden states: the student's logits, and the teacher's, never exist all at once."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from topk_rkl import checks, ops
+from topk_rkl.autograd import LinearLoss, LinearMassLoss, Options
+from topk_rkl.backends import requested
+from topk_rkl.divergence import Divergence, Mass, ReverseKL, Terms
+from topk_rkl.mass import classes
+from topk_rkl.objective import pack, require_objective
+from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
+from topk_rkl.support import Support, require_teacher
+
+WeightGrad = Literal["dense", "sparse"]
+
+REVERSE_KL = ReverseKL()
+
+
+def linear_teacher_topk(
+    teacher_hidden: Tensor,  # (..., H)
+    teacher_weight: Tensor,  # (V, H)
+    k: int,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    normalize: bool = False,
+    chunk_rows: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Support:
+    """`teacher_topk` of the logits teacher_hidden @ teacher_weight.T + bias, which never exist all at once.
+
+    The platform's own matrix product fills one buffer with the logits of `chunk_rows` positions at a time. The ids are,
+    to the bit, those that `teacher_topk` gives for the buffer. The last bits of a logit may depend on the batch, as in
+    any such product.
+
+    Args:
+        teacher_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states; constant.
+        teacher_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; constant. Its dtype, and that of
+            the bias, may differ, but float64 goes with float64 alone.
+        k: 1 <= k <= V.
+        bias: (V,).
+        normalize: returns true log-probs instead of logits, as `teacher_topk` does.
+        chunk_rows: positions per buffer; None takes as many as 128 MiB hold.
+        logit_scale, softcap: see `linear_topk_reverse_kl`.
+        logits_dtype: None for logits of the inputs' dtype, as the model itself would make them. torch.float32 for
+            products summed in float32, as `linear_topk_reverse_kl` sums the student's. A 16-bit teacher is then at
+            distance 0 from itself but for the order of those sums. Inputs of different dtypes always give float32.
+
+    Returns:
+        Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64). They hold logits, or
+        log-probs with `normalize`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
+    k = checks.require_k(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
+    checks.warn_of_single_slot(k)
+    checks.require_flag("normalize", normalize)
+    checks.require_logits_dtype(logits_dtype, teacher_hidden)
+    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
+    full = logits_dtype is not None
+    return Support(*ops.linear_select(*given, k, chunk_rows, objective, normalize, full, requested()))
+
+
+def linear_topk_reverse_kl(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    *,
+    student_bias: Tensor | None = None,  # (V,)
+    k: int | None = None,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    denominator: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    weight_grad: WeightGrad = "dense",
+) -> Tensor:  # (...) or ()
+    """`topk_reverse_kl` of the logits that the student's head would make of its hidden states, without making them.
+
+    The student's logits are softcap * tanh(logit_scale * z / softcap) with z = student_hidden @ student_weight.T +
+    student_bias. Each position reads only the K rows of the head that the teacher's tokens name. Nothing of size N V
+    exists in the forward or in the backward pass.
+
+    Args:
+        student_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states.
+        student_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; whole, not sharded or quantised.
+            A frozen head costs nothing in the backward pass. Its dtype, and that of the bias, may differ from that of
+            the hidden states: neither is rounded to the other's. float64 goes with float64 alone.
+        teacher: (..., V_teacher) logits with `k`, or a `Support`, such as of `linear_teacher_topk`. Slots whose id is
+            outside the head are outside S.
+        student_bias: (V,).
+        k, weights, temperature, reduction, denominator: see `topk_reverse_kl`.
+        logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling); 0, or between 1e-30
+            and 1e30 in size.
+        softcap: bounds the scaled logits (Gemma 2), at least 1e-30; None, or 1e30 and more, for no bound.
+        weight_grad: "dense", (V, H); or "sparse", a row-sparse gradient over the ids that occur, as nn.Embedding with
+            sparse=True gives and torch.optim.SparseAdam and SGD take. "sparse" needs a student_weight that is a leaf.
+            Its number of rows is read on the host: not within a CUDA graph or torch.compile(fullgraph=True).
+
+    Returns:
+        float32, or float64 from float64. Dot products are summed in float32. So are the gradients of head and bias, in
+        a fixed order: the same bits every run. Each gradient has the dtype of its tensor.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+        RuntimeError: the backend asked for by name cannot take these tensors.
+    """
+    return linear_topk_divergence(
+        student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
+        temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
+        softcap=softcap, weight_grad=weight_grad,
+    )  # fmt: skip
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
+    *,
+    divergence: Divergence | Terms = REVERSE_KL,
+    mass: Mass = "renormalized",
+    student_bias: Tensor | None = None,  # (V,)
+    k: int | None = None,
+    weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    denominator: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    weight_grad: WeightGrad = "dense",
+    sampled_ids: Tensor | None = None,  # (...)
+) -> Tensor:  # (...) or ()
+    """`linear_topk_reverse_kl` with any divergence, and with what both sides leave outside S.
+
+    Args:
+        divergence, mass, sampled_ids: see `topk_divergence`. All logits count where mass is not "renormalized". They
+            are made a block of positions by a block of the vocabulary at a time, forwards and again backwards, in
+            float32 (float64) and plain PyTorch on any device. Nothing of size N V exists; the head's gradient is dense.
+            torch.backends.fp32_precision and its like decide whether those products may use TF32. The last bits of a
+            position may depend on the batch.
+        The other arguments: see `linear_topk_reverse_kl`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+        RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
+    """
+    checks.require_head(
+        "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias
+    )
+    checks.require_plain(
+        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
+        weights=weights,
+    )  # fmt: skip
+    checks.require_weights(weights, student_hidden, "student_hidden")
+    checks.require_temperature(temperature)
+    require_reduction(reduction, denominator, student_hidden)
+    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    checks.require_weight_grad(weight_grad, mass, student_weight)
+    require_objective(divergence, mass)
+    checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
+    k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
+    weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
+    objective = pack(temperature, divergence, mass, logit_scale, softcap)
+    terms = None if isinstance(divergence, Divergence) else divergence
+    given, options = (student_hidden, student_weight, student_bias), Options(backend, terms, weight_grad=weight_grad)
+    if mass != "renormalized":
+        compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, backend)
+        per_token = LinearMassLoss.apply(*given, *compared, weights, objective, options)
+    else:
+        support = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
+        per_token, *_ = LinearLoss.apply(*given, *support, weights, objective, options)
+    return reduce(per_token, weights, reduction, denominator)
+
+
+class LinearTopKDivergenceLoss(nn.Module):
+    """`linear_topk_divergence` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        divergence: Divergence | Terms | None = None,  # ReverseKL()
+        mass: Mass = "renormalized",
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        weight_grad: WeightGrad = "dense",
+    ) -> None:
+        super().__init__()
+        divergence = REVERSE_KL if divergence is None else divergence
+        require_objective(divergence, mass)
+        checks.require_temperature(temperature)
+        require_reduction(reduction, None)
+        checks.require_logit_options(logit_scale, softcap)
+        checks.require_weight_grad(weight_grad, mass)
+        k = checks.require_count("k", k)
+        self.options: dict[str, Any] = {
+            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
+            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # (..., H)
+        student_weight: Tensor,  # (V, H)
+        teacher: Tensor | Support,
+        weights: Tensor | None = None,  # (...)
+        denominator: float | Tensor | None = None,
+        student_bias: Tensor | None = None,  # (V,)
+        sampled_ids: Tensor | None = None,  # (...)
+    ) -> Tensor:
+        """See `linear_topk_divergence`."""
+        return linear_topk_divergence(
+            student_hidden, student_weight, teacher, weights=weights, denominator=denominator,
+            student_bias=student_bias, sampled_ids=sampled_ids, **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
+    """`linear_topk_reverse_kl` as a module: the options in the constructor, the tensors in the call."""
+
+    def __init__(
+        self,
+        k: int | None = None,
+        *,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        weight_grad: WeightGrad = "dense",
+    ) -> None:
+        super().__init__(
+            k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction, logit_scale=logit_scale,
+            softcap=softcap, weight_grad=weight_grad,
+        )  # fmt: skip

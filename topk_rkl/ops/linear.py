@@ -1,0 +1,153 @@
+"""The ops on hidden states and the head: where each meets its backend."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from topk_rkl.backends import choose, choose_linear, choose_plain
+from topk_rkl.backends.products import LOGITS, all_logits, logits_at
+from topk_rkl.divergence import Terms, capped
+from topk_rkl.objective import unpack
+from topk_rkl.ops.op import Pair, Triple, contiguous, new, op, rows_of
+from topk_rkl.rows import chunks, result_dtype, row_views
+
+LINEAR_BYTES = 128 << 20  # of logits at a time: enough rows for a matrix product at full speed
+
+
+@op()
+def linear_select(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    k: int,
+    chunk_rows: int | None,
+    objective: Tensor | None,
+    normalize: bool,
+    full: bool,
+    backend: str,
+) -> Iterator[Pair]:  # ids (..., K) int32, log_probs (..., K)
+    """Logits some rows at a time in one buffer, and `select` on those.
+
+    By the platform's own matrix product; or, if `full` or where the dtypes differ, by one in float32 (float64).
+    """
+    ids, log_probs = new(hidden, k, torch.int32), new(hidden, k)
+    yield ids, log_probs
+    vocab, dtype, at = head.shape[0], result_dtype(hidden), unpack(objective)
+    full |= any(x is not None and x.dtype != hidden.dtype for x in (head, bias))
+    buffer_dtype = dtype if full else hidden.dtype
+    chunk_rows = chunk_rows or max(1, LINEAR_BYTES // (vocab * buffer_dtype.itemsize))
+    buffer = hidden.new_empty((min(chunk_rows, hidden.shape[:-1].numel()), vocab), dtype=buffer_dtype)
+    module = choose(backend, k, buffer)
+    for rows, *outputs in row_views(hidden, ids, log_probs):
+        for some in chunks(len(rows), 1, chunk_rows):
+            logits = buffer[: len(rows[some])]
+            if full:
+                all_logits(rows[some], head, bias, at, logits)
+            elif bias is None:
+                torch.mm(rows[some], head.T, out=logits)
+            else:
+                torch.addmm(bias, rows[some], head.T, out=logits)
+            if not full and (at.logit_scale != 1 or at.softcap is not None):
+                for few in chunks(len(logits), vocab * dtype.itemsize, LOGITS):
+                    logits[few] = capped(logits[few].to(dtype), at.logit_scale, at.softcap)[0]
+            module.select(logits, normalize, *(x[some] for x in outputs))
+
+
+@op()
+def linear_logits(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    objective: Tensor | None,
+) -> Iterator[Tensor]:  # (..., K)
+    """The logits at ids, -inf outside the vocabulary, in plain PyTorch on any device."""
+    out = new(hidden, ids.shape[-1])
+    yield out
+    rows, columns = (x.reshape(-1, x.shape[-1]) for x in (hidden, ids))
+    out.copy_(logits_at(rows, head, bias, columns, unpack(objective)).view(ids.shape))
+
+
+@op()
+def linear_loss(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    log_probs: Tensor,  # (..., K)
+    weights: Tensor | None,  # (...)
+    objective: Tensor | None,
+    want_dhidden: bool,
+    backend: str,
+    terms: Terms | None = None,
+) -> Iterator[Triple]:  # loss (...), g (..., K), dhidden (..., H) or (0, H)
+    loss, g = new(hidden), new(hidden, ids.shape[-1])
+    dhidden = hidden.new_empty(hidden.shape if want_dhidden else (0, hidden.shape[-1]), dtype=g.dtype)
+    yield loss, g, dhidden
+    at = unpack(objective, terms)
+    module = choose_linear(backend, ids.shape[-1], hidden, len(head), at.divergence)
+    given = (hidden, *contiguous(ids, log_probs, weights))
+    for (rows, *slots), outputs in rows_of(module, given, (loss, g, dhidden if want_dhidden else None)):
+        module.linear_loss(rows, head, bias, *slots, at, *outputs)
+
+
+@op("dhead", "dbias")
+def linear_weight_grad(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    hidden: Tensor,  # (..., H)
+    dhead: Tensor | None,  # (V, H), overwritten
+    dbias: Tensor | None,  # (V,), overwritten
+    backend: str,
+) -> Iterator[None]:
+    yield
+    vocab = next(len(out) for out in (dhead, dbias) if out is not None)
+    if vocab > 0:  # else no row of the head was touched
+        module = choose_linear(backend, ids.shape[-1], hidden, vocab)
+        module.linear_weight_grad(*(x.reshape(-1, x.shape[-1]).contiguous() for x in (g, ids, hidden)), dhead, dbias)
+
+
+@op()
+def linear_mass_loss(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    log_probs: Tensor,  # (..., K)
+    tail: Tensor,  # (...)
+    weights: Tensor | None,  # (...)
+    objective: Tensor | None,
+    backend: str,
+    terms: Terms | None = None,
+) -> Iterator[Triple]:  # loss (...), g (..., K), outside (..., 2) float64
+    loss, g, outside = new(hidden), new(hidden, ids.shape[-1]), new(hidden, 2, torch.float64)
+    yield loss, g, outside
+    at = unpack(objective, terms)
+    module = choose_plain(backend, at.mass)
+    given = (hidden, *contiguous(ids, log_probs, tail, weights))
+    for (rows, *slots), outputs in rows_of(module, given, (loss, g, outside)):
+        module.linear_mass_loss(rows, head, bias, *slots, at, *outputs)
+
+
+@op("dhidden", "dhead", "dbias")
+def linear_mass_grad(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    outside: Tensor,  # (..., 2)
+    grad_output: Tensor,  # (...)
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    dhidden: Tensor | None,  # (..., H), overwritten
+    dhead: Tensor | None,  # (V, H), overwritten
+    dbias: Tensor | None,  # (V,), overwritten
+    objective: Tensor | None,
+    backend: str,
+) -> Iterator[None]:
+    yield
+    at = unpack(objective)
+    *slots, rows = (x.reshape(-1, x.shape[-1]) for x in (g, ids, outside, hidden))
+    of_rows = None if dhidden is None else dhidden.view(rows.shape)
+    module = choose_plain(backend, at.mass)
+    module.linear_mass_grad(*slots, grad_output.reshape(-1), rows, head, bias, of_rows, dhead, dbias, at)
