@@ -7,13 +7,22 @@ PEERS := axolotl==0.19.0 liger-kernel==0.8.5 ms-swift==4.6.0 trl==1.16.0 veomni=
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: test demo bench bench-setup gpu gpu-extension lint clean
+.PHONY: quick test demo bench bench-setup gpu gpu-extension lint clean
 
-test: .venv/test.stamp
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# Without what compiles or takes more than two seconds, and without Triton's interpreter.
+quick: checked
+	$(PYTEST) -m "not slow and not interpreter"
+
+test: checked
+	$(PYTEST)
+
+.PHONY: checked
+checked: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/distill.py
@@ -47,7 +56,7 @@ clean:
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 # Nothing here runs the CUDA kernels as built for a GPU; tests build what they look at.
 .venv/%.stamp: export TOPK_RKL_BUILD_CUDA := off

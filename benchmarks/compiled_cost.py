@@ -1,10 +1,10 @@
 """What the Triton kernels cost once compiled, for any target and without a GPU.
 
-    python -m benchmarks.compiled_cost [--targets sm_90 gfx942] [--cases few|small|table|full] [--json FILE]
+    python -m benchmarks.compiled_cost [--targets sm_90 gfx942] [--cases rows|slots|few|small|table|full] [--json FILE]
 
 The launchers are called on CPU tensors under a driver that compiles and never launches, so every block size, option
 and argument specialisation is the one a real call gets. `--cases table --json benchmarks/results/compiled_cost.json` is
-what is committed; the tests compile `small` and `few`, which are parts of it, and allow a tenth more. Records of other
+what is committed; the tests compile the smaller ones, which are parts of it, and allow a tenth more. Records of other
 targets stay in the file. For sm_90 and sm_100 the cycles of kernels are simulated besides (`phases`).
 """
 
@@ -51,20 +51,26 @@ kernels = Direct(backend)
 HEADS = ("linear_loss", "linear_weight_grad")
 # Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
 # may start at any address.
+ROW_KERNELS = [
+    (("select_loss",), (BF16,), (151936,), (64,)),
+    (("normalize",), (FP32,), (151936,), (1024,)),
+]
+SLOT_KERNELS = [
+    (SLOTS, (BF16,), (151936,), (64,)),
+    (HEADS, (FP32,), (151936,), (1024,), (4096,)),
+]
 CASES = {
-    "few": [
-        (("select_loss", *SLOTS), (BF16,), (151936,), (64,)),
-        (("normalize",), (FP32,), (151936,), (1024,)),
-        (HEADS, (BF16,), (151936,), (64,), (4096,)),
-        (HEADS, (FP32,), (151936,), (1024,), (4096,)),
-    ],
+    "rows": ROW_KERNELS,
+    "slots": SLOT_KERNELS,
+    "few": [*ROW_KERNELS, *SLOT_KERNELS],
     "small": [
-        (("select_loss",), (BF16, FP32), (151936,), (1, 64, 256, 1024)),
-        (("normalize",), (BF16, FP32), (151936,), (64, 1024)),
-        (("select", "select_loss"), (FP16,), (32000,), (64,)),
-        (("normalize", "select_loss"), (BF16,), (50257,), (64,)),
+        (("select_loss",), (BF16,), (151936,), (1, 64, 256)),
         (("select_loss",), (FP32,), (4099,), (1024,)),
-        (SLOTS, (BF16,), (151936,), (64, 1024)),
+        (("select",), (FP16,), (32000,), (64,)),
+        (("normalize",), (FP32,), (151936,), (64,)),
+        (("normalize",), (BF16,), (50257,), (64,)),
+        (("support_loss",), (BF16,), (151936,), (1024,)),
+        ((*SLOTS, *MASSES), (BF16,), (151936,), (64,)),
         (HEADS, (BF16,), (151936,), (64,), (4096,)),
         (HEADS, (FP32,), (151936,), (1024,), (4096,)),
     ],

@@ -47,15 +47,26 @@ def tool(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def kernels(target: str, source: Path) -> Iterator[tuple[str, dict[str, int], Sass]]:
+def kernels(target: str, source: Path, build: Path | None) -> Iterator[tuple[str, dict[str, int], Sass]]:
     """The mangled name of each kernel of a source, its resources, and its instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        tool("nvcc", "-cubin", f"-arch={target}", str(source), "-o", cubin.name)
-        usage = tool(str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", cubin.name)
-        sections = re.split(r"^\.text\.(\S+):\s*$", tool(str(NVIDIA_TOOLS / "nvdisasm"), "-c", cubin.name), flags=re.M)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(compiled(target, source, build, Path(folder)))
+        usage = tool(str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", cubin)
+        sections = re.split(r"^\.text\.(\S+):\s*$", tool(str(NVIDIA_TOOLS / "nvdisasm"), "-c", cubin), flags=re.M)
     code = dict(zip(sections[1::2], sections[2::2], strict=True))
     for name, resources in re.findall(r"Function (\S+):\s*\n(.*)", usage):
         yield name, {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", resources)}, Sass.parse(code[name])
+
+
+def compiled(target: str, source: Path, build: Path | None, folder: Path) -> Path:
+    """Into a folder: anew, or out of the objects of a CMake build for that target alone."""
+    if build is None:
+        tool("nvcc", "-cubin", f"-arch={target}", str(source), "-o", str(folder / "kernel.cubin"))
+    else:
+        (built,) = build.rglob(f"{source.name}.o")
+        subprocess.run([NVIDIA_TOOLS / "cuobjdump", "-xelf", "all", built], cwd=folder, capture_output=True, check=True)
+    (cubin,) = folder.glob("*.cubin")
+    return cubin
 
 
 def straight_length(sass: Sass) -> int:
@@ -73,10 +84,10 @@ def straight_length(sass: Sass) -> int:
     return len(set(scan).difference(*inside))
 
 
-def measure(target: str, files: Iterable[str] = FILES) -> Iterator[Cost]:
+def measure(target: str, files: Iterable[str] = FILES, build: Path | None = None) -> Iterator[Cost]:
     nvcc = re.search(r"release ([\d.]+)", tool("nvcc", "--version"))[1]
     for file in files:
-        for mangled, used, sass in kernels(target, SOURCES / f"{file}.cu"):
+        for mangled, used, sass in kernels(target, SOURCES / f"{file}.cu", build):
             kernel, arguments = re.search(r"\d+([a-z_]+_kernel)(?:I(.+?)EE)?", mangled).groups()
             dtype = next((name for key, name in DTYPES.items() if (arguments or "").startswith(key)), "any")
             switches = re.findall(r"Lb([01])", arguments or "")  # of select_kernel alone

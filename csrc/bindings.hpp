@@ -74,9 +74,9 @@ template <class Result, class Op, class Besides>
 void define(py::module_& m, const char* name, Result (*function)(const Op&, Besides)) {
   m.def(name, [function](const py::object& arguments, const py::object& besides) {
     const Op op = op_of<Op>(arguments);
-    const auto rest = op_of<std::decay_t<Besides>>(besides);
+    const auto what = op_of<std::decay_t<Besides>>(besides);
     const py::gil_scoped_release released;
-    return function(op, rest);
+    return function(op, what);
   });
 }
 

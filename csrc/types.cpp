@@ -46,11 +46,12 @@ uint16_t float16_bits(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
+  constexpr uint32_t LEAST_NORMAL = 0x38800000, REBIAS = 0x38000000;  // 2^-14; exponents of float32 are larger by 112
   // A subnormal of float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 on.
-  if (size < 0x38800000) {
+  if (size < LEAST_NORMAL) {
     return uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000));
   }
-  return uint16_t(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+  return uint16_t(sign | ((size - REBIAS + 0xfff + (size >> 13 & 1)) >> 13));
 }
 
 }  // namespace

@@ -251,7 +251,7 @@ def plot(scores: dict[str, dict[str, float]], histories: dict[str, list[dict[str
         right.bar_label(bars, fmt="%.2f", fontsize=8)
     right.set_xticks([column + 0.4 - width / 2 for column in range(len(METRICS))])
     right.set_xticklabels([metric.replace(", ", "\n") for metric in METRICS.values()])
-    right.set(title="held-back prompts", ylabel="nats a token")
+    right.set(title="held-back prompts", ylabel="nats per token")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(scores))
     figure.savefig(path, dpi=150)
 

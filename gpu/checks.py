@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import cases
-import test_gpu
-import test_linear_loss
-import test_select
 import torch
 from conftest import DEVICE
 from torch import Tensor
 
+from tests import cases, linear_problem
 from tests.direct import Direct, reference
+from tests.oracles import assert_selects
+from tests.probes import captured
 from topk_rkl import backends, teacher_topk, topk_reverse_kl, use_backend
 from topk_rkl.divergence import JensenShannon, ReverseKL
 
@@ -37,10 +36,10 @@ def selection(backend: str, small: bool, dtype: str) -> Iterator[Check]:
     for vocab, k in [(33, 5), (300, 20)] if small else sizes:
         names = ["many_ties_at_the_kth", "fewer_than_k_finite"] if small else None
         rows = cases.rows(vocab, k, DTYPES[dtype], names, DEVICE)
-        yield f"select {dtype} V {vocab} K {k}", partial(test_select.assert_selects, module, rows, k)
+        yield f"select {dtype} V {vocab} K {k}", partial(assert_selects, module, rows, k)
         if not small:
             many = normal(600, vocab, dtype=DTYPES[dtype])
-            yield f"select {dtype} V {vocab} K {k} N 600", partial(test_select.assert_selects, module, many, k)
+            yield f"select {dtype} V {vocab} K {k} N 600", partial(assert_selects, module, many, k)
     logits = normal(2 if small else 8, 300 if small else 50_257, dtype=DTYPES[dtype]) * 4
     yield f"select {dtype} V {logits.shape[1]} K 20 normalized", partial(assert_log_probs, module, logits, 20)
 
@@ -133,21 +132,21 @@ def head(backend: str, small: bool) -> Iterator[Check]:
     sizes = [(40, 32, 3_000, 4_096), (40, 64, 3_000, 4_096), (9, 300, 900, 1_030), (5, 5, 60, 70)]
     for n, k, vocab, width in [(2, 2, 9, 18)] if small else sizes:
         for dtype in (BF16, torch.float32):
-            problem = test_linear_loss.draw(n, k, vocab, width, dtype, biased=True, weighted=True, softcap=20.0)
+            problem = linear_problem.draw(n, k, vocab, width, dtype, biased=True, weighted=True, softcap=20.0)
             size = f"{dtype} N {n} K {k} V {vocab} H {width}"
-            yield f"linear_loss {size}", partial(test_linear_loss.assert_equals_the_reference, module, problem)
+            yield f"linear_loss {size}", partial(linear_problem.assert_equals_the_reference, module, problem)
             yield f"weight_grad {size}", partial(assert_weight_grad, module, problem)
     if not small:
         ids = torch.randint(0, 50, (5_000, 4), device=DEVICE)
         ids[:, 0] = 7  # in every row
         g, hidden = torch.randn(5_000, 4, device=DEVICE), torch.randn(5_000, 1_030, device=DEVICE)
-        compared = test_linear_loss.assert_weight_grad_equals_the_reference
+        compared = linear_problem.assert_weight_grad_equals_the_reference
         yield "weight_grad N 5000 K 4 H 1030, an id in every row", partial(compared, module, g, ids, hidden, 60)
 
 
-def assert_weight_grad(module: Any, problem: test_linear_loss.Problem) -> None:
+def assert_weight_grad(module: Any, problem: linear_problem.Problem) -> None:
     _, g, _ = problem.run(reference)
-    test_linear_loss.assert_weight_grad_equals_the_reference(module, g, problem.ids, problem.hidden, len(problem.head))
+    linear_problem.assert_weight_grad_equals_the_reference(module, g, problem.ids, problem.hidden, len(problem.head))
 
 
 def mass(backend: str, small: bool) -> Iterator[Check]:
@@ -220,9 +219,9 @@ def assert_replays(
         return loss, student.grad
 
     with use_backend(backend):
-        captured, results = test_gpu.captured(step)
+        replayed, results = captured(step)
         teacher.normal_()
-        captured.replay()
+        replayed.replay()
         got = [x.detach().clone() for x in results]
         assert all(map(torch.equal, got, step())), "a replay has other bits than a call"
 
@@ -262,17 +261,17 @@ def threads(backend: str, small: bool) -> Iterator[Check]:
     if not small:
         module, problems = (
             Direct(backends._load(backend)),
-            [test_linear_loss.draw(4, k, 300, 4_096, BF16) for k in (8, 64)],
+            [linear_problem.draw(4, k, 300, 4_096, BF16) for k in (8, 64)],
         )
         yield "linear_loss K 8 and K 64 H 4096 from two threads", partial(assert_threads, module, problems)
 
 
-def assert_threads(module: Any, problems: list[test_linear_loss.Problem], seconds: float = 2.0) -> None:
+def assert_threads(module: Any, problems: list[linear_problem.Problem], seconds: float = 2.0) -> None:
     wants = [problem.run(module) for problem in problems]
     errors: list[str] = []
     until = time.monotonic() + seconds
 
-    def launch(problem: test_linear_loss.Problem, want: tuple[Tensor, ...]) -> None:
+    def launch(problem: linear_problem.Problem, want: tuple[Tensor, ...]) -> None:
         calls = 0
         try:
             while time.monotonic() < until:

@@ -19,17 +19,33 @@ import topk_rkl
 from tests.direct import Direct
 from topk_rkl import backends
 
+pytest.register_assert_rewrite("tests.linear_problem", "tests.oracles")  # so that their assertions show values
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("reference", "native", "triton", "cuda") if DEVICE == "cpu" else ("reference", "triton", "cuda")
 BACKENDS = [name for name in NAMES if backends.unavailable(name) is None]
+if DEVICE == "cpu" and "triton" in BACKENDS:
+    from tests.interpreter import hasten
+
+    hasten()
 EVERY_OBJECTIVE = [name for name in BACKENDS if name != "cuda"]  # which has the renormalised reverse KL alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if DEVICE == "cpu":
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
+    """Marks what runs in the interpreter, and puts the longest tests first: the last of a worker should be short."""
+    for item in items if DEVICE == "cpu" else ():
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
+        if "triton" in [value for value in parameters(item).values() if isinstance(value, str)]:
+            item.add_marker("interpreter")
+    items.sort(key=lambda item: -2 * has(item, "slow") - has(item, "interpreter"))
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def has(item: pytest.Item, marker: str) -> bool:
+    return item.get_closest_marker(marker) is not None
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +80,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def module(request: pytest.FixtureRequest) -> Any:
     """The same, as the module with the backend's functions."""
     return Direct(backends._load(request.param))
+
+
+def simulated(module: Any) -> bool:
+    """Whether kernels for a GPU run without one, for which few rows have to do: the interpreter, the CUDA host."""
+    return DEVICE == "cpu" and module.__name__.endswith(("triton", "cuda"))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -3,9 +3,6 @@
 import asyncio
 import contextlib
 import importlib.metadata
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ import torch
 from conftest import BACKENDS, DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.processes import python
 from topk_rkl import (
     backends,
     linear_topk_reverse_kl,
@@ -93,6 +91,7 @@ def test_a_backend_that_cannot_run_here_says_why() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_package_works_where_the_extension_was_not_built() -> None:
     code = (
         "import sys; sys.modules['topk_rkl._native'] = None\n"
@@ -107,6 +106,7 @@ def test_the_package_works_where_the_extension_was_not_built() -> None:
     assert "install a C++20 compiler (GCC or Clang) and reinstall" in outcome.stderr
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed here")
 def test_triton_says_what_it_cannot_take() -> None:
     with use_backend("triton"):
@@ -169,6 +169,7 @@ def test_a_thread_starts_from_the_choice_of_the_process() -> None:
     assert outer() == backends.requested()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compile_follows_the_backend_in_force(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled once for each, in whatever thread or context; the backward pass uses what its forward pass used."""
@@ -203,14 +204,6 @@ def test_compile_follows_the_backend_in_force(compiler: str, monkeypatch: pytest
     assert step() == before and counter.frame_count == 2
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a process of its own, with nothing but these switches set."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TOPK_RKL_BACKEND")}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_a_backward_pass_takes_the_backend_of_its_forward_pass(monkeypatch) -> None:
     native = pytest.importorskip("topk_rkl.backends.native", exc_type=ImportError)
 
@@ -234,6 +227,7 @@ def test_a_backward_pass_takes_the_backend_of_its_forward_pass(monkeypatch) -> N
     assert z.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_environment_variable_sets_the_backend() -> None:
     code = "import topk_rkl, torch; topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
     assert python(code, TOPK_RKL_BACKEND="reference").returncode == 0
@@ -241,6 +235,8 @@ def test_the_environment_variable_sets_the_backend() -> None:
     assert wrong.returncode != 0 and "TOPK_RKL_BACKEND: there is no backend 'fast'" in wrong.stderr
 
 
+@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed here")
 def test_triton_refuses_cpu_tensors_unless_interpreted() -> None:
     code = "import topk_rkl, torch\nwith topk_rkl.use_backend('triton'): topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
@@ -260,6 +256,7 @@ def release(package: str) -> tuple[int, ...]:
     return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
 
 
+@pytest.mark.slow
 def test_the_package_imports_and_works_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -273,6 +270,7 @@ def test_the_package_imports_and_works_without_triton() -> None:
     assert "'triton' backend cannot run here" in outcome.stderr and "pip install triton" in outcome.stderr
 
 
+@pytest.mark.slow
 def test_importing_has_no_side_effect() -> None:
     code = (
         "import sys, topk_rkl.loss, torch\n"

@@ -34,6 +34,7 @@ def stage(monkeypatch) -> Stage:
     return Stage("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.work}-{case.gradients}".strip("-"))
 def test_contestants_agree_with_float64_or_are_named(case: Case, stage: Stage) -> None:
     lines = {line["contestant"]: line for line in run.measured(case, stage, 3, 0.1, None)}
@@ -63,6 +64,7 @@ def gradient_off_by(factor: float, p: Problem) -> Entry:
     return replace(right, gradients=gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [loss_off_by, gradient_off_by])
 def test_a_wrong_contestant_has_no_time(wrong, stage: Stage, monkeypatch) -> None:
     works = ["loss on ids"] if wrong is loss_off_by else ["loss on ids", "linear"]
@@ -136,6 +138,7 @@ def broken_while_timed(p: Problem) -> Entry:
     return Entry(forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "why"),
     [
@@ -326,6 +329,7 @@ def test_retained_bytes_are_those_that_autograd_saved() -> None:
     assert measure.retained_bytes(plain, p) > 4 * slots
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_peaks_are_of_the_call() -> None:
     case, environment = of("loss on ids", n=512, v=32_000), dict(os.environ)
@@ -369,6 +373,7 @@ def test_a_table_has_the_faster_plain_form_and_marks_what_a_frozen_head_does_not
     assert trained_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl 4 ms; Liger* 5 ms |")
 
 
+@pytest.mark.slow
 def test_the_command_writes_lines_with_their_setting(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     command = [sys.executable, "-m", "benchmarks", "run", "--case", "tiny", "--rounds", "3", "--out", str(out)]

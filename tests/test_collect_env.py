@@ -1,8 +1,9 @@
 """The report of a bug prints whatever is broken."""
 
+import pytest
 import torch
-from test_backends import python
 
+from tests.processes import python
 from topk_rkl import collect_env
 
 
@@ -24,6 +25,7 @@ def test_a_broken_probe_does_not_stop_it(monkeypatch) -> None:
     assert facts["gpus"] == "failed: OSError: no such driver" and facts["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_program() -> None:
     outcome = python("import runpy; runpy.run_module('topk_rkl.collect_env', run_name='__main__')")
     assert outcome.returncode == 0 and f"torch              {torch.__version__}" in outcome.stdout

@@ -129,6 +129,7 @@ def compare(compiled: Call, call: Call, t: float, n: int = 4) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_compile_with_a_number_that_changes(name: str) -> None:
     most = compilations()
@@ -140,6 +141,7 @@ def test_compile_with_a_number_that_changes(name: str) -> None:
     assert counter.frame_count <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["temperature", "logit options of the tail", "diagnostics", "sampled token"])
 def test_compile_with_every_size_dynamic(name: str) -> None:
     most = compilations()
@@ -151,6 +153,7 @@ def test_compile_with_every_size_dynamic(name: str) -> None:
     assert counter.frame_count <= most
 
 
+@pytest.mark.slow
 def test_compile_with_a_number_of_tokens_as_denominator() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -160,6 +163,7 @@ def test_compile_with_a_number_of_tokens_as_denominator() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_compile_with_inductor_keeps_no_old_number(monkeypatch, tmp_path) -> None:
     """Each call alone is right with aot_eager; Inductor is given some at once, since it takes long to begin."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # without what another run left

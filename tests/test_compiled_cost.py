@@ -14,9 +14,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to compile")
 
+import torch
+
 from benchmarks import cuda_cost
-from benchmarks.compiled_cost import CORES, FAMILIES, TARGETS, kept, loose_barriers, write
+from benchmarks.compiled_cost import CASES, CORES, FAMILIES, TARGETS, kept, loose_barriers, write
 from benchmarks.sass import Loop, Sass
+from tests.processes import built_for_sm_90a, can_build
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,7 +61,19 @@ def instruction_limit(record: dict[str, Any]) -> int:
     return limits[0] if half else limits[1]
 
 
-@pytest.mark.parametrize(("cases", "targets"), [("small", ["sm_90"]), ("few", [t for t in TARGETS if t != "sm_90"])])
+ON_TARGETS = {"small": ["sm_90"], "few": ["sm_80", "gfx942"], "rows": ["sm_100"], "slots": ["sm_120"]}
+
+
+def test_every_target_and_every_kernel_is_compiled() -> None:
+    """A generation as old as sm_80, sm_90, the two that follow it, and another vendor."""
+    assert {target for targets in ON_TARGETS.values() for target in targets} == set(TARGETS)
+    kernels = {kernel for line in CASES["small"] for kernel in line[0]}
+    assert kernels == {kernel for line in CASES["table"] for kernel in line[0]} - set(list(FAMILIES)[1:])
+    assert {dtype for line in CASES["small"] for dtype in line[1]} == {torch.bfloat16, torch.float16, torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cases", "targets"), ON_TARGETS.items(), ids=list(ON_TARGETS))
 def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     quick = ["--no-cycles"] if cases == "small" else []  # of some, a simulation is enough
@@ -99,10 +114,12 @@ def costs_of(record: dict[str, Any]) -> dict[str, float]:
     return costs | ({"cycles": record["cycles"]["beside"]} if record.get("cycles") else {})
 
 
+@pytest.mark.slow
+@can_build
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed here")
 def test_the_cuda_kernels_are_no_dearer() -> None:
     committed = json.loads((RESULTS / "cuda_cost.json").read_text())
-    records = [asdict(cost) for cost in cuda_cost.measure("sm_90a", ["select", "linear_loss"])]
+    records = [asdict(cost) for cost in cuda_cost.measure("sm_90a", ["select", "linear_loss"], built_for_sm_90a())]
     assert [record for record in records if record["spills"]] == []
     assert {record["kernel"] for record in records} == {"select_kernel", "merge_kernel", "linear_loss_kernel"}
     if committed[0]["nvcc"] == records[0]["nvcc"]:
@@ -177,6 +194,7 @@ def test_every_kernel_is_in_the_table_for_every_target() -> None:
         }
 
 
+@pytest.mark.slow
 def test_the_interpreter_is_refused(tmp_path: Path) -> None:
     done = run(cache=tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 1

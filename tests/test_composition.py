@@ -113,6 +113,7 @@ def test_no_float32_copy_of_the_logits_is_made(name: str, monkeypatch: pytest.Mo
     assert memory.peak < a.numel()  # bytes: a quarter of one such copy
 
 
+@pytest.mark.slow
 def test_composed_teachers_compile_without_a_graph_break() -> None:
     def composed(student: Tensor, a: Tensor, b: Tensor, share: Tensor) -> list[Tensor]:
         slots = teacher_topk(a, 5, normalize=True)

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu import sanitizer
 from tests.direct import reference
+from tests.processes import HANGS
 
-HANGS = 600  # seconds, after which a tool is taken to hang
 PLANTED = """
 __global__ void memcheck(int* x) { x[threadIdx.x + 1] = 1; }
 __global__ void initcheck(int* x) { if (x[threadIdx.x] == 7) x[0] = 1; }
@@ -79,6 +79,7 @@ def test_the_filter_is_in_the_syntax_of_the_tool(tool: str) -> None:
     assert len(ports) == len(sanitizer.TOOLS)  # side by side, each listens on its own
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_the_tool_takes_the_options(tool: str) -> None:
@@ -88,6 +89,7 @@ def test_the_tool_takes_the_options(tool: str) -> None:
     assert outcome.returncode == 0 and "ill-formed" not in outcome.stdout + outcome.stderr, outcome.stderr
 
 
+@pytest.mark.slow
 def test_the_cases_are_calls_that_a_backend_takes() -> None:
     entries = ("select", "select_loss", "support_loss", "scatter", "linear_loss", "linear_weight_grad")
     backend = SimpleNamespace(**{name: Mock(wraps=getattr(reference, name)) for name in entries})

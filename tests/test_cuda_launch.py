@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import DEVICE
 
+from tests.processes import HANGS
+
 ROOT = Path(__file__).parent.parent
 # Two devices, on each of which the kernel has a limit. On the second it has 1,024 bytes of shared memory besides.
 RUN_TIME = r"""
@@ -81,6 +83,8 @@ int main(int, char** words) {
 """
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("cuda launch"),  # which share one program
     pytest.mark.skipif(DEVICE != "cpu", reason="test_gpu.py launches from two threads"),
     pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed here"),
 ]
@@ -102,7 +106,7 @@ def run(program: Path, launches: str) -> list[str]:
 
     One that is `between` comes after the next has got its limit and before it starts, as that of another thread may.
     """
-    done = subprocess.run([program, *launches.split()], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([program, *launches.split()], capture_output=True, text=True, check=True, timeout=HANGS)
     return done.stdout.splitlines()
 
 

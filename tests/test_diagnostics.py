@@ -161,6 +161,7 @@ def test_they_are_those_asked_for_in_that_order(rows, asked) -> None:
         assert list(found) == list(asked)
 
 
+@pytest.mark.slow
 def test_memory_holds_some_rows_alone(monkeypatch) -> None:
     monkeypatch.setattr(topk_rkl.rows, "CHUNK_BYTES", 1 << 19)
     z, w = torch.randn(2, 500, 5_000, device=DEVICE).bfloat16()

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -10,10 +9,24 @@ import torch
 from conftest import DEVICE, EVERY_OBJECTIVE
 from hypothesis import given
 from mpmath import mp, mpf
-from test_properties import QUARTERS, SEARCH, SEEDS, SHAPES
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tests.formulas import (
+    DIVERGENCES,
+    FORMULAS,
+    RAW,
+    UNCLAMPED,
+    alpha_beta,
+    blend,
+    both,
+    gradient,
+    jensen_shannon,
+    kl,
+    log_probs,
+    plain,
+)
+from tests.search import QUARTERS, SEARCH, SEEDS, SHAPES
 from topk_rkl import (
     AlphaBeta,
     ForwardKL,
@@ -39,98 +52,12 @@ from topk_rkl.recipe.rollout import sampled_token_loss
 HAVE_IT = EVERY_OBJECTIVE
 LARGEST = torch.finfo(torch.float32).max
 mp.dps = 50
-Formula = Callable[[Tensor, Tensor], Tensor]
-
-
-def kl(x: Tensor, y: Tensor) -> Tensor:
-    """The terms of KL(x | y), both given as log-probs."""
-    return x.exp() * (x - y)
-
-
-def blend(share: float, x: Tensor, y: Tensor) -> Tensor:
-    return torch.logaddexp(math.log(share) + x, math.log(1 - share) + y)
-
-
-def alpha_beta(a: float, b: float) -> Formula:
-    """The general formula, for none of the limits."""
-    r = a + b
-    return lambda p, q: -((a * q + b * p).exp() - a / r * (r * q).exp() - b / r * (r * p).exp()) / (a * b)
-
-
-def jensen_shannon(b: float) -> Formula:
-    return lambda p, q: b * kl(q, blend(b, q, p)) + (1 - b) * kl(p, blend(b, q, p))
-
-
-# Each as its definition says it: a term a slot, of log p and log q.
-FORMULAS: dict[object, Formula] = {
-    ReverseKL(): kl,
-    ReverseKL(clamp=(-1.0, 0.7)): lambda p, q: p.exp() * (p - q).clamp(-1, 0.7),
-    ForwardKL(): lambda p, q: kl(q, p),
-    JensenShannon(): jensen_shannon(0.5),
-    JensenShannon(0.1): jensen_shannon(0.1),
-    Mixture(0.3): lambda p, q: 0.3 * kl(q, p) + 0.7 * kl(p, q),
-    SkewReverseKL(): lambda p, q: kl(p, blend(0.9, q, p)),
-    SkewForwardKL(0.4): lambda p, q: kl(q, blend(0.4, q, p)),
-    AlphaBeta(0.2, 0.7): alpha_beta(0.2, 0.7),
-    AlphaBeta(1.5, -0.4): alpha_beta(1.5, -0.4),
-    AlphaBeta(-0.5, 0.2): alpha_beta(-0.5, 0.2),
-    AlphaBeta(2, 0): lambda p, q: ((2 * q).exp() * 2 * (q - p) - (2 * q).exp() + (2 * p).exp()) / 4,
-    AlphaBeta(0, 2): lambda p, q: ((2 * p).exp() * 2 * (p - q) - (2 * p).exp() + (2 * q).exp()) / 4,
-    AlphaBeta(2, -2): lambda p, q: ((2 * (q - p)).exp() - 1 - 2 * (q - p)) / 4,
-    AlphaBeta(0, 0): lambda p, q: (p - q) ** 2 / 2,
-}
-DIVERGENCES = list(FORMULAS)
-UNCLAMPED = [one for one in DIVERGENCES if one != ReverseKL(clamp=(-1.0, 0.7))]
-RAW = [ReverseKL(), ForwardKL(), Mixture(0.3)]
-
-
-def log_probs(
-    z: Tensor,  # (N, V)
-    w: Tensor,  # (N, V)
-    ids: Tensor,  # (N, K)
-    mass: str,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # (N, K), or (N, K + 1) with the rest
-    """Of both sides' classes, in float64 and in as many steps as the definition has."""
-    both = [x.double() / temperature for x in (z, w)]
-    if mass == "renormalized":
-        return tuple(x.gather(1, ids).log_softmax(1) for x in both)
-    outside = torch.ones_like(z, dtype=torch.bool).scatter(1, ids, False)
-    both = [x.log_softmax(1) for x in both]
-    classes = [x.gather(1, ids) for x in both]
-    if mass != "tail":
-        return tuple(classes)
-    rests = (x.masked_fill(~outside, -torch.inf).logsumexp(1, keepdim=True) for x in both)
-    return tuple(torch.cat((x, rest), 1) for x, rest in zip(classes, rests, strict=True))
-
-
-def plain(z: Tensor, w: Tensor, ids: Tensor, formula: Formula, mass: str, temperature: float = 1.0) -> Tensor:
-    """The loss of each row in float64, from which autograd finds the gradient."""
-    log_p, log_q = log_probs(z, w, ids, mass, temperature)
-    if mass != "raw_stop_grad":
-        return formula(log_p, log_q).sum(1)
-    value = formula(log_p, log_q).sum(1)
-    # What the gradient of sum [ terms ] would be if the probabilities on S had a constant sum.
-    surrogate = value - (1 if formula is kl else -1 if formula is FORMULAS[ForwardKL()] else 0.4) * log_p.exp().sum(1)
-    return surrogate + (value - surrogate).detach()
 
 
 def chosen(w: Tensor, k: int) -> Support:
     """By the reference, since the selection is another test's."""
     with use_backend("reference"):
         return teacher_topk(w, k)
-
-
-def gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-
-def both(z: Tensor, teacher: Tensor | Support, divergence, want: Callable[[Tensor], Tensor], **options):
-    """Loss and gradient of ours, and those wanted, in float64."""
-    leaf, exact = z.clone().requires_grad_(), z.double().requires_grad_()
-    loss, grad = gradient(topk_divergence(leaf, teacher, divergence=divergence, reduction="none", **options), leaf)
-    want_loss, want_grad = gradient(want(exact), exact)
-    return loss.double(), grad.double(), want_loss, want_grad
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -164,6 +91,7 @@ def test_each_entry_takes_them(backend, given: str) -> None:
         torch.testing.assert_close(gradient(got, leaf), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_gradcheck(divergence) -> None:
     """On the reference alone: it needs float64."""
@@ -212,7 +140,8 @@ def test_no_divergence_is_negative_and_its_gradient_sums_to_0(name: str, shape, 
 def test_limits(backend) -> None:
     """Each family at the ends of its range, and near them; closer in float64 than the results of kernels can tell."""
     dtype, least = (torch.float64, 0.0) if backend == "reference" else (torch.float32, 2e-6)
-    z, w = torch.randn(2, 6, 40, dtype=dtype, device=DEVICE)
+    n = 2 if backend == "triton" and DEVICE == "cpu" else 6
+    z, w = torch.randn(2, n, 40, dtype=dtype, device=DEVICE)
 
     def close(one, other, factor: float = 1.0, tolerance: float = 1e-12) -> None:
         (a, ga), (b, gb) = (

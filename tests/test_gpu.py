@@ -1,14 +1,11 @@
 """The promises that only a GPU can show: graphs, streams, real memory, offsets past 2^31. Run by `make gpu`."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from conftest import BACKENDS
-from torch import Tensor
 
-from tests.test_loss import plain, run
-from tests.test_select import stable_sort
+from tests.oracles import plain, run, stable_sort
+from tests.probes import captured
 from topk_rkl import (
     Mixture,
     Support,
@@ -39,23 +36,6 @@ def _without_poison():
 def kernels(request: pytest.FixtureRequest) -> str:
     """The backends that keep to the promised memory by kernels of their own."""
     return request.param
-
-
-def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """The step as a graph and what that writes to; an error if the step reads a device value on the host."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return graph, results
 
 
 @pytest.mark.parametrize("name", BACKENDS)

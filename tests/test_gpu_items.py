@@ -362,6 +362,8 @@ def test_the_profile_is_seven_launches_and_nothing_else(monkeypatch) -> None:
     assert len(launches) == 5
 
 
+@pytest.mark.interpreter
+@pytest.mark.slow
 def test_the_command_writes_lines_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "items.jsonl"
     arguments = ["--small", "--rounds", "3", "--only", "scatter K", "--skip-done", "--out", str(out)]

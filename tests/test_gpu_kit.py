@@ -21,10 +21,11 @@ from gpu import smoke, steps
 from gpu.lines import read
 from gpu.steps import Run, Step
 from gpu.summary import summary
+from tests.processes import HANGS
 
 ROOT = Path(__file__).parent.parent
-HANGS = 300  # seconds, after which what is waited for is taken to hang
 
+pytestmark = pytest.mark.slow
 interpreted = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed here")
 
 
@@ -37,14 +38,15 @@ def rehearse(root: Path, out: Path, *words: str, **environment: str) -> subproce
     return subprocess.run(
         python("-m", "gpu", "first", "--small", *words),
         cwd=root,
-        env={**os.environ, "OUT": str(out), "LIMIT": str(5 * HANGS), "COMMIT": "a commit", **environment},
+        env={**os.environ, "OUT": str(out), "LIMIT": str(HANGS), "COMMIT": "a commit", **environment},
         capture_output=True,
         text=True,
-        timeout=6 * HANGS,
+        timeout=2 * HANGS,
         check=False,
     )
 
 
+@pytest.mark.interpreter
 @interpreted
 def test_a_rehearsal_ends_well_and_leaves_few_files(tmp_path: Path) -> None:
     done = rehearse(ROOT, tmp_path, "--steps", "smoke", "tests")
@@ -79,6 +81,7 @@ def tail_logit(logits, ids, temperature):
 """
 
 
+@pytest.mark.interpreter
 @interpreted
 def test_a_wrong_kernel_and_one_that_crashes_are_named_and_end_nothing_else(tmp_path: Path) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
@@ -184,8 +187,12 @@ def test_a_step_that_hangs_ends_at_its_limit_and_the_next_runs(tmp_path: Path, m
     assert "hang: STOPPED at its limit" in summary(tmp_path, run.outcomes, "a commit")
 
 
-def test_a_step_is_interrupted_first_so_that_it_can_sum_up(tmp_path: Path) -> None:
-    code = "import time\nprint('on', flush=True)\ntry: time.sleep(1e5)\nexcept KeyboardInterrupt: print('summed up')"
+def test_a_step_is_interrupted_first_so_that_it_can_sum_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "GRACE", HANGS / 2)
+    code = (
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
+        "print('on', flush=True)\ntry: time.sleep(1e5)\nexcept KeyboardInterrupt: print('summed up')"
+    )
     with here(tmp_path) as run:
         job = run.begin(Step("sums", HANGS, python("-c", code), "sums.txt"))
         wait_for(lambda: (tmp_path / "sums.txt").read_text())
@@ -218,7 +225,7 @@ import test_gpu_kit
 from gpu.steps import Step
 out = Path(sys.argv[1])
 with test_gpu_kit.here(out) as run:
-    run.step(Step("first", 300, test_gpu_kit.python("-c", "print('done')"), "first.txt"))
+    run.step(Step("first", test_gpu_kit.HANGS, test_gpu_kit.python("-c", "print('done')"), "first.txt"))
     run.step(test_gpu_kit.endless(out / "lines"))
 """
 

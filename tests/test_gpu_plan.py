@@ -88,7 +88,7 @@ def test_the_digest_of_the_sources_follows_each_of_them(tmp_path: Path) -> None:
     shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
     before = extension.sources(tmp_path)
     assert before == extension.sources()
-    for name in ("CMakeLists.txt", "csrc/cuda/select.cu", "csrc/bindings.cpp"):
+    for name in ("CMakeLists.txt", "csrc/cuda/select.cu", "csrc/cuda/bindings.cpp"):
         with (tmp_path / name).open("a") as file:
             file.write("\n")
         after = extension.sources(tmp_path)

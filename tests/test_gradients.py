@@ -131,6 +131,11 @@ def entry(request: pytest.FixtureRequest, backend: str) -> Iterator[tuple[tuple[
         yield ENTRIES[name]
 
 
+def few(backend: str, cases: list[Any]) -> list[Any]:
+    """The first and the last for the interpreter: autograd, not the kernel, tells them apart."""
+    return [cases[0], cases[-1]] if backend == "triton" and DEVICE == "cpu" else cases
+
+
 def dense(gradients: tuple[Tensor, ...]) -> list[Tensor]:
     return [g.to_dense() for g in gradients]
 
@@ -161,13 +166,13 @@ WAYS: list[Callable[[Tensor, Tensor], Any]] = [
 ]
 
 
-def test_a_second_derivative_raises_however_it_is_asked_for(entry) -> None:
+def test_a_second_derivative_raises_however_it_is_asked_for(entry, backend: str) -> None:
     names, loss = entry
     x = Given()
     leaves = x.leaves(names)
     want = dense(torch.autograd.grad(loss(x), leaves))
     pairs = list(itertools.product(range(len(names)), leaves))
-    for i in range(max(len(pairs), len(WAYS))):
+    for i in few(backend, list(range(max(len(pairs), len(WAYS))))):
         (first, leaf), ask = pairs[i % len(pairs)], WAYS[i % len(WAYS)]
         (gradient,) = dense(torch.autograd.grad(loss(x), leaves[first], create_graph=True))
         assert torch.equal(gradient, want[first])
@@ -214,7 +219,7 @@ def test_nothing_is_held_after_the_backward_pass(entry) -> None:
 
 
 @pytest.mark.parametrize("lead", [(N,), (2, 2)], ids=str)
-def test_the_loss_may_be_changed_in_place(entry, lead: tuple[int, ...]) -> None:
+def test_the_loss_may_be_changed_in_place(entry, backend: str, lead: tuple[int, ...]) -> None:
     names, loss = entry
     x = Given().rows(torch.arange(N).view(lead))
     leaves = x.leaves(names)
@@ -228,11 +233,11 @@ def test_the_loss_may_be_changed_in_place(entry, lead: tuple[int, ...]) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_what_was_made_under_inference_mode_may_be_trained_on(entry) -> None:
+def test_what_was_made_under_inference_mode_may_be_trained_on(entry, backend: str) -> None:
     names, loss = entry
     x = Given()
     mask = torch.ones(1, N, device=DEVICE)
-    for frozen in ((), *((name,) for name in names if len(names) > 1), names[1:]):
+    for frozen in few(backend, [(), *((name,) for name in names if len(names) > 1), names[1:]]):
         trained = tuple(name for name in names if name not in frozen)
         y, z = x.rows(slice(None)), x.rows(slice(None))
         leaves = y.leaves(trained)

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE, same_bits
-from test_loss import NoHostSync
-from test_select import lazy_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.direct import Direct, reference
+from tests.linear_problem import small_blocks
+from tests.probes import NoHostSync, lazy_memory
 from topk_rkl import (
     LinearTopKReverseKLLoss,
     Support,
@@ -27,7 +27,6 @@ from topk_rkl import (
     topk_reverse_kl,
     use_backend,
 )
-from topk_rkl.backends import products
 
 dense_linear = Direct(backends._load("dense_linear"))
 LOW = [torch.bfloat16, torch.float16]
@@ -48,12 +47,6 @@ def dense(
     """The logits as a model makes them."""
     z = nn.functional.linear(hidden, head, bias) * scale
     return z if softcap is None else softcap * (z / softcap).tanh()
-
-
-def small_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int) -> None:
-    """For products of so many positions and tokens at a time, and losses of 50 slots."""
-    for name, value in (("ROWS", rows), ("LOGITS", 4 * rows * tokens), ("SOLVED", 50)):
-        monkeypatch.setattr(products, name, value)
 
 
 def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
@@ -609,6 +602,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_dense_product_is_not_taken_where_it_has_fewer_bits() -> None:
     """By torch's old setting and, in any mixture, its newer ones, which make the reading of the old one raise."""
     settings = [(f"torch.set_float32_matmul_precision({x!r})", x == "highest") for x in ("high", "medium", "highest")]
@@ -646,6 +640,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu" or sys.platform != "linux", reason="reads the peak of a process on Linux")
 @pytest.mark.parametrize(
     ("mass", "n", "vocab", "width", "k", "dtype"),

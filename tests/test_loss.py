@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import DEVICE, same_bits
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import cases
+from tests.oracles import plain, run
+from tests.probes import NoHostSync
 from topk_rkl import (
     AlphaBeta,
     JensenShannon,
@@ -30,31 +31,6 @@ from topk_rkl.recipe import builders, composition, rewards, weighting
 
 LOW = [torch.bfloat16, torch.float16]
 OF_A_SHARE = (JensenShannon, Mixture, SkewReverseKL, SkewForwardKL, generalized_jsd)
-
-
-def plain(
-    student: Tensor,  # (..., V)
-    teacher: Tensor,  # (..., V)
-    k: int,
-    temperature: float = 1.0,
-) -> Tensor:  # (...)
-    """The loss as anyone would write it, in float64."""
-    ids = teacher.topk(k).indices
-    log_p = (student.double().gather(-1, ids) / temperature).log_softmax(-1)
-    log_q = (teacher.double().gather(-1, ids) / temperature).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def run(
-    student: Tensor,  # (..., V)
-    teacher: Tensor | Support,
-    **options,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the student's gradient of its sum."""
-    student = student.detach().requires_grad_()
-    loss = topk_reverse_kl(student, teacher, **{"reduction": "sum", **options})
-    loss.sum().backward()
-    return loss.detach(), student.grad
 
 
 def truth(
@@ -78,7 +54,7 @@ def truth(
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 3.7, 20.0])
 @pytest.mark.parametrize("spread", [0.01, 0.2, 1.0, 30.0])
 def test_accuracy(backend, temperature: float, spread: float) -> None:
-    n, k = 16 if backend in ("triton", "cuda") and DEVICE == "cpu" else 512, 32
+    n, k = 4 if backend in ("triton", "cuda") and DEVICE == "cpu" else 512, 32
     student, teacher = torch.randn(2, n, 200, device=DEVICE) * spread
     teacher[: n // 2] = student[: n // 2] + 0.01 * torch.randn(n // 2, 200, device=DEVICE)
     support = teacher_topk(teacher, k)
@@ -93,7 +69,8 @@ def test_accuracy(backend, temperature: float, spread: float) -> None:
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_accuracy_of_a_low_precision_gradient_is_that_of_rounding(backend, dtype: torch.dtype) -> None:
-    student, teacher = (torch.randn(2, 40, 300, device=DEVICE) * 3).to(dtype)
+    n = 4 if backend in ("triton", "cuda") and DEVICE == "cpu" else 40
+    student, teacher = (torch.randn(2, n, 300, device=DEVICE) * 3).to(dtype)
     loss, grad = run(student, teacher, k=16)
     full_loss, full_grad = run(student.float(), teacher, k=16)
     assert torch.equal(loss, full_loss)
@@ -282,7 +259,7 @@ def test_k_1_is_exactly_zero_and_warns_once(backend) -> None:
     with pytest.warns(UserWarning, match="K = 1") as record:
         loss, grad = run(student, teacher, k=1, temperature=0.3)
     ours = [warning for warning in record if "K = 1" in str(warning.message)]
-    assert len(ours) == 1 and ours[0].filename == __file__
+    assert len(ours) == 1 and ours[0].filename == run.__code__.co_filename
     assert loss == 0 and (grad == 0).all()
 
 
@@ -424,12 +401,13 @@ def test_gradient_backward_twice_gives_the_same_bits(backend) -> None:
 @pytest.mark.parametrize("kind", ["per row", "strided", "expanded", "zero"])
 @pytest.mark.parametrize("given", ["logits", "support"])
 def test_gradient_for_any_grad_output(backend, kind: str, given: str) -> None:
-    student, teacher = torch.randn(2, 4, 6, 60, device=DEVICE)
+    lead = rows, columns = (2, 3) if backend in ("triton", "cuda") and DEVICE == "cpu" else (4, 6)
+    student, teacher = torch.randn(2, *lead, 60, device=DEVICE)
     grad_output = {
-        "per row": torch.randn(4, 6),
-        "strided": torch.randn(6, 8)[:, ::2].t(),
-        "expanded": torch.tensor(-2.5).expand(4, 6),
-        "zero": torch.zeros(4, 6),
+        "per row": torch.randn(lead),
+        "strided": torch.randn(columns, 2 * rows)[:, ::2].t(),
+        "expanded": torch.tensor(-2.5).expand(lead),
+        "zero": torch.zeros(lead),
     }[kind].to(DEVICE)
     leaf = student.clone().requires_grad_()
     target, k = (teacher, 7) if given == "logits" else (teacher_topk(teacher, 7), None)
@@ -488,15 +466,6 @@ def test_repeatable_row_by_row(backend, given: str, dtype: torch.dtype) -> None:
         row = slice(i, i + 1)
         alone = run_rows(row)
         assert same_bits(alone[0], loss[row]) and same_bits(alone[1], grad[row]), i
-
-
-class NoHostSync(TorchDispatchMode):
-    """Refuses every operation that reads a device value on the host."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"), name
-        return function(*args, **(kwargs or {}))
 
 
 def test_no_host_sync_is_what_it_says() -> None:

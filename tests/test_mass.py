@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import DEVICE, EVERY_OBJECTIVE, LiveBytes, same_bits
-from test_divergence import FORMULAS, RAW, UNCLAMPED, both, gradient, kl, log_probs, plain
-from test_linear import small_blocks
-from test_loss import NoHostSync
 from torch import Tensor, nn
 
 from tests import cases
+from tests.formulas import FORMULAS, RAW, UNCLAMPED, both, gradient, kl, log_probs, plain
+from tests.linear_problem import small_blocks
+from tests.probes import NoHostSync
 from topk_rkl import (
     AlphaBeta,
     ForwardKL,

@@ -32,6 +32,7 @@ from topk_rkl.recipe.composition import mixture, taid
 from topk_rkl.recipe.rollout import sampled_token_loss
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux"),
     pytest.mark.skipif(DEVICE != "cpu", reason="test_gpu.py counts the memory of a GPU"),
     pytest.mark.xdist_group("memory"),  # one process measures for all

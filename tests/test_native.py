@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import BACKENDS
-from test_select import DTYPES, assert_selects
 
 from tests import cases
 from tests.direct import Direct, reference
+from tests.oracles import DTYPES, assert_selects
 from topk_rkl import backends
 from topk_rkl.backends.pointers import check_extent
 
@@ -35,7 +35,11 @@ def native():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(1, 1), (33, 33), (4_099, 20), (4_099, 1_024), (50_257, 64), (151_936, 256)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (33, 33), (4_099, 20), (4_099, 1_024), (50_257, 64), pytest.param((151_936, 256), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_exact_selection_with_each_instruction_set(native, isa: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     assert_selects(native, cases.rows(*size, dtype), size[1])
 
@@ -133,6 +137,7 @@ def test_many_threads_at_once(native) -> None:
         assert all(pool.map(once, range(64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scatter_of_a_large_gradient(native, dtype: torch.dtype) -> None:
     """Large enough to be written past the caches; rows that begin and end inside a line."""
@@ -192,7 +197,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(native) -> None:
         native.linear_loss(x[None], x[:, :8], None, ids, values, None, 1.0, 1.0, None, True)
     with pytest.raises(ValueError, match=r"logits has shape \(1, 1, 3, 9\); it must be rows"):
         native.select(x[None, None], 2)
-    with pytest.raises(ValueError, match="values has shape"):
+    with pytest.raises(ValueError, match="log_probs has shape"):
         native.support_loss(x, ids, values[:, :1], None, 1.0)
     with pytest.raises(ValueError, match="weights has shape"):
         native.support_loss(x, ids, values, torch.ones(2), 1.0)

@@ -117,6 +117,7 @@ def by_tail_from_hidden(hidden, teacher, weights):
 COMPILED = [by_logits, by_support, by_unique_support, overwriting, from_hidden, by_tail, by_tail_from_hidden]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", COMPILED)
 def test_compile_without_a_graph_break_at_most_twice_over_changing_n(function) -> None:
     torch._dynamo.reset()
@@ -135,6 +136,7 @@ def test_compile_without_a_graph_break_at_most_twice_over_changing_n(function) -
     assert 1 <= counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager_decomp_partition"])
 def test_compile_with_a_support_made_under_inference_mode(compiler: str) -> None:
     torch._dynamo.reset()
@@ -152,6 +154,7 @@ def by_head(hidden, support):
     return linear_topk_reverse_kl(hidden, HEAD * hidden.mean(), support)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
     student, teacher = torch.randn(2, 4, 50, device=DEVICE)
@@ -164,6 +167,7 @@ def test_compile_with_inductor() -> None:
     torch.testing.assert_close(leaf.grad, want_grad)
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     student = torch.randn(3, 20, dtype=torch.float64, device=DEVICE, requires_grad=True)
     teacher = torch.randn(3, 20, dtype=torch.float64, device=DEVICE)

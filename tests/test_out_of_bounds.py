@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import BACKENDS, DEVICE
 
+from tests.processes import HANGS, HASTEN
+
 RUN = """
 import torch
 from tests.direct import Direct
@@ -58,6 +60,8 @@ def library(name: str) -> str | None:
 
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.interpreter,
     pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU compute-sanitizer is the tool"),
     pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed here"),
     pytest.mark.skipif(not library("libasan.so"), reason="gcc with AddressSanitizer is not installed here"),
@@ -73,7 +77,7 @@ def sanitized(script: Path, code: str) -> subprocess.CompletedProcess:
         "PYTHONPATH": os.getcwd(),
         "TRITON_INTERPRET": "1",
     }
-    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_the_sanitizer_catches_a_planted_fault(tmp_path: Path) -> None:
@@ -84,5 +88,5 @@ def test_the_sanitizer_catches_a_planted_fault(tmp_path: Path) -> None:
 
 
 def test_no_kernel_leaves_its_tensors(tmp_path: Path) -> None:
-    outcome = sanitized(tmp_path / "kernels.py", RUN)
+    outcome = sanitized(tmp_path / "kernels.py", HASTEN + RUN)
     assert outcome.stdout.strip() == "done", outcome.stderr

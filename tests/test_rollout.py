@@ -271,6 +271,7 @@ def test_large_logits_cost_no_accuracy(offset, temperature):
     assert ((leaf.grad - exact.grad).abs() <= bound[:, None] / float(temperature)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}])
 def test_the_baseline_compiles_at_most_twice_over_changing_n(options):
     torch._dynamo.reset()

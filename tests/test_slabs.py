@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
-from test_select import lazy_memory
 from torch import Tensor
 
 from tests.direct import Direct, reference
+from tests.probes import lazy_memory
 from topk_rkl import Support, backends, linear_topk_reverse_kl, teacher_topk, topk_divergence, topk_reverse_kl
 from topk_rkl.rows import row_views
 
@@ -201,8 +201,8 @@ def calls(module: Any, monkeypatch: pytest.MonkeyPatch) -> Counter:
         return call
 
     names = ("select", "support_loss", "select_loss", "scatter", "tail_logit", "mass_loss", "mass_grad", "linear_loss")
-    for name in (name for name in names if hasattr(module, name)):
-        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    for name in (name for name in names if hasattr(module.module, name)):
+        monkeypatch.setattr(module.module, name, counting(name, getattr(module.module, name)))
     return counted
 
 

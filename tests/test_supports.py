@@ -11,6 +11,7 @@ from conftest import DEVICE, LiveBytes
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from tests.processes import HANGS
 from topk_rkl import (
     Support,
     linear_teacher_topk,
@@ -20,6 +21,7 @@ from topk_rkl import (
     use_backend,
 )
 from topk_rkl.backends import products
+from topk_rkl.objective import Objective
 from topk_rkl.recipe import builders
 from topk_rkl.recipe.builders import (
     difference,
@@ -60,6 +62,7 @@ def some(ids: list[list[int]], scale: float = -0.1) -> Support:
     return Support(ids, values.masked_fill(ids < 0, -INF))
 
 
+@pytest.mark.slow
 def test_a_saved_support_loads_with_weights_only(tmp_path) -> None:
     """In a process that has imported the package, alone and among other things."""
     support = some([[3, -1], [0, 7]])
@@ -71,7 +74,7 @@ def test_a_saved_support_loads_with_weights_only(tmp_path) -> None:
         "print(teacher.ids.tolist(), teacher.log_probs.tolist())"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "teacher.pt")]
-    loaded = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert loaded.stdout.strip() == f"{support.ids.tolist()} {support.log_probs.tolist()}", loaded.stderr
 
 
@@ -227,7 +230,7 @@ def test_fixed_ids_from_hidden_states_hold_little() -> None:
     hidden, head, ids = torch.randn(400, 128), torch.randn(3_000, 128), torch.randint(3_000, (400, 100))
     with LiveBytes() as memory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "WEIGHTS", 400_000)
-        products.logits_at(hidden, head, None, ids, 1.0, None)
+        products.logits_at(hidden, head, None, ids, Objective())
     assert 0 < memory.peak < 3_000_000
 
 
@@ -399,6 +402,7 @@ def test_no_copy_of_the_logits_is_made(build: str, dtype: torch.dtype) -> None:
     assert memory.peak < 1_000_000 < teacher.numel() * 2
 
 
+@pytest.mark.slow
 def test_builders_compile_without_a_graph_break() -> None:
     def built(student: Tensor, teacher: Tensor, sampled: Tensor) -> Support:
         both = union(student_topk(student, teacher, 4), teacher_top_p(teacher, 0.9, 4))

@@ -12,11 +12,12 @@ import triton.language as tl
 from conftest import DEVICE
 from torch import Tensor
 
-from tests.test_select import assert_selects, stable_sort
+from tests.oracles import assert_selects, stable_sort
 
 file = importlib.import_module("topk_rkl.backends.triton.select")  # whose name in the package is its function
 backend = importlib.import_module("topk_rkl.backends.triton")
 claim = file._claim
+pytestmark = pytest.mark.interpreter
 
 
 @triton.jit

@@ -91,6 +91,7 @@ backend.linear_loss(hidden, head, None, ids, g, None, 1.0, 0.5, None, True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the kernels are launched in earnest")
 @pytest.mark.skipif(
     not shutil.which("gcc"), reason="gcc, which Triton's launcher is compiled with, is not installed here"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
-from test_loss import NoHostSync
 from torch._dynamo.testing import CompileCounter
 
+from tests.probes import NoHostSync
 from topk_rkl import Support, teacher_topk, topk_divergence, topk_reverse_kl
 from topk_rkl.diagnostics import topk_diagnostics
 from topk_rkl.recipe.builders import fixed_ids
@@ -240,6 +240,7 @@ def test_no_host_sync_around_the_loss() -> None:
     assert returns.isfinite().all() and losses.grad.isfinite().all() and leaf.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_packed_sequences_compile_at_most_twice_over_changing_n() -> None:
     counter = CompileCounter()
 

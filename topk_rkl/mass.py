@@ -5,6 +5,7 @@ from torch import Tensor
 
 from topk_rkl import ops
 from topk_rkl.objective import pack
+from topk_rkl.rows import live_slots, repeats
 from topk_rkl.support import Support, true_log_probs
 
 LAST = torch.iinfo(torch.int32).max
@@ -18,46 +19,46 @@ def classes(
     temperature: float,
     sampled_ids: Tensor | None,  # (...), which get a slot of their own behind the others, empty where S has them
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # ids (..., K), values (..., K), tail (...) float64
+) -> tuple[Tensor, Tensor, Tensor]:  # ids (..., K), log_probs (..., K), tail (...) float64
     """Of an id that is given twice the first slot counts; empty slots come last.
 
     The tail is temperature times the logsumexp of the teacher's logits / temperature outside S. A Support has no such
     logits: there it is log(1 - sum of probabilities), and at least what its dtype can tell from 0.
     """
     if isinstance(teacher, Support):
-        ids, values = _distinct(teacher.ids, teacher.log_probs, student_vocab)
-        values = true_log_probs(values, values)
+        ids, log_probs = _distinct(teacher.ids, teacher.log_probs, student_vocab)
+        log_probs = true_log_probs(log_probs, log_probs)
         bad = (teacher.ids >= 0) & ~(teacher.log_probs < torch.inf)  # dropped ones too
-        return ids, values, _log_rest(values).masked_fill(bad.any(-1), torch.nan)
+        return ids, log_probs, _log_tail(log_probs).masked_fill(bad.any(-1), torch.nan)
     assert k is not None
-    ids, values = ops.select(teacher, k, False, backend)
-    ids, values = _distinct(ids, values, student_vocab)
+    ids, log_probs = ops.select(teacher, k, False, backend)
+    ids, log_probs = _distinct(ids, log_probs, student_vocab)
     if sampled_ids is not None:
         y = sampled_ids[..., None]
         named = (ids == y).any(-1, keepdim=True) | (y < 0) | (y >= min(student_vocab, teacher.shape[-1]))
         y = y.masked_fill(named, -1).to(ids.dtype)
         value = teacher.gather(-1, y.clamp(min=0).long()).masked_fill(named, -torch.inf)
-        ids, values = torch.cat((ids, y), -1), torch.cat((values, value.to(values.dtype)), -1)
-    return ids, values, ops.tail_logit(teacher, ids, pack(temperature), backend)
+        ids, log_probs = torch.cat((ids, y), -1), torch.cat((log_probs, value.to(log_probs.dtype)), -1)
+    return ids, log_probs, ops.tail_logit(teacher, ids, pack(temperature), backend)
 
 
 def _distinct(
     ids: Tensor,  # (..., K)
-    values: Tensor,  # (..., K)
+    log_probs: Tensor,  # (..., K)
     vocab: int,
 ) -> tuple[Tensor, Tensor]:
-    live = (ids >= 0) & (ids < vocab) & (values != -torch.inf)
+    live = live_slots(ids, log_probs, vocab)
     ids, slots = torch.where(live, ids, LAST).int().sort(dim=-1, stable=True)
     empty = ids == LAST
-    empty[..., 1:] |= ids[..., 1:] == ids[..., :-1]
+    empty |= repeats(ids)
     ids.masked_fill_(empty, LAST)
-    values = values.gather(-1, slots).masked_fill_(empty, -torch.inf)
+    log_probs = log_probs.gather(-1, slots).masked_fill_(empty, -torch.inf)
     del live, slots, empty  # N K numbers each
     ids, slots = ids.sort(dim=-1, stable=True)  # the emptied ones to the end
-    return ids.masked_fill_(ids == LAST, -1), values.gather(-1, slots)
+    return ids.masked_fill_(ids == LAST, -1), log_probs.gather(-1, slots)
 
 
-def _log_rest(
+def _log_tail(
     log_probs: Tensor,  # (..., K)
 ) -> Tensor:  # (...) float64
     total = log_probs.to(torch.float64, copy=True).exp_().sum(-1)

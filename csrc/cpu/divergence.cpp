@@ -31,7 +31,7 @@ Blend blend(double d, double own) {
   return {(d < 0 ? d : 0) - std::log(sum), (d < 0 ? other : other * smaller) / sum};
 }
 
-// exp(x / 2), finite: 0 times it stays 0, and d times it, twice, reaches inf where d exp(x) d exceeds float64.
+// exp(x / 2), which is finite up to 709: 0 times it stays 0. d times it, twice, reaches inf where d exp(x) d does.
 double root_exp(double x) { return std::exp(std::min(x / 2, 709.0)); }
 
 // What exceeds float64 as a number of which many can be added, so that inf - inf does not occur.
@@ -42,6 +42,7 @@ double chord(double x) { return x == 0 ? 1 : std::expm1(x) / x; }
 
 // The divided difference of exp at 0, x and y, for y <= x <= 0.
 double second_chord(double x, double y) {
+  // The series, within 2e-10, where the difference below would cancel.
   if (y > -0.01) return 1.0 / 2 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120;
   return (chord(x) - std::exp(x) * chord(y - x)) / -y;
 }

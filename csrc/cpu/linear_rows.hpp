@@ -14,8 +14,8 @@ inline std::vector<float> padded_row(int64_t width) {
 }
 
 // The sum of factors[j] rows[j], each of `out.size()` elements at most.
-inline void sum_rows(const Isa& isa, Kind kind, const void* const* rows, const float* factors, int64_t count, int64_t width,
-                     std::vector<float>& out) {
+inline void sum_rows(const Isa& isa, Kind kind, const void* const* rows, const float* factors, int64_t count,
+                     int64_t width, std::vector<float>& out) {
   constexpr int64_t TERMS = 256;  // added up before they join the sum of the others: a long sum would lose bits
   std::fill(out.begin(), out.end(), 0.0f);
   for (int64_t i = 0; i < count; i += TERMS) {

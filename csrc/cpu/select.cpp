@@ -5,6 +5,7 @@
 
 #include "parallel.hpp"
 #include "slots.hpp"
+#include "stream.hpp"
 
 namespace topk_rkl {
 namespace {
@@ -24,14 +25,14 @@ class Workspace {
   }
 
  private:
-  // Gives every part its place in the memory, and returns how many bytes they take.
+  // Gives every part its place in the memory, in whole lines, and returns how many bytes they take.
   int64_t lay_out(char* memory, const Matrix& logits, int64_t k) {
     const int64_t size = size_of(logits.kind);
     const int64_t groups = logits.columns / GROUP + MAX_BLOCK / GROUP + 1, chosen = std::min(k, groups);
     const int64_t columns = chosen * GROUP + MAX_BLOCK;
     int64_t used = 0;
     const auto take = [&]<class T>(T*& part, int64_t bytes) {
-      const int64_t at = std::exchange(used, used + (bytes + 63) / 64 * 64);
+      const int64_t at = std::exchange(used, used + (bytes + LINE - 1) / LINE * LINE);
       part = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + at);
     };
     take(scratch_.maxima, groups * size);

@@ -40,8 +40,8 @@ class Slots {
 
 void loss_row(const SupportLoss& op, int64_t row, const Isa& isa, Slots& slots);
 
-// The loss over n slots that are all in S and hold neither NaN nor +inf. The last is the rest of the vocabulary where the
-// mass is not renormalised. Leaves the gradient in p, and spoils z, w and q.
+// The loss over n slots that are all in S and hold neither NaN nor +inf. The last is the tail where the mass is not
+// renormalised. Leaves the gradient in p, and spoils z, w and q.
 double divergence(const Objective& at, double* z, double* w, double* p, double* q, int64_t n);
 
 }  // namespace topk_rkl

@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(THREADS, 2) linear_loss_kernel(Problem p) {
   const int64_t start = p.op.hidden.offset(slice.row) + first * p.op.hidden.column_stride;
   for (int h = threadIdx.x; h < p.slice; h += THREADS) {
     const bool inside = h < slice.columns;
-    pieces.x[h] = inside ? float(real_at(p.op.hidden.data, p.op.hidden.kind, start + h * p.op.hidden.column_stride)) : 0;
+    const int64_t at = start + h * p.op.hidden.column_stride;
+    pieces.x[h] = inside ? float(real_at(p.op.hidden.data, p.op.hidden.kind, at)) : 0;
   }
   __syncthreads();
   multiply(slice, pieces);
@@ -192,7 +193,8 @@ void run(Problem p, const Where& where) {
   };
   for (plan(); p.kept < p.k() && cluster < most && p.slice > LEAST_SLICE; plan()) cluster *= 2;
   // The order of the sums is settled; it must not depend on where the rows lie.
-  p.on_packs = p.op.head.column_stride == 1 && (reinterpret_cast<uintptr_t>(p.op.head.data) | p.op.head.row_stride * sizeof(T)) % 16 == 0;
+  const uintptr_t starts = reinterpret_cast<uintptr_t>(p.op.head.data) | p.op.head.row_stride * sizeof(T);
+  p.on_packs = p.op.head.column_stride == 1 && starts % 16 == 0;
   if (!p.on_packs) p.kept = 0;
   launch("linear_loss_kernel of N = " + std::to_string(n) + ", K = " + std::to_string(p.k()) +
              ", H = " + std::to_string(width),

@@ -181,7 +181,9 @@ int64_t linear_weight_grad_scratch(const LinearWeightGrad& op, int device) { ret
 void linear_weight_grad(const LinearWeightGrad& op, const Where& where) {
   const Layout layout(op, where.device);
   const int64_t k = op.ids.columns, vocab = op.vocab();
-  const auto at = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(static_cast<char*>(where.scratch) + offset); };
+  const auto at = [&](int64_t offset) {
+    return reinterpret_cast<uint32_t*>(static_cast<char*>(where.scratch) + offset);
+  };
   const auto of_all = [](int64_t count) { return Grid{(count + THREADS - 1) / THREADS, 1, THREADS}; };
   const std::string shape = " of N = " + std::to_string(op.ids.rows) + ", K = " + std::to_string(k);
   uint32_t *keys = at(layout.keys), *places = at(layout.places), *sorted_ids = at(layout.ids);
@@ -191,8 +193,8 @@ void linear_weight_grad(const LinearWeightGrad& op, const Where& where) {
   if (layout.pairs) {
     sort_pairs({keys, places, sorted_ids, at(layout.sorted), layout.pairs, layout.bits}, at(layout.sort), where);
   }
-  launch("gather_kernel" + shape, gather_kernel, of_all(layout.pairs), where, op.g.data, at(layout.sorted), layout.pairs,
-         int(k), places, terms);
+  launch("gather_kernel" + shape, gather_kernel, of_all(layout.pairs), where, op.g.data, at(layout.sorted),
+         layout.pairs, int(k), places, terms);
   launch("bounds_kernel" + shape, bounds_kernel, of_all(vocab + 1), where, sorted_ids, layout.pairs, vocab,
          at(layout.bounds));
   const Segments segments{sorted_ids, places, terms, at(layout.bounds), layout.pairs, vocab};

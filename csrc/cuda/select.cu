@@ -1,9 +1,9 @@
 // Exact row-wise top-K in one read of the row, and the loss on those K slots in the same launch.
 //
-// Each thread of a block reads 16 bytes of the row at a time. One instruction compares two 16-bit elements with the least
-// value that can still be of the K best; what passes is a candidate (candidates.cuh). Parts of the row are taken in an order
-// that has nothing to do with that of the ids, so that a row of rising values does not make all of them candidates.
-// Few rows are split over several blocks, and the K best of each are merged by a second launch.
+// Each thread of a block reads 16 bytes of the row at a time. One instruction compares two 16-bit elements with the
+// least value that can still be of the K best; what passes is a candidate (candidates.cuh). The order of the parts of a
+// row has nothing to do with the order of ids, so that a row of rising values does not make all of them candidates.
+// Few rows are split over several blocks, and a second launch merges the K best of each.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,6 +19,7 @@ namespace {
 constexpr int THREADS = Candidates::THREADS;
 constexpr int PACKS = 4;  // that a thread has in flight
 constexpr int MAX_PARTS = 32;
+constexpr double GOLDEN = 0.618;
 
 // A selection, and the loss on what is selected.
 struct Selection {
@@ -59,7 +60,8 @@ struct Row {
   int lead, first_whole, whole;  // elements of the first pack before the row; the packs that are not cut off
 
   __device__ Row(const Matrix& logits, int64_t row)
-      : data(static_cast<const T*>(logits.data) + logits.offset(row)), columns(logits.columns), column_stride(logits.column_stride),
+      : data(static_cast<const T*>(logits.data) + logits.offset(row)), columns(logits.columns),
+        column_stride(logits.column_stride),
         lead(column_stride == 1 ? int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) : 0), first_whole(lead > 0),
         whole(int((columns + lead) / SIZE) - first_whole) {}
 
@@ -183,7 +185,7 @@ struct Tile {
   Words packs[PACKS];
   uint32_t first;  // index of the first pack
 
-  // Of the others: worked out for the few that hold a candidate, and not kept in a register each.
+  // Of any pack: worked out for the few that hold a candidate, and not kept in a register each.
   __device__ int index(int v, const Order& order) const {
     const uint32_t all = uint32_t(order.segments) * THREADS;
     uint32_t i = first + uint32_t(v) * uint32_t(order.stride) * THREADS;  // below 4 all, which 32 bits hold
@@ -313,11 +315,11 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(Selection s, int part
   store_row(s, row_index, Row<T>(s.to.logits, row_index), pieces, weight, 0.0);
 }
 
-// As many as read a row of any address; a stride near the golden ratio spreads what comes early over the row.
+// As many segments as read a row of any address. A stride near the golden ratio spreads the first ones over the row.
 Order order_of(int64_t vocab, Kind kind) {
   const int64_t size = 16 / size_of(kind), packs = (vocab + size - 1) / size + 1;
   const int segments = int((packs + THREADS - 1) / THREADS);
-  int stride = std::max(1, int(0.618 * segments));
+  int stride = std::max(1, int(GOLDEN * segments));
   while (std::gcd(stride, segments) != 1) ++stride;
   return {segments, stride % segments};
 }
@@ -339,9 +341,10 @@ void run(const Selection& s, const Where& where) {
                             ", K = " + std::to_string(s.k());
   with_kind(logits.kind, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = logits.column_stride == 1 ? normalize ? select_kernel<T, true, true> : select_kernel<T, true, false>
-                        : normalize               ? select_kernel<T, false, true>
-                                                  : select_kernel<T, false, false>;
+    const bool packed = logits.column_stride == 1;
+    const auto kernel = packed      ? normalize ? select_kernel<T, true, true> : select_kernel<T, true, false>
+                        : normalize ? select_kernel<T, false, true>
+                                    : select_kernel<T, false, false>;
     launch("select_kernel" + shape, kernel, {n * parts, 1, THREADS, bytes}, where, s, parts, order);
     if (parts > 1) launch("merge_kernel" + shape, merge_kernel<T>, {n, 1, THREADS, bytes}, where, s, parts);
   });

@@ -1,6 +1,7 @@
-// Bytes -> rows, K, a kind, strides -> every instruction set against a stable sort; the loss and the gradient on what
-// was selected; and the matrix as a head. `fuzz SECONDS [SEED]` draws the bytes itself; with clang's -fsanitize=fuzzer
-// libFuzzer does.
+// Bytes give rows, K, a kind and strides. Every instruction set must select as a stable sort does. The loss and the
+// gradient follow on what was selected, and then with the matrix as a head.
+//
+// `fuzz SECONDS [SEED]` draws the bytes itself; with clang's -fsanitize=fuzzer libFuzzer does.
 // `fuzz plant` reads one element past a row, to show that a sanitizer is on.
 #include <algorithm>
 #include <chrono>
@@ -47,9 +48,9 @@ Case case_of(const uint8_t* bytes, size_t size) {
 
 void require(bool condition, const char* what, const Case& c) {
   if (condition) return;
-  std::fprintf(stderr, "%s: kind %d, n %ld, V %ld, K %ld, strides %ld and %ld, slabs of %ld rows and stride %ld, %s\n", what,
-               int(c.kind), long(c.n), long(c.vocab), long(c.k), long(c.row_stride), long(c.column_stride), long(c.slab_rows),
-               long(c.slab_stride), isa().c_str());
+  std::fprintf(stderr, "%s: kind %d, n %ld, V %ld, K %ld, strides %ld and %ld, slabs of %ld rows and stride %ld, %s\n",
+               what, int(c.kind), long(c.n), long(c.vocab), long(c.k), long(c.row_stride), long(c.column_stride),
+               long(c.slab_rows), long(c.slab_stride), isa().c_str());
   std::abort();
 }
 

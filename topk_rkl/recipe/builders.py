@@ -7,6 +7,7 @@ loss = topk_reverse_kl(student_logits, teacher)
 
 A support holds the teacher's logits, or with `normalize=True` true log-probs. Combine supports of one kind only: logits
 with logits, log-probs with log-probs. No copy of the size of the logits is made, and the host reads no device value.
+An argument that is not as a function says raises TypeError or ValueError.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,6 @@ def student_topk(
         Support with ids (..., K) int32 in the student's order, (value descending, id ascending), and log_probs (..., K)
         float32 (float64 from float64). A slot is empty where the student has no K-th logit above -inf, the teacher
         gives -inf, or the id is not in the teacher's vocabulary.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_logits("student_logits", student_logits)
     k = checks.require_k(k, student_logits.shape[-1], "student_logits")
@@ -56,7 +54,7 @@ def student_topk(
     checks.require_same_positions("teacher_logits", teacher_logits, student_logits)
     checks.require_flag("normalize", normalize)
     ids, _ = ops.select(student_logits.detach(), k, False, requested())
-    return Support(ids, values_at(teacher_logits, ids, normalize))
+    return Support(ids, log_probs_at(teacher_logits, ids, normalize))
 
 
 def teacher_top_p(
@@ -81,9 +79,6 @@ def teacher_top_p(
     Returns:
         Support with ids (..., K) int32 and log_probs (..., K), the slots outside the nucleus empty, at the end. A row
         that holds NaN or +inf is no distribution: its K slots are all kept, and make its loss NaN.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, renormalized=False)
     checks.require_top_p(p, "p")
@@ -92,8 +87,9 @@ def teacher_top_p(
     mass = log_probs.double().exp().cumsum(-1)[..., :-1]  # (..., K - 1)
     enough = float(p) if p < 1 else torch.inf  # a rounded sum could reach 1 early and cut the tail
     outside = pad(mass >= enough, (1, 0))  # (..., K), by rank: the best token stays however p is rounded
-    values = log_probs if normalize else values_at(teacher_logits, ids, normalize=False)
-    return Support(ids.masked_fill(outside, -1), values.masked_fill(outside, -torch.inf))
+    if not normalize:
+        log_probs = log_probs_at(teacher_logits, ids, normalize=False)
+    return Support(ids.masked_fill(outside, -1), log_probs.masked_fill(outside, -torch.inf))
 
 
 def fixed_ids(
@@ -113,16 +109,13 @@ def fixed_ids(
 
     Returns:
         Support with ids (..., K), in the given order, and log_probs (..., K) float32 (float64 from float64).
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_constant_logits("teacher_logits", teacher_logits)
     ids = _require_ids(ids, teacher_logits, teacher_logits.shape[-1], "teacher_logits")
     checks.require_flag("normalize", normalize)
     ids = torch.as_tensor(ids, device=teacher_logits.device)
     ids = ids.expand(*teacher_logits.shape[:-1], ids.shape[-1])
-    return Support(ids, values_at(teacher_logits, ids, normalize)).unique()
+    return Support(ids, log_probs_at(teacher_logits, ids, normalize)).unique()
 
 
 def linear_fixed_ids(
@@ -150,9 +143,6 @@ def linear_fixed_ids(
     Returns:
         Support with ids (..., K), in the given order, and log_probs (..., K) float32 (float64 from float64). The
         products are summed in that dtype, whatever that of the inputs.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
     ids = _require_ids(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
@@ -162,18 +152,18 @@ def linear_fixed_ids(
     ids = torch.as_tensor(ids, device=teacher_hidden.device)
     ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
     head = teacher_hidden, teacher_weight, bias
-    values = ops.linear_logits(*head, ids, objective)
+    log_probs = ops.linear_logits(*head, ids, objective)
     if normalize:
         best, log_prob = ops.linear_select(*head, 1, chunk_rows, objective, True, True, requested())
-        normal = _from_best(values, ops.linear_logits(*head, best, objective), best, log_prob)
-        values = torch.where((ids >= 0) & (ids < len(teacher_weight)), normal, -torch.inf)
-    return Support(ids, values).unique()
+        normal = _from_best(log_probs, ops.linear_logits(*head, best, objective), best, log_prob)
+        log_probs = torch.where((ids >= 0) & (ids < len(teacher_weight)), normal, -torch.inf)
+    return Support(ids, log_probs).unique()
 
 
 def with_sampled(
     support: Support,
     sampled_ids: Tensor,  # (...)
-    teacher: Tensor,  # (..., V) logits, or (...) values
+    teacher: Tensor,  # (..., V) logits, or (...) at sampled_ids
     *,
     normalize: bool = False,
 ) -> Support:
@@ -188,15 +178,12 @@ def with_sampled(
 
     Returns:
         Support of (..., K + 1).
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     _require_sampled(sampled_ids, teacher, support, normalize)
     ids = sampled_ids.unsqueeze(-1)  # (..., 1)
     is_logits = teacher.dim() > sampled_ids.dim()
-    values = values_at(teacher, ids, normalize) if is_logits else teacher.unsqueeze(-1)
-    return union(support, Support(ids, values))
+    log_probs = log_probs_at(teacher, ids, normalize) if is_logits else teacher.unsqueeze(-1)
+    return union(support, Support(ids, log_probs))
 
 
 def union(first: Support, second: Support) -> Support:
@@ -210,9 +197,6 @@ def union(first: Support, second: Support) -> Support:
 
     Returns:
         Support of (..., K1 + K2), in which no id occurs twice.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     _require_two_supports(first, second)
     ids = torch.cat([_live_ids(first), _live_ids(second)], -1)
@@ -227,9 +211,6 @@ def intersection(first: Support, second: Support) -> Support:
 
     Returns:
         Support of (..., K1), with the log-probs of `first`, in which no id occurs twice.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     _require_two_supports(first, second)
     return _kept(first, _occurs(first, second))
@@ -240,7 +221,7 @@ def difference(first: Support, second: Support) -> Support:
 
     `union(difference(a, b), difference(b, a))` is the union without the intersection.
 
-    Args, Returns, Raises: see `intersection`.
+    Args, Returns: see `intersection`.
     """
     _require_two_supports(first, second)
     return _kept(first, ~_occurs(first, second))
@@ -266,9 +247,6 @@ def remap(
 
     Returns:
         Support of (..., K) in at least float32, in which no id occurs twice.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     require_support("support", support)
     mapping, student_vocab = _require_mapping(mapping, support), checks.require_count("student_vocab", student_vocab)
@@ -289,7 +267,7 @@ def remap(
     return Support(ids, torch.empty_like(total).scatter(-1, slots, total)).unique()
 
 
-def values_at(
+def log_probs_at(
     logits: Tensor,  # (..., V)
     ids: Tensor,  # (..., K)
     normalize: bool,
@@ -297,27 +275,27 @@ def values_at(
     """The logits, or the log-probs, at ids; -inf at ids outside the vocabulary. Constant: no gradient."""
     logits = logits.detach()
     known = (ids >= 0) & (ids < logits.shape[-1])
-    values = logits.gather(-1, torch.where(known, ids, 0).long()).to(result_dtype(logits))  # (..., K)
-    return torch.where(known, normalized(values, logits) if normalize else values, -torch.inf)
+    found = logits.gather(-1, torch.where(known, ids, 0).long()).to(result_dtype(logits))  # (..., K)
+    return torch.where(known, normalized(found, logits) if normalize else found, -torch.inf)
 
 
 def normalized(
-    values: Tensor,  # (..., X) some of the logits
+    some: Tensor,  # (..., X) of the logits
     logits: Tensor,  # (..., V)
 ) -> Tensor:  # (..., X)
-    """Their log-probs: that of the best token, which the fused pass over V gives, and a difference of two logits."""
+    """The log-probs of some logits: that of the best token, which the fused pass over V gives, and a difference."""
     best, log_prob = ops.select(logits, 1, True, requested())  # (..., 1), (..., 1)
-    return _from_best(values, logits.gather(-1, best.clamp(min=0).long()).to(values.dtype), best, log_prob)
+    return _from_best(some, logits.gather(-1, best.clamp(min=0).long()).to(some.dtype), best, log_prob)
 
 
 def _from_best(
-    values: Tensor,  # (..., X)
+    some: Tensor,  # (..., X) of the logits
     top: Tensor,  # (..., 1) the logit of the best token
     best: Tensor,  # (..., 1)
     log_prob: Tensor,  # (..., 1) its log-prob
 ) -> Tensor:  # (..., X)
     """The log-probs: a difference of two logits first, so that large ones lose no bits."""
-    return (values - top.masked_fill(best < 0, 0)).add_(log_prob.masked_fill(best < 0, 0))
+    return (some - top.masked_fill(best < 0, 0)).add_(log_prob.masked_fill(best < 0, 0))
 
 
 def _live_ids(support: Support) -> Tensor:  # (..., K), -1 where the slot is empty

@@ -7,17 +7,17 @@ loss = topk_reverse_kl(student_logits, teacher)
 
 A source is a model's (..., V) logits or a `Support`.
 
-- All logits: the K best tokens of the composed distribution, exactly, with its true log-probs; some rows at a time, so
-  that nothing of the size of the logits is held in float32.
+- All logits: the K best tokens of the composed distribution, exactly, with its true log-probs. Rows are taken some at a
+  time, so that no float32 copy of the logits exists.
 - One or more supports: the formula is evaluated on their slots, where the logits are read too. They must name the same
   tokens; a slot in which two name different ones makes its position NaN. One teacher on the tokens of another is
   `fixed_ids(teacher_logits, other.ids, normalize=True)`. The mixture and the clamp of the residual depend on the
   normalisers, and take supports with true log-probs; a support of logits makes its positions NaN there.
 
 Sources are constants: the student's own logits, in `taid` and `veto`, are detached. The loss's temperature divides the
-composed log-probs.
+composed log-probs. An argument that is not as a function says raises TypeError or ValueError.
 
-The sum of losses, instead of the loss of a sum, needs nothing from here: add one loss per teacher, each with its
+The sum of losses, instead of the loss of a sum, needs nothing from here: add one loss per teacher, each with its own
 `weights`, which may be 0 where a position is another teacher's.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
-from topk_rkl.recipe.builders import normalized, values_at
+from topk_rkl.recipe.builders import log_probs_at, normalized
 from topk_rkl.rows import chunks, finite_max, result_dtype, row_views
 from topk_rkl.support import Support, require_support, true_log_probs
 from topk_rkl.traced import clamped
@@ -45,23 +45,20 @@ def mixture(
 
     Args:
         teachers: (..., V) logits or supports with true log-probs.
-        weights: one per teacher, a number or a (...) tensor, not negative; divided by their sum. A teacher of weight 0
-            is absent there, whatever it holds or names.
+        weights: for each teacher a number or a (...) float tensor, not negative; divided by their sum. A teacher of
+            weight 0 is absent there, whatever it holds or names.
         k: how many tokens, where all teachers are logits.
 
     Returns:
         Support of (..., K) with true log-probs.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_list("teachers", teachers, "teachers")
     k = _require_sources({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
     _require_shares(weights, teachers)
-    values = [x if isinstance(x, Tensor) else x.log_probs for x in teachers]  # (..., V) or (..., K) each
-    blank = values[0].new_zeros(values[0].shape[:-1], dtype=torch.float64)
+    given = [x if isinstance(x, Tensor) else x.log_probs for x in teachers]  # (..., V) or (..., K) each
+    blank = given[0].new_zeros(given[0].shape[:-1], dtype=torch.float64)
     log_shares = torch.stack([blank + (x if isinstance(x, Tensor) else float(x)) for x in weights], -1).log()
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in values) else torch.float32
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
     log_shares = log_shares.log_softmax(-1).to(dtype)  # (..., teachers)
     absent = log_shares == -torch.inf  # a teacher that is NaN there, or names other tokens, does not matter
 
@@ -89,8 +86,9 @@ def residual(
 ) -> Support:
     """log q_partial + lam clamp(log q_full - log q_partial, -clip, clip), normalised: the target of AR-OPD.
 
-    What the full context adds to the partial one, bounded (arXiv 2606.10385). lam = 1 is the full teacher wherever the
-    clamp does not bite, less is conservative, more extrapolates. A token of probability 0 in `partial` keeps that.
+    The target is what the full context adds to the partial one, bounded (arXiv 2606.10385). lam = 1 is the full teacher
+    wherever the clamp does not bite, less is conservative, more extrapolates. A token of probability 0 in `partial`
+    keeps it.
 
     Args:
         partial, full: (..., V) logits or supports with true log-probs.
@@ -100,9 +98,6 @@ def residual(
 
     Returns:
         Support of (..., K); from logits with true log-probs, from supports up to a constant per position.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_number("lam", lam)
     checks.require_positive("clip", clip)
@@ -124,9 +119,8 @@ def extrapolation(
 ) -> Support:
     """The distribution q^lam b^(1 - lam), normalised: beyond the teacher q, away from the base model b, for lam > 1.
 
-    It is where the rewards of G-OPD / ExOPD (arXiv 2602.12125) and ListOPD (arXiv 2605.08737) lead, as a distribution.
-    A token of probability 0 in the teacher keeps that; one that only the base excludes makes its position NaN, for
-    lam > 1.
+    The rewards of G-OPD / ExOPD (arXiv 2602.12125) and ListOPD (arXiv 2605.08737) lead to this distribution. A token of
+    probability 0 in the teacher keeps it. For lam > 1, one that only the base excludes makes its position NaN.
 
     Args:
         teacher, base: (..., V) logits or supports.
@@ -135,9 +129,6 @@ def extrapolation(
 
     Returns:
         Support of (..., K); from logits with true log-probs, from supports up to a constant per position.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_number("lam", lam)
     k = _require_sources({"teacher": teacher, "base": base}, k)
@@ -166,9 +157,6 @@ def taid(
     Returns:
         Support of (..., K); from logits with true log-probs, from a support up to a constant per position. A token of
         probability 0 in the teacher keeps that, for t > 0.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_fraction("t", t)
     k = _require_sources({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
@@ -197,9 +185,6 @@ def veto(
     Returns:
         Support of (..., K); from logits with true log-probs, from a support up to a constant per position. A token of
         probability 0 in the teacher keeps that.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_not_negative("beta", beta)
     k = _require_sources({"student_logits": student_logits, "teacher": teacher}, k, trained="student_logits")
@@ -217,7 +202,7 @@ def _compose(
     normalize: bool = False,
     extras: Sequence[Tensor] = (),  # (..., X) each
 ) -> Support:
-    """The formula of `extras` and the sources' values: log-probs if `normalize`, else logits relative to the best.
+    """The formula of `extras` and each source: its log-probs if `normalize`, else its logits less their best.
 
     It is evaluated on slots where a source is a Support, or on whole rows.
     """
@@ -228,9 +213,9 @@ def _compose(
     for views in row_views(*logits, *extras):  # (n, V) and (n, X) each
         for rows in chunks(len(views[0]), bytes_per_row=8 * logits[0].shape[-1]):  # two float32 rows of each source
             part = [x[rows] for x in views]
-            values = [x.to(result_dtype(x)) for x in part[: len(logits)]]
-            values = [normalized(x, x) for x in values] if normalize else [_relative(x) for x in values]
-            found.append(ops.select(formula(*part[len(logits) :], *values), k, True, requested()))
+            log_probs = [x.to(result_dtype(x)) for x in part[: len(logits)]]
+            log_probs = [normalized(x, x) for x in log_probs] if normalize else [_relative(x) for x in log_probs]
+            found.append(ops.select(formula(*part[len(logits) :], *log_probs), k, True, requested()))
     shape = (*logits[0].shape[:-1], k)
     return Support(*(torch.cat(x).view(shape) for x in zip(*found)))
 
@@ -244,15 +229,17 @@ def _on_slots(
     named = torch.stack([x.ids for x in sources if isinstance(x, Support)])  # (supports, ..., K)
     ids = named.amax(0)  # (..., K)
     at_odds = ((named >= 0) & (named != ids)).any(0)  # (..., K)
-    values = [_slot_values(x, normalize) if isinstance(x, Support) else values_at(x, ids, normalize) for x in sources]
-    values = values if normalize else [_relative(x) for x in values]
-    return Support(ids, formula(*extras, *values).masked_fill(at_odds, torch.nan))
+    log_probs = [
+        _slot_log_probs(x, normalize) if isinstance(x, Support) else log_probs_at(x, ids, normalize) for x in sources
+    ]
+    log_probs = log_probs if normalize else [_relative(x) for x in log_probs]
+    return Support(ids, formula(*extras, *log_probs).masked_fill(at_odds, torch.nan))
 
 
-def _slot_values(support: Support, normalize: bool) -> Tensor:  # (..., K) at least float32
+def _slot_log_probs(support: Support, normalize: bool) -> Tensor:  # (..., K) at least float32
     ids, log_probs = support
-    values = log_probs.to(result_dtype(log_probs)).masked_fill(ids < 0, -torch.inf)
-    return true_log_probs(values, Support(ids, values).unique().log_probs) if normalize else values
+    log_probs = log_probs.to(result_dtype(log_probs)).masked_fill(ids < 0, -torch.inf)
+    return true_log_probs(log_probs, Support(ids, log_probs).unique().log_probs) if normalize else log_probs
 
 
 def _relative(

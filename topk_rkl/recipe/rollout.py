@@ -1,4 +1,7 @@
-"""The student's side of a rollout: nucleus sampling, and the sampled-token objective to compare with."""
+"""The student's side of a rollout: nucleus sampling, and the sampled-token objective to compare with.
+
+An argument that is not as a function says raises TypeError or ValueError.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -54,8 +57,8 @@ def sample_top_p(
         generator: on the device of `logits`; None draws from that device's default generator.
 
     Returns:
-        (...) int64 ids. The same generator state gives the same ids. -1, which is no token, for a row that is no
-        distribution: one that holds NaN, or nothing but -inf.
+        (...) int64 ids. The same generator state gives the same ids. A row that is no distribution gives -1: one that
+        holds NaN, or nothing but -inf.
     """
     checks.require_logits("logits", logits)
     _require_generator(generator, logits)
@@ -128,8 +131,8 @@ def sampled_token_loss(
         teacher_logits: (..., V_teacher), where the same ids mean the same tokens; must not require grad.
         ids: (...) int32 or int64, the sampled tokens. They must be below V and V_teacher wherever the weight is not 0:
             others are refused on a CPU; on a GPU, and under torch.compile, they make their position NaN.
-        weights: (...) bool, integer or float, times which each position counts; None counts all as 1. A position of
-            weight 0 contributes exactly 0 whatever it holds, NaN included.
+        weights: (...) bool, integer or float, the factor of each position; None is 1 for all. A position of weight 0
+            contributes exactly 0 whatever it holds, NaN included.
         temperature: a positive number, which divides both sides' logits; use the one that sampled `ids`.
         reduction: "none" gives the weighted value of each position, (...); "sum" their sum; "mean" that sum over
             sum(weights).
@@ -138,9 +141,6 @@ def sampled_token_loss(
     Returns:
         float32, or float64 from float64 student logits; the gradient has the dtype of student_logits. A position is NaN
         where a row of either side holds NaN or +inf.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
     """
     checks.require_logits("student_logits", student_logits)
     checks.require_logits("teacher_logits", teacher_logits)

@@ -22,6 +22,7 @@ struct ReadFloat16 {
   static constexpr int SIZE = 2;
   static Floats floats(const void* from) {
     const Wide bits = widened(from);
+    // The exponents of float32 are larger by 112, subnormals included.
     const Floats size = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
     const Wide not_finite = (bits & 0x7c00) == 0x7c00;
     return (Floats)((Wide)size | (not_finite & 0x7f800000) | (bits & 0x8000) << 16);
@@ -33,7 +34,8 @@ struct ReadFloat32 {
   static Floats floats(const void* from) { return load_vec<Floats>(static_cast<const float*>(from)); }
 };
 
-// exp(x) of x <= 0 in float32: 2^n times a polynomial; below -87 the result is 0.
+// exp(x) of x <= 0 in float32: 2^n times a polynomial, with the coefficients of expf in Cephes, as log(2) in two parts.
+// 0 below -87, where float32 soon ends.
 inline Floats exp_of(Floats x) {
   const Floats bounded = x < -87.0f ? Floats{} - 87.0f : x;
   const Floats rounder = Floats{} + 0x1.8p23f;

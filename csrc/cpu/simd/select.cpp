@@ -14,8 +14,8 @@ namespace {
 
 // A key is an integer in the order of the elements: -inf is the lowest, -0.0 equals +0.0, and every NaN is the highest.
 //
-// `shifted` makes the integers from the bits, but leaves apart the two zeros and the NaN. `finished` makes each of those
-// one key. No step of it swaps two keys, so it may be applied to a maximum alone.
+// `shifted` makes the integers from the bits, but leaves apart the two zeros and the NaN. `finished` makes one key of
+// the zeros, and one of the NaN. It swaps no two keys, so it may be applied to a maximum alone.
 template <class Int, class UInt, UInt INF>
 struct Order {
   using Key = Int;

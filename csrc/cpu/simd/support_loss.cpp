@@ -19,6 +19,12 @@ double sum_of(Doubles lanes) {
   return sum;
 }
 
+constexpr double LOG2_E = 0x1.71547652b82fep0;
+// log(2) in two parts: the first has so few bits that its product with an integer is exact.
+constexpr double LN2_HIGH = 0x1.62e42fefa38p-1, LN2_LOW = 0x1.ef35793c7673p-45;
+// A sum with it is rounded to an integer, which its low bits hold.
+constexpr double ROUNDER = 0x1.8p52;
+
 // exp(x) of x <= 0, to about one unit in the last place: 2^n times a Taylor polynomial of |r| <= log(2) / 2, whose
 // first missing term is below 2e-16. 0 below -708, where float64 soon ends.
 Doubles exp_of(Doubles x) {
@@ -26,10 +32,10 @@ Doubles exp_of(Doubles x) {
                                      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
                                      1.0 / 2,         1,              1};
   const Doubles bounded = x < -708.0 ? Doubles{} - 708.0 : x;
-  const Doubles rounder = Doubles{} + 0x1.8p52;
-  const Doubles whole = bounded * 0x1.71547652b82fep0 + rounder;
+  const Doubles rounder = Doubles{} + ROUNDER;
+  const Doubles whole = bounded * LOG2_E + rounder;
   const Doubles n = whole - rounder;
-  const Doubles r = bounded - n * 0x1.62e42fefa38p-1 - n * 0x1.ef35793c7673p-45;
+  const Doubles r = bounded - n * LN2_HIGH - n * LN2_LOW;
   Doubles p = {};
   for (const double coefficient : COEFFICIENTS) p = p * r + coefficient;
   const Longs exponent = ((Longs)whole - (Longs)rounder) << 52;
