@@ -31,7 +31,7 @@ demo: .venv/demo.stamp
 bench: .venv/bench.stamp build/peers.stamp
 	rm -f benchmarks/results/cpu.jsonl
 	$(BIN)/python -m benchmarks run
-	$(BIN)/python -m benchmarks report README.md
+	$(BIN)/python -m benchmarks report
 
 bench-setup: build/peers.stamp
 

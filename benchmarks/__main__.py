@@ -21,7 +21,9 @@ def main() -> None:
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
     run.add_argument("--out", type=Path, help="the file that lines are appended to")
     report = commands.add_parser("report", help="tables and plots from benchmarks/results")
-    report.add_argument("files", type=Path, nargs="*", help="files whose marked tables are written anew")
+    report.add_argument(
+        "files", type=Path, nargs="*", help="files whose marked tables are written anew; else README, docs and examples"
+    )
     collect = commands.add_parser("collect", help="results of the GPU kit into benchmarks/results")
     collect.add_argument("folder", type=Path, help="what the kit calls OUT")
     options = parser.parse_args()

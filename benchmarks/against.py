@@ -61,7 +61,7 @@ def serve(tree: str, address: str, device: str, threads: str) -> None:
     from benchmarks.problems import Problem
 
     torch.set_num_threads(int(threads))
-    stage, entry = Stage(device), None
+    stage, runner = Stage(device), None
     with Client(address) as connection:
         while True:
             try:
@@ -69,10 +69,10 @@ def serve(tree: str, address: str, device: str, threads: str) -> None:
             except EOFError:
                 return
             if case is None:
-                connection.send(stage.passes(entry))
+                connection.send(stage.passes(runner))
             else:
                 (build,) = (c.build for c in CONTESTANTS if (c.name, c.work) == ("topk_rkl", case.work))
-                entry = build(Problem(case, device))
+                runner = build(Problem(case, device))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured: one registry of cases, by name. The tests hold every contestant to float64 on `tiny`."""
+"""The registry of cases, by name. The tests hold every contestant to float64 on `tiny`, which is not published."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -45,10 +45,10 @@ class Case:
         return DTYPES[self.dtype].itemsize
 
     def moved(self, touched: int) -> tuple[Moved, Moved]:
-        """What the forward and the backward pass must move.
+        """The bytes that the forward and the backward pass must move.
 
-        `touched` rows of the head are named by some position: each is read once at least. The K logits of a position
-        lie in K lines of memory.
+        Positions name `touched` rows of the head, and each is read at least once. The K logits of a position lie in K
+        lines of memory.
         """
         n, v, k, h, e = self.n, self.v, self.k, self.h, self.itemsize
         slots = n * k * 8  # ids and values, or ids and the gradient there

@@ -1,4 +1,4 @@
-"""Who takes part: one registry of contestants, each called as its users call it."""
+"""The registry of contestants, each called as its users call it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,11 +19,11 @@ CHUNK = 32  # positions
 
 
 @dataclass
-class Entry:
+class Runner:
     """A contestant at work on a problem.
 
-    Of a selection, `forward` gives values and ids; of a loss, its mean, whose gradients are there after `backward`, or
-    already before where they are made in the forward pass. `prepare` puts back what an earlier call changed.
+    `forward` gives the values and ids of a selection, or the mean of a loss. The gradients of a loss exist after
+    `backward`, or before it where the forward pass makes them. `prepare` undoes what an earlier call changed.
     """
 
     forward: Callable[[], Any]
@@ -44,7 +44,7 @@ class Entry:
         return self.gradients() if self.gradients else [leaf.grad for leaf in self.leaves]
 
 
-Build = Callable[[Problem], Entry]
+Build = Callable[[Problem], Runner]
 
 
 class Contestant(NamedTuple):
@@ -65,16 +65,16 @@ class Unavailable(Exception):
     """A backend of ours cannot run on this machine, which is no fault of it."""
 
 
-def select_ours(p: Problem) -> Entry:
-    return Entry(lambda: teacher_topk(p.teacher, p.case.k)[::-1])
+def select_ours(p: Problem) -> Runner:
+    return Runner(lambda: teacher_topk(p.teacher, p.case.k)[::-1])
 
 
-def select_torch(p: Problem) -> Entry:
-    return Entry(lambda: p.teacher.topk(p.case.k))
+def select_torch(p: Problem) -> Runner:
+    return Runner(lambda: p.teacher.topk(p.case.k))
 
 
-def select_numpy(p: Problem) -> Entry:
-    """On one thread."""
+def select_numpy(p: Problem) -> Runner:
+    """numpy uses one thread."""
     import numpy as np
 
     rows, kept = p.teacher.numpy(), slice(p.case.v - p.case.k, None)
@@ -83,16 +83,16 @@ def select_numpy(p: Problem) -> Entry:
         ids = np.argpartition(rows, p.case.v - p.case.k, axis=-1)[:, kept]
         return torch.from_numpy(np.take_along_axis(rows, ids, -1)), torch.from_numpy(ids)
 
-    return Entry(largest)
+    return Runner(largest)
 
 
-def select_flashinfer(p: Problem) -> Entry:
+def select_flashinfer(p: Problem) -> Runner:
     top_k = peers.flashinfer_top_k()
-    return Entry(lambda: top_k(p.teacher, p.case.k))
+    return Runner(lambda: top_k(p.teacher, p.case.k))
 
 
-def loss_ours(p: Problem) -> Entry:
-    return Entry(lambda: topk_reverse_kl(p.student, p.teacher, k=p.case.k), p.leaves)
+def loss_ours(p: Problem) -> Runner:
+    return Runner(lambda: topk_reverse_kl(p.student, p.teacher, k=p.case.k), p.leaves)
 
 
 def plain(
@@ -100,7 +100,7 @@ def plain(
     teacher: Tensor,  # (N, V)
     k: int,
 ) -> Tensor:  # ()
-    """The loss as the README's plain form writes it: gathered first, then in float32."""
+    """The README's plain form: gathers first, then casts to float32."""
     w, ids = teacher.topk(k, dim=-1)
     return plain_on_ids(student, w.float(), ids)
 
@@ -110,7 +110,7 @@ def plain_in_float32(
     teacher: Tensor,  # (N, V)
     k: int,
 ) -> Tensor:  # ()
-    """As trainers that hand their logits over in float32 have it."""
+    """The plain form of trainers whose logits are float32."""
     return plain(student.float(), teacher.float(), k)
 
 
@@ -122,27 +122,27 @@ def plain_on_ids(
     return on_slots(student.gather(-1, ids).float(), w).mean()
 
 
-def loss_plain(p: Problem, function: Callable[..., Tensor] = plain, compiled: bool = False) -> Entry:
+def loss_plain(p: Problem, function: Callable[..., Tensor] = plain, compiled: bool = False) -> Runner:
     function = torch.compile(function, dynamic=False) if compiled else function
-    return Entry(lambda: function(p.student, p.teacher, p.case.k), p.leaves)
+    return Runner(lambda: function(p.student, p.teacher, p.case.k), p.leaves)
 
 
-def loss_on(peer: Callable[..., peers.Loss], p: Problem) -> Entry:
+def loss_on(peer: Callable[..., peers.Loss], p: Problem) -> Runner:
     """The peer's loss on ids, with the selection that its trainer makes first."""
 
     def forward() -> Tensor:
         w, ids = p.teacher.topk(p.case.k)
         return peer(p.student, ids, w.float())()
 
-    return Entry(forward, p.leaves)
+    return Runner(forward, p.leaves)
 
 
-def ids_ours(p: Problem) -> Entry:
-    return Entry(lambda: topk_reverse_kl(p.student, p.support), p.leaves)
+def ids_ours(p: Problem) -> Runner:
+    return Runner(lambda: topk_reverse_kl(p.student, p.support), p.leaves)
 
 
 class Logits(torch.autograd.Function):
-    """What a head gives: not a leaf. Its memory is that of `buffer`, and no gradient goes further."""
+    """Logits as a head gives them: no leaf, with the memory of `buffer`. No gradient goes further."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, buffer: Tensor) -> Tensor:
@@ -153,49 +153,49 @@ class Logits(torch.autograd.Function):
         return None, None
 
 
-def ids_overwriting(p: Problem) -> Entry:
+def ids_overwriting(p: Problem) -> Runner:
     buffer = p.student.detach().clone()
 
     def forward() -> Tensor:
         return topk_reverse_kl(Logits.apply(p.student, buffer), p.support, overwrite_student_logits=True)
 
-    return Entry(forward, prepare=lambda: buffer.copy_(p.student.detach()), gradients=lambda: [buffer])
+    return Runner(forward, prepare=lambda: buffer.copy_(p.student.detach()), gradients=lambda: [buffer])
 
 
-def ids_plain(p: Problem, compiled: bool = False) -> Entry:
+def ids_plain(p: Problem, compiled: bool = False) -> Runner:
     function = torch.compile(plain_on_ids, dynamic=False) if compiled else plain_on_ids
-    return Entry(lambda: function(p.student, p.support.log_probs, p.ids), p.leaves)
+    return Runner(lambda: function(p.student, p.support.log_probs, p.ids), p.leaves)
 
 
-def ids_peer(peer: Callable[..., peers.Loss], p: Problem) -> Entry:
-    return Entry(peer(p.student, p.ids, p.support.log_probs), p.leaves)
+def ids_peer(peer: Callable[..., peers.Loss], p: Problem) -> Runner:
+    return Runner(peer(p.student, p.ids, p.support.log_probs), p.leaves)
 
 
-def ids_nemo(p: Problem) -> Entry:
+def ids_nemo(p: Problem) -> Runner:
     """Given one position more than counts, since it drops the last."""
     longer = torch.cat([p.student.detach(), p.student.detach()[:1]]).requires_grad_()
     ids, log_probs = (torch.cat([x, x[:1]]) for x in (p.ids, p.support.log_probs))
-    return Entry(peers.nemo_rl(longer, ids, log_probs), [longer], gradients=lambda: [longer.grad[:-1]])
+    return Runner(peers.nemo_rl(longer, ids, log_probs), [longer], gradients=lambda: [longer.grad[:-1]])
 
 
-def fast_llm(p: Problem) -> Entry:
+def fast_llm(p: Problem) -> Runner:
     """One kernel makes loss and gradient, in the forward pass."""
     loss, gradients = peers.fast_llm(p.student, p.teacher)
-    return Entry(loss, gradients=gradients)
+    return Runner(loss, gradients=gradients)
 
 
-def linear_ours(p: Problem, from_states: bool = False) -> Entry:
-    """On a support that is there; or with its selection, from the teacher's hidden states."""
+def linear_ours(p: Problem, from_states: bool = False) -> Runner:
+    """The loss on an existing support, or with the selection of one from the teacher's hidden states."""
     layout = "sparse" if p.case.gradients == "sparse head" else "dense"
 
     def forward() -> Tensor:
         support = linear_teacher_topk(*p.other_teacher, p.case.k) if from_states else p.support
         return linear_topk_reverse_kl(p.hidden, p.head, support, weight_grad=layout)
 
-    return Entry(forward, p.leaves)
+    return Runner(forward, p.leaves)
 
 
-def plain_head(
+def plain_linear(
     hidden: Tensor,  # (N, H)
     head: Tensor,  # (V, H)
     ids: Tensor,  # (N, K) int64
@@ -205,24 +205,24 @@ def plain_head(
     return on_slots((hidden @ head.T).gather(-1, ids).float(), w).mean()
 
 
-def linear_plain(p: Problem, compiled: bool = False) -> Entry:
-    function = torch.compile(plain_head, dynamic=False) if compiled else plain_head
-    return Entry(lambda: function(p.hidden, p.head, p.ids, p.support.log_probs), p.leaves)
+def linear_plain(p: Problem, compiled: bool = False) -> Runner:
+    function = torch.compile(plain_linear, dynamic=False) if compiled else plain_linear
+    return Runner(lambda: function(p.hidden, p.head, p.ids, p.support.log_probs), p.leaves)
 
 
 def gathered(p: Problem, rows: slice = slice(None)) -> Tensor:  # (n,)
     """Multiplies by the K rows of the head alone."""
     sparse = p.case.gradients == "sparse head"
-    head = F.embedding(p.ids[rows], p.head, sparse=True) if sparse else p.head[p.ids[rows]]  # (n, K, H)
-    z = torch.bmm(head, p.hidden[rows, :, None]).squeeze(-1)
+    head_rows = F.embedding(p.ids[rows], p.head, sparse=True) if sparse else p.head[p.ids[rows]]  # (n, K, H)
+    z = torch.bmm(head_rows, p.hidden[rows, :, None]).squeeze(-1)
     return on_slots(z.float(), p.support.log_probs[rows])
 
 
-def linear_gathered(p: Problem) -> Entry:
-    return Entry(lambda: gathered(p).mean(), p.leaves)
+def linear_gathered(p: Problem) -> Runner:
+    return Runner(lambda: gathered(p).mean(), p.leaves)
 
 
-def linear_gathered_in_chunks(p: Problem) -> Entry:
+def linear_gathered_in_chunks(p: Problem) -> Runner:
     """The gradients are made in the forward pass, as those who chunk do."""
 
     def forward() -> Tensor:
@@ -233,28 +233,28 @@ def linear_gathered_in_chunks(p: Problem) -> Entry:
             parts.append(loss.detach())
         return torch.stack(parts).sum()
 
-    return Entry(forward, p.leaves)
+    return Runner(forward, p.leaves)
 
 
-def linear_peer(peer: Callable[..., peers.Loss], p: Problem, **options: bool) -> Entry:
-    return Entry(peer(p.hidden, p.head, p.ids, p.support.log_probs, **options), p.leaves)
+def linear_peer(peer: Callable[..., peers.Loss], p: Problem, **options: bool) -> Runner:
+    return Runner(peer(p.hidden, p.head, p.ids, p.support.log_probs, **options), p.leaves)
 
 
-def linear_whole(peer: Callable[..., peers.Loss], p: Problem, **options: bool) -> Entry:
-    return Entry(peer(p.hidden, p.head, *p.other_teacher, **options), p.leaves)
+def linear_whole(peer: Callable[..., peers.Loss], p: Problem, **options: bool) -> Runner:
+    return Runner(peer(p.hidden, p.head, *p.other_teacher, **options), p.leaves)
 
 
-def in_cuda(build: Build, p: Problem) -> Entry:
+def in_cuda(build: Build, p: Problem) -> Runner:
     """This package's own, by its CUDA C++ kernels; the backward pass takes the backend of its forward."""
     if reason := unavailable("cuda"):
         raise Unavailable(reason)
-    entry = build(p)
+    runner = build(p)
 
     def forward() -> Any:
         with use_backend("cuda"):
-            return entry.forward()
+            return runner.forward()
 
-    return replace(entry, forward=forward)
+    return replace(runner, forward=forward)
 
 
 CPU, CUDA = ("cpu",), ("cuda",)

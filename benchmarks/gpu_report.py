@@ -1,4 +1,4 @@
-"""What was measured on a GPU, as tables: the timed items, the decisions they make, and the targets of the README.
+"""Tables of what was measured on a GPU: the timed items, the decisions they make, and the targets.
 
 The lines are those that gpu/items writes. A form is one way to do the work of an item: a backend, a rival, a constant
 under trial. Forms of an item took turns; the first is what the code does today.
@@ -80,8 +80,8 @@ def reached(target: Target, best: Line, lines: list[Line]) -> str | None:
 
 
 def items(found: dict[str, list[Line]]) -> str:
-    head = ["item", "form", "ms", "quartiles", "TB/s", "share", "of", "predicted", "measured / predicted"]
-    rows = [head, ["---", "---", *("---:" for _ in head[2:6]), "---", "---:", "---:"]]
+    columns = ["item", "form", "ms", "quartiles", "TB/s", "share", "of", "predicted", "measured / predicted"]
+    rows = [columns, ["---", "---", *("---:" for _ in columns[2:6]), "---", "---:", "---:"]]
     for name, lines in found.items():
         rows += [[name, line.get("form", ""), *figures(line)] for line in lines]
     return f"{table(rows)}\n{setting(found)}"

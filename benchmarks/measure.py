@@ -1,8 +1,8 @@
 """Time and memory of contestants that take turns in one process.
 
-Before every timed call the contestant runs once untimed, so that it finds the memory that it freed itself, and then the
-caches are filled with other data: what a call reads comes from memory. `start_anew` keeps glibc from giving memory back
-to the system, which would charge page faults to whoever comes next.
+A contestant runs once untimed before every timed call, so it finds the memory that it freed itself. The caches are then
+filled with other data, so a call reads from memory. `start_anew` keeps glibc's malloc from giving memory back to the
+system, which would charge page faults to the next contestant.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Moved
-from benchmarks.contestants import Entry, taking_part
+from benchmarks.contestants import Runner, taking_part
 from benchmarks.problems import Problem
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -46,7 +46,7 @@ def start_anew() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **MALLOC})
 
 
-class Floor(Entry):
+class Floor(Runner):
     """Moves as many bytes as must be moved: what is read and written is copied, the rest only read or only written."""
 
     def __init__(self, forward: Moved, backward: Moved, device: str) -> None:
@@ -84,37 +84,37 @@ class Stage:
         self.device = device
         self.other_data = torch.randn(max(256 << 20, 4 * largest_cache(device)) // 4, device=device)
 
-    def passes(self, entry: Entry) -> Passes:
-        entry.fresh()
-        entry.backward(entry.forward())
-        entry.fresh()
+    def passes(self, runner: Runner) -> Passes:
+        runner.fresh()
+        runner.backward(runner.forward())
+        runner.fresh()
         self.other_data.sum()
-        passes = self._on_gpu(entry) if self.device == "cuda" else self._on_cpu(entry)
-        entry.fresh()
+        passes = self._on_gpu(runner) if self.device == "cuda" else self._on_cpu(runner)
+        runner.fresh()
         return passes
 
-    def _on_cpu(self, entry: Entry) -> Passes:
+    def _on_cpu(self, runner: Runner) -> Passes:
         start = time.perf_counter()
-        out = entry.forward()
+        out = runner.forward()
         between = time.perf_counter()
-        entry.backward(out)
+        runner.backward(out)
         return Passes(between - start, time.perf_counter() - between)
 
-    def _on_gpu(self, entry: Entry) -> Passes:
+    def _on_gpu(self, runner: Runner) -> Passes:
         """The GPU's own time: it is kept busy until the calls are queued."""
         torch.cuda._sleep(2_000_000)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         marks[0].record()
-        out = entry.forward()
+        out = runner.forward()
         marks[1].record()
-        entry.backward(out)
+        runner.backward(out)
         marks[2].record()
         marks[2].synchronize()
         return Passes(*(a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)))
 
 
 def contest(turns: dict[str, Callable[[], Passes]], rounds: int, seconds: float) -> dict[str, list[Passes]]:
-    """In turns. Who has spent its seconds sits out the later rounds, after three at least."""
+    """Contestants take turns. One that has spent its seconds sits out the later rounds, after three at least."""
     times: dict[str, list[Passes]] = {name: [] for name in turns}
     spent = dict.fromkeys(turns, 0.0)
     for done in range(rounds):
@@ -143,13 +143,13 @@ def ms(seconds: float) -> float:
     return round(seconds * 1e3, 4)
 
 
-def retained_bytes(entry: Entry, problem: Problem) -> int:
-    """What autograd keeps between the passes, what was given left out.
+def retained_bytes(runner: Runner, problem: Problem) -> int:
+    """The bytes that autograd keeps between the passes, without the inputs.
 
     Found by walking the graph: hooks for saved tensors and torch.func exclude each other.
     """
-    entry.fresh()
-    out = entry.forward()
+    runner.fresh()
+    out = runner.forward()
     kept: dict[int, int] = {}
     nodes, seen = [out.grad_fn], {None}
     while nodes:
@@ -158,12 +158,12 @@ def retained_bytes(entry: Entry, problem: Problem) -> int:
             nodes += [following for following, _ in node.next_functions]
             for x in saved(node):
                 kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    given = tensors([entry.leaves, *vars(problem).values()])
+    given = tensors([runner.leaves, *vars(problem).values()])
     return sum(kept[address] for address in kept.keys() - {x.untyped_storage().data_ptr() for x in given})
 
 
 def saved(node: Any) -> list[Tensor]:
-    """By a Function in Python as saved_tensors, by one in C++ as _saved_ and the name of an argument."""
+    """A Function in Python saves tensors as `saved_tensors`, one in C++ as `_saved_` and the name of an argument."""
     names = [name for name in dir(node) if name == "saved_tensors" or name.startswith("_saved_")]
     return tensors([getattr(node, name) for name in names])
 
@@ -172,19 +172,19 @@ def tensors(tree: Any) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def peak_on_gpu(entry: Entry) -> int:
-    """Beyond what was held before; the gradients that are left are part of it."""
-    entry.fresh()
+def peak_on_gpu(runner: Runner) -> int:
+    """The peak beyond what was held before. The gradients that the call leaves are part of it."""
+    runner.fresh()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    entry.backward(entry.forward())
+    runner.backward(runner.forward())
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
 def peaks_on_cpu(case: Case, names: list[str]) -> dict[str, int]:
-    """Of each contestant, in a process that runs nothing else, with the allocator that users have."""
+    """The peak of each contestant, in a process that runs nothing else, with the allocator that users have."""
     ours = {name: os.environ.pop(name) for name in MALLOC if name in os.environ}
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -201,16 +201,16 @@ def _peaks(case: Case, names: list[str], threads: int) -> dict[str, int]:
     for contestant in taking_part(case, "cpu"):
         if contestant.name not in names:
             continue
-        entry = contestant.build(problem)
+        runner = contestant.build(problem)
         for _ in range(2):  # the first also loads what is loaded once
-            entry.fresh()
+            runner.fresh()
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before = _status("VmRSS")
-            entry.backward(entry.forward())
+            runner.backward(runner.forward())
             peaks[contestant.name] = _status("VmHWM") - before
-        entry.fresh()
+        runner.fresh()
     return peaks
 
 

@@ -4,12 +4,12 @@
     git clone https://github.com/NVIDIA-NeMo/RL build/peers/nemo-rl  # measured at 7ea279abf
     git clone https://github.com/ServiceNow/Fast-LLM build/peers/fast-llm  # for a GPU
 
-The folder is never on the path: a file is loaded by its name, with stand-ins for what it imports of its project and
-does not need here. Besides torch, axolotl's needs numpy, TRL's packaging and transformers. Axolotl's needs Liger's.
-FlashInfer is taken as it is installed.
+The folder is never on the path. A file is loaded by its name, with stand-ins for the modules of its project that it
+imports and does not need here. axolotl's file also needs numpy and Liger's file,
+TRL's needs packaging and transformers. FlashInfer is taken as it is installed.
 
-Every loss is a mean over the positions. TRL's, Liger's and Fast-LLM's compare the whole vocabulary, and so are given a
-teacher's logits, or hidden states and a head; verl's and VeOmni's is forward KL.
+Every loss is a mean over the positions. TRL, Liger and Fast-LLM compare the whole vocabulary, so they get a teacher's
+logits, or its hidden states and head. verl and VeOmni compute forward KL.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ LONGEST = 60_000  # steps of a warp: what is longer takes minutes to simulate
 
 @dataclass(frozen=True)
 class Cycles:
-    """Of one row, or of the part of a row that a program of `scatter` writes."""
+    """The cycles of one row, or of the part of a row that a program of `scatter` writes."""
 
     alone: int  # by a program that has a core for itself
     scan: int  # of these, in loops that stream from memory, and in what is left of the row behind one
@@ -34,7 +34,7 @@ class Cycles:
 
 
 def measure(case: Any, launch: dict[str, Any], sass: Sass, programs: int) -> Cycles | None:
-    """Of a `compiled_cost.Case`, with the keywords of its launch; None where a simulation would take too long."""
+    """The cycles of a `compiled_cost.Case` with its launch's keywords; None where a simulation would take too long."""
     if case.dtype not in DTYPES:
         return None
     steps = path(sass, turns(case, launch, sass))
@@ -57,7 +57,7 @@ def measure(case: Any, launch: dict[str, Any], sass: Sass, programs: int) -> Cyc
 
 
 def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
-    """By the branch that closes a loop."""
+    """How often each loop turns, by the branch that closes it."""
     streams, searches = _streams(sass), _searches(sass)
     bisections = search_turns(case)[2 - len(searches) :]  # a first one of few keys per thread is unrolled
     outer = [loop for loop in sass.ranges if any(_inside(stream, loop) for stream in streams)]
@@ -75,7 +75,7 @@ def turns(case: Any, launch: dict[str, Any], sass: Sass) -> dict[int, int]:
 
 
 def search_turns(case: Any) -> list[int]:
-    """Of the two bisections of a selection, from normal logits."""
+    """The turns of the two bisections of a selection, from normal logits."""
     if case.kernel not in SELECTS:
         return []
     plan, idle = plan_select(case.vocab, case.k, case.dtype.itemsize, wide=True), IDLE_BITS[case.dtype]
@@ -104,7 +104,7 @@ def bisected(
     low: int | None,
     k: int,
 ) -> tuple[int, int]:
-    """What `_kth_largest` of the kernel finds, and in how many turns."""
+    """The number that `_kth_largest` of the kernel finds, and in how many turns."""
     low, high, taken = int(found.min()) if low is None else low, int(found.max()), 0
     while low < high:
         middle = -(-(low + high) // 2)
@@ -141,7 +141,7 @@ def _scans(sass: Sass) -> list[range]:
 
 
 def _searches(sass: Sass) -> list[range]:
-    """Loops that touch no global memory. What follows the end of a program jumps to itself."""
+    """Loops that touch no global memory. The instruction after the end of a program jumps to itself."""
     touching = {"LDG", "STG", "ATOMG"}
     return [loop for loop in sass.ranges if len(loop) > 1 and touching.isdisjoint(sass.names[loop.start : loop.stop])]
 

@@ -11,7 +11,7 @@ from benchmarks.cases import DTYPES, Case
 from tests.cases import ROWS
 from topk_rkl import Support, linear_teacher_topk, teacher_topk
 
-# Of the largest value. In bfloat16 the logits that a rival makes, and the gradients, carry 8 bits.
+# A share of the largest value. A rival's bfloat16 logits, and the gradients, carry 8 bits.
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
 CHUNK_NUMBERS = 1 << 26  # of float64 at a time
 
@@ -63,7 +63,7 @@ class Problem:
 
     @cached_property
     def other_support(self) -> Support:
-        """What that teacher ranks highest."""
+        """The tokens that this teacher ranks highest."""
         return linear_teacher_topk(*self.other_teacher, self.case.k)
 
     def slots(self, objective: str, rows: slice) -> tuple[Tensor, Tensor]:  # (n, K) int64, (n, K) float64
@@ -115,7 +115,7 @@ def per_position(
 
 @dataclass
 class Difference:
-    """Between what a contestant gave and float64, over the parts of one tensor."""
+    """The difference between a contestant's tensor and float64, over the parts of the tensor."""
 
     largest: float = 0.0
     value: float = 0.0
@@ -135,8 +135,8 @@ def error(
     total, differences = torch.zeros((), dtype=torch.float64, device=p.device), [Difference() for _ in gradients]
     dhead = torch.zeros_like(p.head, dtype=torch.float64) if len(gradients) == 2 else None
     for rows in chunks(p.case):
-        step = through_head if p.case.work == "linear" else through_logits
-        part, want = step(p, objective, rows, dhead)
+        truth = truth_from_hidden if p.case.work == "linear" else truth_from_logits
+        part, want = truth(p, objective, rows, dhead)
         total += part
         differences[0].add(gradients[0][rows], want)
     if dhead is not None:
@@ -148,11 +148,11 @@ def error(
 
 def chunks(case: Case) -> Iterator[slice]:
     """Rows of which float64 has some hundred MB."""
-    step = max(1, CHUNK_NUMBERS // max(case.v, case.k * case.h))
-    return (slice(start, min(start + step, case.n)) for start in range(0, case.n, step))
+    size = max(1, CHUNK_NUMBERS // max(case.v, case.k * case.h))
+    return (slice(start, min(start + size, case.n)) for start in range(0, case.n, size))
 
 
-def through_logits(p: Problem, objective: str, rows: slice, _: None) -> tuple[Tensor, Tensor]:  # (), (n, V)
+def truth_from_logits(p: Problem, objective: str, rows: slice, _: None) -> tuple[Tensor, Tensor]:  # (), (n, V)
     z = p.student[rows].detach().double().requires_grad_()
     w = p.teacher[rows].double() if objective == WHOLE else None
     loss = per_position(objective, z, *p.slots(objective, rows), w).sum() / p.case.n
@@ -160,7 +160,7 @@ def through_logits(p: Problem, objective: str, rows: slice, _: None) -> tuple[Te
     return loss.detach(), dz
 
 
-def through_head(
+def truth_from_hidden(
     p: Problem,
     objective: str,
     rows: slice,

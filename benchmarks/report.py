@@ -1,15 +1,17 @@
 """Tables and plots from the committed results.
 
-In Markdown, a mark is a pair of comments around what is written anew, <!-- KIND ARGUMENTS --> and <!-- end -->:
+A mark is a pair of Markdown comments, <!-- KIND ARGUMENTS --> and <!-- end -->. The text between them is written anew:
 
-    cases SUITE: NAME, NAME     this package beside the others, a row for a case
+    picture SUITE               what the README's picture shows, in words
+    cases SUITE: NAME, NAME     this package beside the others, a row per case
     exponents SUITE             how time grows with each size
-    compiled                    what the kernels of K = 64 cost once compiled, and what a model makes of it
-    demo                        the table of examples/distill.py
+    compiled                    what the kernels of K = 64 cost once compiled, and what a model predicts from it
+    held N V H K                bytes that the loss head holds, by arithmetic
+    demo scores, demo answers   the tables of examples/distill.py
     gpu targets                 what was measured on a GPU beside what is aimed at
-    gpu items, gpu decisions    every timed item, and the constants that they decide
+    gpu items, gpu decisions    every timed item, and the constants that the items decide
 
-Lines of several runs of a case are one entry: the median of their medians and of their ratios.
+Several runs of a case are one contest: the median of their medians and of their ratios is printed.
 """
 
 import json
@@ -17,47 +19,59 @@ import re
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks import predict
 from benchmarks.fit import exponents
 from benchmarks.gpu_report import gpu
 from benchmarks.records import FOLDER, Line, load
 from benchmarks.summaries import (
-    FROZEN_ALL_THE_SAME,
     NAMES,
     SIZES,
-    STARS,
     WORKS,
     Contest,
     contests,
     digits,
     gap,
     label,
-    middle,
+    marked,
+    median_of,
+    picture,
+    sizes,
     table,
 )
 
-MARK = re.compile(r"(<!-- (cases|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).parent.parent
+FILES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/compiled.md", "examples/README.md"))
+UNPUBLISHED = "tiny"  # the case that checks the harness
+MARK = re.compile(
+    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
-def entry(name: str, lines: list[Line]) -> str:
-    """A rival: its time, how many times ours that is, and its memory, with marks that the README explains."""
-    label = NAMES.get(name, name)
+def rival(name: str, lines: list[Line]) -> str:
+    """Its time, that time over ours, and its memory, with marks that docs/benchmarks.md explains."""
     if reason := gap(lines):
-        return f"{label} {reason.partition(':')[0]}"
-    marks = STARS.get(lines[0].get("objective", ""), "")
-    if lines[0].get("gradients") == "hidden alone" and name in FROZEN_ALL_THE_SAME:
-        marks += "‡"
-    text = f"{label}{marks} {digits(middle(lines, 'median_ms'))} ms"
+        return f"{NAMES.get(name, name)} {reason.partition(':')[0]}"
+    text = f"{marked(name, lines)} {digits(median_of(lines, 'median_ms'))} ms"
     if "over_topk_rkl" in lines[-1]:
-        ratio = middle(lines, "over_topk_rkl")
+        ratio = median_of(lines, "over_topk_rkl")
         text += f" ({ratio:.{1 if ratio >= 1 else 2}f})"
     return text + mebibytes(lines)
 
 
 def mebibytes(lines: list[Line]) -> str:
     measured = [line for line in lines if "peak_bytes" in line]
-    return f", {digits(middle(measured, 'peak_bytes') / 2**20)} MiB" if measured else ""
+    return f", {digits(median_of(measured, 'peak_bytes') / 2**20)} MiB" if measured else ""
+
+
+def shown(suite: str) -> str:
+    """The picture in words: its sizes, its setting, and who is in it."""
+    panels = picture(suite)
+    line = load(FOLDER / f"{suite}.jsonl")[-1]
+    said = " ".join(f"{name.capitalize()}: {sizes(case)}." for name, (case, _) in panels.items())
+    where = f"{line['device']}, torch {line['torch']}, commit {line['commit'][:9]}"
+    return f"Forward and backward pass with a frozen head. {said} {where}.\n"
 
 
 def cases(arguments: str) -> str:
@@ -69,20 +83,20 @@ def cases(arguments: str) -> str:
     for case, contest in found:
         ours = contest["topk_rkl"]
         hidden = {"topk_rkl", "floor", *slower_plain(contest)}
-        rivals = [entry(name, lines) for name, lines in contest.items() if name not in hidden]
-        shown = (f"{case[size]:,}" if isinstance(case[size], int) else case[size] or "" for size in used)
+        rivals = [rival(name, lines) for name, lines in contest.items() if name not in hidden]
+        columns = (f"{case[size]:,}" if isinstance(case[size], int) else case[size] or "" for size in used)
         time, share = "refused", ""
         if not gap(ours):
-            time = f"{digits(middle(ours, 'median_ms'))} ms{mebibytes(ours)}"
-            share = f"{1 / middle(ours, 'over_floor'):.2f}"
-        rows.append([label(case), *shown, time, share, "; ".join(rivals)])
+            time = f"{digits(median_of(ours, 'median_ms'))} ms{mebibytes(ours)}"
+            share = f"{1 / median_of(ours, 'over_floor'):.2f}"
+        rows.append([label(case), *columns, time, share, "; ".join(rivals)])
     return table(rows)
 
 
 def slower_plain(contest: Contest) -> list[str]:
-    """Of the plain forms all but the fastest."""
+    """All plain forms but the fastest."""
     timed = {name: lines for name, lines in contest.items() if name.startswith("plain") and not gap(lines)}
-    return sorted(timed, key=lambda name: middle(timed[name], "median_ms"))[1:]
+    return sorted(timed, key=lambda name: median_of(timed[name], "median_ms"))[1:]
 
 
 def growth(suite: str) -> str:
@@ -100,7 +114,7 @@ def growth(suite: str) -> str:
 
 
 def compiled(_: str) -> str:
-    """Of sm_90, and sm_100 for B200. A share is of the bandwidth that a plain read reaches on the card."""
+    """The table of sm_90, with B200 of sm_100. A share is of the bandwidth that a plain read reaches on the card."""
     costs = json.loads((FOLDER / "compiled_cost.json").read_text())
     shown = [
         c for c in costs if c["target"] == "sm_90" and c["k"] == 64 and c["dtype"] != "float16" and c["vocab"] % 16 == 0
@@ -113,8 +127,8 @@ def compiled(_: str) -> str:
             "registers",
             "spills",
             "shared",
-            "programs a core",
-            "instructions an element",
+            "programs per core",
+            "instructions per element",
             "widest load",
         ]
         + [f"{card}, predicted" for card in predict.CARDS]
@@ -153,18 +167,41 @@ def measured_share(cost: Line) -> str:
     return "not measured" if work else ""
 
 
-def demo(_: str) -> str:
+def held(arguments: str) -> str:
+    """The bytes of bfloat16 logits, hidden states and head, beside plain PyTorch that gathers before it casts."""
+    n, v, h, k = map(int, arguments.split())
+    logits, states, wide_states, head = (f"{x / 1e9:.2f} GB" for x in (2 * n * v, 2 * n * h, 4 * n * h, 2 * v * h))
+    rows = [
+        ["what", "plain PyTorch", "`topk_reverse_kl`", "`linear_topk_reverse_kl`"],
+        ["---", "---:", "---:", "---:"],
+        ["the student's logits", logits, logits, "none"],
+        [f"kept for the backward pass, {n * k:,} numbers each", "ids, logits, log p, log q", "ids, g", "ids, g"],
+        ["gradient of the logits", logits, f"{logits}, or the logits' own memory", "none"],
+        ["gradient of the hidden states", states, states, f"{states}, and {wide_states} in float32"],
+        ["gradient of the head, if it is trained", head, head, f"{head}, or only the rows that occur"],
+    ]
+    return table(rows)
+
+
+def demo(arguments: str) -> str:
     found = json.loads((FOLDER / "demo.json").read_text())
+    if arguments == "answers":
+        answers = [[found["rows"][name], text] for name, text in found["answers"].items()]
+        return table([["model", "answer"], ["---", "---"], *answers])
     rows = [["student, held-back prompts", *found["metrics"].values()], ["---", *("---:" for _ in found["metrics"])]]
     for name, scores in found["held_back"].items():
         rows.append([found["rows"][name], *(f"{scores[metric]:.3f}" for metric in found["metrics"])])
     size, seconds = found["peak_bytes"] / 1e9, found["seconds"]
-    took = f"{found['options']['steps']} steps of {found['options']['batch']} answers each, twice: {seconds:.0f} s and"
-    return table(rows) + f"\n{took} {size:.1f} GB on {found['cores']} shared CPU cores, torch {found['torch']}.\n"
+    ran = f"Each objective ran {found['options']['steps']} steps of {found['options']['batch']} answers."
+    took = (
+        f"Both took {seconds:.0f} s and {size:.1f} GB on {found['cores']} shared CPU cores with torch {found['torch']}."
+    )
+    return f"{table(rows)}\n{ran} {took}\n"
 
 
 KINDS: dict[str, Callable[[str], str]] = {
-    "cases": cases, "exponents": growth, "compiled": compiled, "demo": demo, "gpu": gpu,
+    "picture": shown, "cases": cases, "exponents": growth, "compiled": compiled, "held": held, "demo": demo,
+    "gpu": gpu,
 }  # fmt: skip
 
 
@@ -175,19 +212,27 @@ def filled(text: str) -> str:
 
 def whole(suite: str) -> str:
     """Every case with every contestant: passes, spread, floor, memory, error; and why one is missing or refused."""
-    head = ["contestant", "objective", "forward ms", "backward ms", "both ms", "quartiles", "over ours", "over floor"]
-    head += ["peak MiB", "kept MiB", "error"]
+    columns = [
+        "contestant",
+        "objective",
+        "forward ms",
+        "backward ms",
+        "both ms",
+        "quartiles",
+        "over ours",
+        "over floor",
+    ]
+    columns += ["peak MiB", "kept MiB", "error"]
     text = ""
     names = dict.fromkeys(line["name"] for line in load(FOLDER / f"{suite}.jsonl"))
     for case, contest in contests(suite, names):
-        if case["axis"]:
+        if case["axis"] or case["name"] == UNPUBLISHED:
             continue
-        sizes = ", ".join(f"{size.upper()} = {case[size]:,}" for size in SIZES[:-1] if case[size])
-        text += f"\n### {label(case)}: {sizes}, {case['dtype']}\n\n"
-        rows = [head, ["---", "---", *("---:" for _ in head[2:])]]
+        text += f"\n### {label(case)}: {sizes(case)}\n\n"
+        rows = [columns, ["---", "---", *("---:" for _ in columns[2:])]]
         for name, lines in contest.items():
             reason = gap(lines)
-            cells = [reason] + [""] * (len(head) - 2) if reason else figures([x for x in lines if "median_ms" in x])
+            cells = [reason] + [""] * (len(columns) - 2) if reason else figures([x for x in lines if "median_ms" in x])
             rows.append([NAMES.get(name, name), *cells])
         text += table(rows)
     return text
@@ -195,23 +240,24 @@ def whole(suite: str) -> str:
 
 def figures(lines: list[Line]) -> list[str]:
     quartiles = [digits(statistics.median(line["quartiles_ms"][i] for line in lines)) for i in (0, 1)]
-    sizes = [
-        digits(middle(lines, field) / 2**20) if field in lines[0] else "" for field in ("peak_bytes", "retained_bytes")
+    held = [
+        digits(median_of(lines, field) / 2**20) if field in lines[0] else ""
+        for field in ("peak_bytes", "retained_bytes")
     ]
     return [
         lines[0].get("objective", ""),
-        *(digits(middle(lines, field)) for field in ("forward_ms", "backward_ms", "median_ms")),
+        *(digits(median_of(lines, field)) for field in ("forward_ms", "backward_ms", "median_ms")),
         " to ".join(quartiles),
-        *(digits(middle(lines, field)) if field in lines[0] else "" for field in ("over_topk_rkl", "over_floor")),
-        *sizes,
+        *(digits(median_of(lines, field)) if field in lines[0] else "" for field in ("over_topk_rkl", "over_floor")),
+        *held,
         f"{lines[0]['error']:.0e}" if "error" in lines[0] else "",
     ]
 
 
 def report(options: Namespace) -> None:
-    """Writes results/README.md and the plots anew, and the marked parts of the files named."""
+    """Writes anew results/README.md, the pictures, and the marked parts of the files."""
     (FOLDER / "README.md").write_text(page())
-    for file in options.files:
+    for file in options.files or FILES:
         file.write_text(filled(file.read_text()))
     from benchmarks import plots  # which needs matplotlib; tables are written without it
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks import records
 from benchmarks.against import Rival
 from benchmarks.cases import SUITES, Case
-from benchmarks.contestants import FROM_STATES, Contestant, Entry, Unavailable, taking_part
+from benchmarks.contestants import FROM_STATES, Contestant, Runner, Unavailable, taking_part
 from benchmarks.measure import (
     Floor,
     Passes,
@@ -91,27 +91,27 @@ def measured(
     problem = Problem(case, stage.device)
     moved = case.moved(problem.touched)
     floor = Floor(*moved, stage.device)
-    entries, lines = entered(problem, only_ours)
+    runners, lines = found_right(problem, only_ours)
     lines["floor"] = {"contestant": "floor"}
     turns: dict[str, Callable[[], Passes]] = {
-        name: partial(stage.passes, entry) for name, entry in {**entries, "floor": floor}.items()
+        name: partial(stage.passes, runner) for name, runner in {**runners, "floor": floor}.items()
     }
     if rival:
         lines["against"] = {"contestant": f"topk_rkl at {rival.ref}"}
         turns["against"] = rival.turn(case)
     times = {name: summary(taken) for name, taken in contest(turns, rounds, seconds).items()}
-    peaks = peaks_on_cpu(case, [*entries]) if case.peak and stage.device == "cpu" else {}
+    peaks = peaks_on_cpu(case, [*runners]) if case.peak and stage.device == "cpu" else {}
     for name, line in lines.items():
         line = {**sizes(case), **line}
         if name in times:
             line |= times[name]
-            # What compares the whole vocabulary from hidden states makes the teacher's logits within the clock.
+            # Rivals that compare the whole vocabulary from hidden states make the teacher's logits within the clock.
             alike = FROM_STATES if case.work == "linear" and line.get("objective") == WHOLE else "topk_rkl"
             beside = {"over_floor": "floor", "over_topk_rkl": alike}
             line |= {field: ratio(times, name, other) for field, other in beside.items() if other in times}
             line["moved_bytes"] = [*moved[0], *moved[1]]
-        if name in entries:
-            line |= memory(entries[name], problem, peaks.get(name))
+        if name in runners:
+            line |= memory(runners[name], problem, peaks.get(name))
         yield line
 
 
@@ -123,34 +123,34 @@ def in_short(reason: Exception) -> str:
     return f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
 
 
-def entered(problem: Problem, only_ours: bool) -> tuple[dict[str, Entry], dict[str, records.Line]]:
-    """Who was found right, and what is known of each: without an entry, why."""
-    entries, lines = {}, {}
+def found_right(problem: Problem, only_ours: bool) -> tuple[dict[str, Runner], dict[str, records.Line]]:
+    """Who was found right, and what is known of each: without an runner, why."""
+    runners, lines = {}, {}
     for contestant in taking_part(problem.case, problem.device, only_ours):
         name = contestant.name
         lines[name] = {"contestant": name}
         try:
-            entry = contestant.build(problem)
-            lines[name] |= checked(contestant, entry, problem)
-            entries[name] = entry
+            runner = contestant.build(problem)
+            lines[name] |= checked(contestant, runner, problem)
+            runners[name] = runner
         except Exception as reason:  # a rival may fail in any way, ours in none
             if contestant.ours and not isinstance(reason, Unavailable):
                 traceback.print_exc()
                 lines[name]["refused"] = in_short(reason)
             else:
                 lines[name]["refused" if isinstance(reason, Wrong) else "missing"] = in_short(reason)
-    return entries, lines
+    return runners, lines
 
 
-def checked(contestant: Contestant, entry: Entry, problem: Problem) -> records.Line:
-    entry.fresh()
-    out = entry.forward()
-    entry.backward(out)
+def checked(contestant: Contestant, runner: Runner, problem: Problem) -> records.Line:
+    runner.fresh()
+    out = runner.forward()
+    runner.backward(out)
     if problem.case.work == "select":
         if not selects_the_largest(problem, *out):
             raise Wrong("not the largest of each row")
         return {}
-    gradients = entry.results()
+    gradients = runner.results()
     off = error(problem, contestant.objective, out.detach(), gradients)
     tolerance = TOLERANCE[problem.case.dtype]
     if not off <= tolerance:
@@ -161,12 +161,12 @@ def checked(contestant: Contestant, entry: Entry, problem: Problem) -> records.L
     return line
 
 
-def memory(entry: Entry, problem: Problem, peak: int | None) -> records.Line:
+def memory(runner: Runner, problem: Problem, peak: int | None) -> records.Line:
     found: dict[str, Any] = {}
     if problem.case.work != "select":
-        found["retained_bytes"] = retained_bytes(entry, problem)
+        found["retained_bytes"] = retained_bytes(runner, problem)
     if problem.device == "cuda":
-        peak = peak_on_gpu(entry)
+        peak = peak_on_gpu(runner)
     return found if peak is None else {**found, "peak_bytes": peak}
 
 

@@ -12,7 +12,8 @@ from gpu.steps import Step
 # Ordered so that what takes longest begins first.
 TESTED = (
     "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "cuda", "divergence", "mass", "supports",
-    "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "triton", "compute_sanitizer",
+    "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
+    "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {
@@ -23,6 +24,7 @@ UNTESTED = {
     "compiled_cost": "ptxas counts registers without a GPU",
     "cuda_launch": "launches on stand-ins for the CUDA run time",
     "cuda_on_host": "the CUDA sources compiled for the host",
+    "docs": "the pages, on CPU tensors",
     "gpu_checks": "the rehearsal of the smoke test",
     "gpu_items": "the timed items, in the interpreter",
     "gpu_kit": "the rehearsal of the steps",

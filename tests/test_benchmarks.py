@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import contestants, fit, measure, problems, records, report, run, summaries
 from benchmarks.cases import CPU, Case, Moved
-from benchmarks.contestants import Contestant, Entry, taking_part
+from benchmarks.contestants import Contestant, Runner, taking_part
 from benchmarks.measure import Floor, Passes, Stage, contest, summary
 from benchmarks.problems import FORWARD, OF_STATES, TOLERANCE, TOP_K, WHOLE, Problem
 
@@ -48,12 +48,12 @@ def test_contestants_agree_with_float64_or_are_named(case: Case, stage: Stage) -
             assert "missing" in line  # not refused
 
 
-def loss_off_by(factor: float, p: Problem) -> Entry:
+def loss_off_by(factor: float, p: Problem) -> Runner:
     right = contestants.ids_plain(p)
     return replace(right, forward=lambda: right.forward() + factor * right.forward().detach())
 
 
-def gradient_off_by(factor: float, p: Problem) -> Entry:
+def gradient_off_by(factor: float, p: Problem) -> Runner:
     right = contestants.linear_plain(p) if p.case.work == "linear" else contestants.ids_plain(p)
     last = p.leaves[-1]
 
@@ -79,15 +79,15 @@ def test_a_wrong_contestant_has_no_time(wrong, stage: Stage, monkeypatch) -> Non
 
 
 def test_a_wrong_selection_has_no_time(stage: Stage, monkeypatch) -> None:
-    def smallest(p: Problem) -> Entry:
-        return Entry(lambda: p.teacher.topk(p.case.k, largest=False))
+    def smallest(p: Problem) -> Runner:
+        return Runner(lambda: p.teacher.topk(p.case.k, largest=False))
 
-    def twice_the_first(p: Problem) -> Entry:
+    def twice_the_first(p: Problem) -> Runner:
         def forward() -> tuple[Tensor, Tensor]:
             values, ids = p.teacher.topk(p.case.k)
             return values, ids[:, :1].expand_as(ids)
 
-        return Entry(forward)
+        return Runner(forward)
 
     ours = contestants.CONTESTANTS[0]
     wrong = [Contestant(f.__name__, "select", f) for f in (smallest, twice_the_first)]
@@ -98,7 +98,7 @@ def test_a_wrong_selection_has_no_time(stage: Stage, monkeypatch) -> None:
     ]  # fmt: skip
 
 
-def failing(p: Problem) -> Entry:
+def failing(p: Problem) -> Runner:
     raise ImportError("no module of that name")
 
 
@@ -123,11 +123,11 @@ def options(out: Path, **changes) -> Namespace:
     return Namespace(**{**plain, "only_ours": True, "out": out, **changes})
 
 
-def wrong_selection(p: Problem) -> Entry:
-    return Entry(lambda: p.teacher.topk(p.case.k, largest=False))
+def wrong_selection(p: Problem) -> Runner:
+    return Runner(lambda: p.teacher.topk(p.case.k, largest=False))
 
 
-def broken_while_timed(p: Problem) -> Entry:
+def broken_while_timed(p: Problem) -> Runner:
     calls = iter(range(2))
 
     def forward() -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def broken_while_timed(p: Problem) -> Entry:
             raise RuntimeError("out of calls")
         return p.teacher.topk(p.case.k)
 
-    return Entry(forward)
+    return Runner(forward)
 
 
 @pytest.mark.slow
@@ -215,9 +215,9 @@ def test_a_command_that_fails_or_is_not_there_says_nothing(tmp_path: Path) -> No
 def test_who_makes_the_teacher_s_logits_is_beside_ours_that_does(stage: Stage) -> None:
     """From hidden states; the others find the teacher's K tokens ready."""
 
-    def of_all(p: Problem) -> Entry:
+    def of_all(p: Problem) -> Runner:
         hidden, head = p.other_teacher
-        return Entry(lambda: contestants.on_slots(p.hidden @ p.head.T, hidden @ head.T).mean(), p.leaves)
+        return Runner(lambda: contestants.on_slots(p.hidden @ p.head.T, hidden @ head.T).mean(), p.leaves)
 
     case, theirs = of("linear", gradients="hidden alone"), Contestant("whole", "linear", of_all, WHOLE)
     names = ("topk_rkl", contestants.FROM_STATES)
@@ -235,9 +235,9 @@ def test_the_selection_from_states_is_within_its_clock(stage: Stage, monkeypatch
     select = contestants.linear_teacher_topk
     monkeypatch.setattr(contestants, "linear_teacher_topk", lambda *given: calls.append(1) or select(*given))
     p = Problem(of("linear", gradients="hidden alone"), "cpu")
-    entry = contestants.linear_ours(p, from_states=True)
+    runner = contestants.linear_ours(p, from_states=True)
     for passes in (1, 2):
-        entry.forward()
+        runner.forward()
         assert len(calls) == passes
     contestants.linear_ours(p).forward()
     assert len(calls) == 2
@@ -324,8 +324,8 @@ def test_retained_bytes_are_those_that_autograd_saved() -> None:
     of_mean = 9  # its denominator, in float64, and whether that is 0
     assert measure.retained_bytes(ours, p) == 4 * slots + of_mean  # the gradient on the slots; the ids were given
     x = torch.randn(8, requires_grad=True)
-    assert measure.retained_bytes(Entry(lambda: x.exp().sum(), [x]), p) == 32
-    assert measure.retained_bytes(Entry(lambda: (x * x).sum(), [x]), p) == 0
+    assert measure.retained_bytes(Runner(lambda: x.exp().sum(), [x]), p) == 32
+    assert measure.retained_bytes(Runner(lambda: (x * x).sum(), [x]), p) == 0
     assert measure.retained_bytes(plain, p) > 4 * slots
 
 
@@ -371,6 +371,42 @@ def test_a_table_has_the_faster_plain_form_and_marks_what_a_frozen_head_does_not
     frozen_row, trained_row = report.cases("cpu: linear").splitlines()[2:]
     assert frozen_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl‡ 4 ms; Liger*‡ 5 ms |")
     assert trained_row.endswith("| plain PyTorch, all in float32 2 ms; axolotl 4 ms; Liger* 5 ms |")
+
+
+def test_the_picture_has_the_fastest_form_of_each_project_and_no_floor(tmp_path: Path, monkeypatch) -> None:
+    line = {"work": "linear", "n": 4, "v": 100, "k": 8, "h": 16, "dtype": "float32", "rows": "random"}
+    line |= {"gradients": "hidden alone", "objective": TOP_K, "peak_bytes": 3 << 20}
+    times = {"topk_rkl": 1.0, "floor": 0.5, "plain": 3.0, "Liger": 5.0, "Liger, compiled": 4.0, "axolotl": 2.0}
+    lines = [{**line, "name": "linear", "contestant": name, "median_ms": time} for name, time in times.items()]
+    lines += [{**x, "name": "linear memory"} for x in lines[:3]] + [{**line, "name": "linear", "contestant": "TRL"}]
+    lines[-1] |= {"missing": "ImportError"}
+    lines += [{**x, "gradients": "dense head"} for x in lines]
+    (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(summaries, "FOLDER", tmp_path)
+    panels = summaries.picture("cpu")
+    assert [(bar.name, bar.text) for bar in panels["time"][1]] == [
+        ("this package", "1 ms"), ("axolotl‡", "2 ms"), ("plain PyTorch", "3 ms"), ("Liger, compiled‡", "4 ms"),
+    ]  # fmt: skip
+    assert [bar.text for bar in panels["memory"][1]] == ["3 MiB in 1 ms", "3 MiB in 3 ms"]
+
+
+@pytest.mark.slow
+def test_equal_results_give_equal_pictures() -> None:
+    plots = pytest.importorskip("benchmarks.plots", reason="matplotlib draws them", exc_type=ImportError)
+    first, second = (plots.svg("cpu") for _ in range(2))
+    assert first == second and b"<text" in first
+
+
+def test_the_check_of_the_harness_is_not_published() -> None:
+    assert {line["name"] for line in records.load(records.FOLDER / "cpu.jsonl")} >= {"tiny", "select"}
+    assert "N = 24," not in report.page() and "N = 256," in report.page()
+
+
+def test_held_bytes_by_hand() -> None:
+    rows = report.held("1000 2000 30 4").splitlines()
+    assert rows[2] == "| the student's logits | 0.00 GB | 0.00 GB | none |"
+    assert "4.00 GB" in report.held("1000000 2000 30 4").splitlines()[2]
+    assert rows[3].startswith("| kept for the backward pass, 4,000 numbers each |")
 
 
 @pytest.mark.slow

@@ -1,12 +1,9 @@
-"""The README runs as printed, and names only tests that are there."""
+"""The README runs as printed, and a stranger reads it in two minutes. test_docs.py holds what else it says."""
 
-import fnmatch
 import re
 from pathlib import Path
 
 import torch
-
-from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,18 +26,5 @@ def test_the_quick_start_runs_and_equals_the_plain_form() -> None:
         torch.testing.assert_close(scope[name].grad, leaf.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_every_test_that_it_names_is_there() -> None:
-    files = {path.name: re.findall(r"def (test_\w+)", path.read_text()) for path in (ROOT / "tests").glob("test_*.py")}
-    every = [name for names in files.values() for name in names]
-    named = re.findall(r"`((?:test_\w+\.py::)?test_[\w*]+(?:\.py)?)`", README)
-    assert len(named) > 20
-    for name in named:
-        file, _, pattern = name.rpartition("::")
-        found = name in files or fnmatch.filter(files[file] if file else every, pattern)
-        assert found, name
-
-
-def test_what_is_measured_is_what_the_results_say() -> None:
-    marks = [mark[1] for mark in report.MARK.findall(README)]
-    assert marks == ["demo", "cases", "cases", "exponents", "compiled", "gpu"]
-    assert report.filled(README) == README, "run python -m benchmarks report README.md"
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 160

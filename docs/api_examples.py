@@ -1,0 +1,270 @@
+"""An example per public name, each in a cell of its name. `python -m docs.api` prints the cells in docs/api.md."""
+
+# %% set-up
+import torch
+
+from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
+from topk_rkl.loss import (
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    LinearTopKDivergenceLoss,
+    LinearTopKReverseKLLoss,
+    Mass,
+    Mixture,
+    Reduction,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    Support,
+    TopKDivergenceLoss,
+    TopKReverseKLLoss,
+    WeightGrad,
+    generalized_jsd,
+    linear_teacher_topk,
+    linear_topk_divergence,
+    linear_topk_reverse_kl,
+    teacher_topk,
+    topk_divergence,
+    topk_reverse_kl,
+    use_backend,
+)
+from topk_rkl.recipe.builders import (
+    difference,
+    fixed_ids,
+    intersection,
+    linear_fixed_ids,
+    remap,
+    student_topk,
+    teacher_top_p,
+    union,
+    with_sampled,
+)
+from topk_rkl.recipe.composition import extrapolation, mixture, residual, taid, veto
+from topk_rkl.recipe.rewards import (
+    box_cox,
+    contrast,
+    extrapolated_log_ratio,
+    k1,
+    k2,
+    k3,
+    log_ratio,
+    power_difference,
+    probability_difference,
+    return_to_go,
+    tanh_log_ratio,
+)
+from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
+from topk_rkl.recipe.weighting import Mode, Occurrences, aggregate, special_token_mask
+
+B, T, V, H, K = 2, 8, 100, 16, 4
+student = torch.randn(B, T, V, requires_grad=True)  # logits
+teacher, other_teacher, base = (torch.randn(B, T, V) for _ in range(3))  # logits
+hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+teacher_hidden, teacher_weight = torch.randn(B, T, H), torch.randn(V, H)
+sampled = torch.randint(V, (B, T))  # ids of the response
+mask = torch.ones(B, T)  # 0 at prompt and padding
+log_p = student.log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)  # of the sampled tokens
+log_q = teacher.log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)
+log_b = base.log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)
+support = teacher_topk(teacher, K)  # ids (B, T, K), log_probs (B, T, K)
+
+# %% teacher_topk
+support = teacher_topk(teacher, K)
+assert support.ids.shape == support.log_probs.shape == (B, T, K)
+
+# %% topk_reverse_kl
+loss = topk_reverse_kl(student, teacher, k=K, weights=mask)
+loss.backward()
+assert student.grad.count_nonzero() <= B * T * K
+
+# %% topk_divergence
+loss = topk_divergence(student, teacher, divergence=JensenShannon(0.5), mass="tail", k=K, weights=mask)
+
+# %% linear_teacher_topk
+support = linear_teacher_topk(teacher_hidden, teacher_weight, K)
+
+# %% linear_topk_reverse_kl
+loss = linear_topk_reverse_kl(hidden, weight, support, weights=mask)
+loss.backward()
+assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+# %% linear_topk_divergence
+loss = linear_topk_divergence(hidden, weight, support, divergence=ForwardKL(), weights=mask)
+
+# %% TopKReverseKLLoss
+criterion = TopKReverseKLLoss(K, temperature=2.0)
+loss = criterion(student, teacher, weights=mask)
+
+# %% TopKDivergenceLoss
+criterion = TopKDivergenceLoss(K, divergence=SkewForwardKL(0.1))
+loss = criterion(student, teacher, weights=mask)
+
+# %% LinearTopKReverseKLLoss
+criterion = LinearTopKReverseKLLoss(logit_scale=0.0625)
+loss = criterion(hidden, weight, support, weights=mask)
+
+# %% LinearTopKDivergenceLoss
+criterion = LinearTopKDivergenceLoss(divergence=Mixture(0.5), softcap=30.0)
+loss = criterion(hidden, weight, support, weights=mask)
+
+# %% Support
+received = Support(ids=torch.tensor([[5, 9, 9]]), log_probs=torch.tensor([[-0.1, -2.5, -2.5]]))  # from a server
+assert received.unique().ids.tolist() == [[5, 9, -1]]
+
+# %% ReverseKL
+loss = topk_divergence(student, teacher, divergence=ReverseKL(clamp=(-5.0, 5.0)), k=K)
+
+# %% ForwardKL
+loss = topk_divergence(student, teacher, divergence=ForwardKL(), k=K)
+
+# %% JensenShannon
+loss = topk_divergence(student, teacher, divergence=JensenShannon(beta=0.3), k=K)
+
+# %% Mixture
+loss = topk_divergence(student, teacher, divergence=Mixture(lam=0.7), k=K)
+
+# %% SkewReverseKL
+loss = topk_divergence(student, teacher, divergence=SkewReverseKL(lam=0.1), k=K)
+
+# %% SkewForwardKL
+loss = topk_divergence(student, teacher, divergence=SkewForwardKL(lam=0.1), k=K)
+
+# %% AlphaBeta
+loss = topk_divergence(student, teacher, divergence=AlphaBeta(alpha=0.2, beta=0.7), k=K)
+
+# %% generalized_jsd
+assert generalized_jsd(0.0) == ForwardKL() and generalized_jsd(1.0) == ReverseKL()
+
+# %% Divergence
+divergences: dict[str, Divergence] = {"reverse": ReverseKL(), "forward": ForwardKL()}
+
+# %% Mass
+mass: Mass = "tail"
+
+# %% Reduction
+reduction: Reduction = "none"
+assert topk_reverse_kl(student, teacher, k=K, reduction=reduction).shape == (B, T)
+
+# %% WeightGrad
+layout: WeightGrad = "sparse"
+loss = linear_topk_reverse_kl(hidden, weight, support, weight_grad=layout)
+
+# %% use_backend
+with use_backend("reference"):
+    loss = topk_reverse_kl(student, teacher, k=K)
+
+# %% topk_diagnostics
+found = topk_diagnostics(student, teacher, ["student_mass", "overlap_count"], k=K)
+assert found["student_mass"].shape == (B, T)
+
+# %% linear_topk_diagnostics
+found = linear_topk_diagnostics(hidden, weight, support, ["student_entropy"])
+
+# %% student_topk
+support = student_topk(student, teacher, K)
+
+# %% teacher_top_p
+support = teacher_top_p(teacher, 0.8, K)
+
+# %% fixed_ids
+support = fixed_ids(teacher, [3, 5, 8])
+assert support.ids.shape == (B, T, 3)
+
+# %% linear_fixed_ids
+support = linear_fixed_ids(teacher_hidden, teacher_weight, [3, 5, 8], normalize=True)
+
+# %% with_sampled
+support = with_sampled(teacher_topk(teacher, K), sampled, teacher)
+assert support.ids.shape == (B, T, K + 1)
+
+# %% union
+support = union(teacher_topk(teacher, K), student_topk(student, teacher, K))
+
+# %% intersection
+support = intersection(teacher_topk(teacher, K), student_topk(student, teacher, K))
+
+# %% difference
+support = difference(teacher_topk(teacher, K), student_topk(student, teacher, K))
+
+# %% remap
+support = remap(teacher_topk(teacher, K), {3: 7}, student_vocab=V)
+
+# %% mixture
+support = mixture([teacher, other_teacher], [0.7, 0.3], k=K)
+
+# %% residual
+support = residual(teacher, other_teacher, lam=1.0, clip=5.0, k=K)
+
+# %% extrapolation
+support = extrapolation(teacher, base, lam=1.25, k=K)
+
+# %% taid
+support = taid(student, teacher, t=0.4, k=K)
+
+# %% veto
+support = veto(student, teacher, beta=0.5, k=K)
+
+# %% log_ratio
+reward = log_ratio(log_p, log_q, clip=(-5.0, 5.0))
+assert reward.shape == (B, T) and not reward.requires_grad
+
+# %% tanh_log_ratio
+reward = tanh_log_ratio(log_p, log_q, tau=1.0)
+
+# %% power_difference
+reward = power_difference(log_p, log_q, alpha=5.0)
+
+# %% box_cox
+reward = box_cox(log_p, log_q, alpha=0.5)
+
+# %% probability_difference
+reward = probability_difference(log_p, log_q)
+
+# %% extrapolated_log_ratio
+reward = extrapolated_log_ratio(log_p, log_q, log_b, lam=1.25)
+
+# %% contrast
+reward = contrast(log_q, [log_b])
+
+# %% return_to_go
+returns = return_to_go(log_ratio(log_p, log_q), mask, gamma=0.99)
+
+# %% k1
+estimate = k1(log_p, log_q).mean()
+
+# %% k2
+estimate = k2(log_p, log_q).mean()
+
+# %% k3
+estimate = k3(log_p, log_q).mean()
+assert estimate >= 0
+
+# %% top_p_filter
+filtered = top_p_filter(teacher, 0.9)
+
+# %% sample_top_p
+ids = sample_top_p(student, 0.9, generator=torch.Generator().manual_seed(0))
+assert ids.shape == (B, T)
+
+# %% sampled_token_loss
+loss = sampled_token_loss(student, teacher, sampled, weights=mask)
+loss.backward()
+
+# %% aggregate
+per_token = topk_reverse_kl(student, teacher, k=K, weights=mask, reduction="none")
+loss = aggregate(per_token, mask, "seq-mean-token-mean")
+
+# %% special_token_mask
+weights = special_token_mask(sampled, [3, 7], "first")
+loss = topk_reverse_kl(student, teacher, k=K, weights=weights)
+
+# %% Mode
+modes: list[Mode] = ["token-mean", "seq-mean-token-sum"]
+losses = [aggregate(torch.ones(B, T), mask, mode) for mode in modes]
+assert losses[0] == 1 and losses[1] == T
+
+# %% Occurrences
+which: Occurrences = "all"
+weights = special_token_mask(sampled, [3, 7], which)
