@@ -27,7 +27,7 @@ checked: .venv/test.stamp
 demo: .venv/demo.stamp
 	$(BIN)/python examples/distill.py
 
-# On a CPU, in 8 minutes: the results anew, and the README's tables from them.
+# On a CPU, in 8 minutes: the results anew, and the tables of the pages from them.
 bench: .venv/bench.stamp build/peers.stamp
 	rm -f benchmarks/results/cpu.jsonl
 	$(BIN)/python -m benchmarks run

@@ -57,16 +57,8 @@ def tokens(z: Tensor, w: Tensor, n: int) -> Tensor:
 
 
 def annealed(z: Tensor, w: Tensor, t: float) -> Tensor:
-    """Distillation takes over from cross entropy, while a number of each kind changes."""
-    kinds = (
-        "temperature",
-        "denominator",
-        "logit options of the tail",
-        "AlphaBeta",
-        "residual",
-        "rewards",
-        "sampled token",
-    )
+    """Distillation takes over from cross entropy, while a number changes in each place where one becomes a tensor."""
+    kinds = "denominator", "logit options of the tail", "residual", "rewards", "sampled token"
     return (1 - t) * z.logsumexp(-1).mean() + t * sum(CALLS[kind](z, w, t) for kind in kinds)
 
 

@@ -68,7 +68,7 @@ def test_the_shared_cases_without_a_fault(host: Path) -> None:
     # A row as long as 50,257 takes all paths; the others would take a minute more.
     cases = "cuda and not 262144 and not 151936 and not 128256 and not 49152 and not accuracy and not memory"
     options = ["-q", "-s", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore", "-k", cases]
-    files = ("cuda", "select", "loss", "linear_loss", "slabs")
+    files = ("cuda", "select", "loss", "linear_loss", "slabs", "outputs")
     outcome = sanitized_python(host, "-m", "pytest", *options, *(f"tests/test_{file}.py" for file in files))
     assert outcome.returncode == 0 and " passed" in outcome.stdout, outcome.stdout + outcome.stderr
 

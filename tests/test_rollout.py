@@ -134,13 +134,20 @@ def test_a_row_that_is_no_distribution_gives_no_token_and_stays(top_p, dtype):
     assert torch.equal(filtered.nan_to_num(7.0), (logits.to(filtered.dtype) / 0.5).nan_to_num(7.0))
 
 
+def clear_of_the_edge(logits: Tensor, top_p: float, temperature: float) -> Tensor:  # (N,) bool
+    """Rows where no sum of the best probabilities is so near top_p that the float32 rounding of a CPU decides."""
+    sums = (logits.double() / temperature).softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    return ((sums - top_p).abs() > 2e-6).all(-1)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_the_nucleus_does_not_depend_on_the_size_of_the_logits(offset, temperature):
     logits = random(40, 200, scale=temperature, seed=9).round(decimals=1) + offset
     for top_p in (0.3, 0.9):
-        kept = torch.tensor([nucleus(row, top_p, temperature) for row in logits])
-        assert torch.equal(top_p_filter(logits, top_p, temperature) > -INF, kept)
+        rows = logits[clear_of_the_edge(logits, top_p, temperature)]
+        kept = torch.tensor([nucleus(row, top_p, temperature) for row in rows])
+        assert len(rows) >= 30 and torch.equal(top_p_filter(rows, top_p, temperature) > -INF, kept)
     exact = (logits[0].double() / temperature).softmax(-1)
     ids = sample_top_p(logits[0].expand(20_000, 200), temperature=temperature)
     top = exact.topk(5).indices
@@ -153,8 +160,10 @@ def test_the_nucleus_does_not_depend_on_the_size_of_the_logits(offset, temperatu
 def test_top_p_filter_agrees_with_transformers(top_p, temperature):
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = random(64, 4099, seed=3)
+    logits = logits[clear_of_the_edge(logits, top_p, temperature)]
     scaled = process.TemperatureLogitsWarper(temperature)(None, logits)
-    assert torch.equal(top_p_filter(logits, top_p, temperature), process.TopPLogitsWarper(top_p)(None, scaled))
+    want = process.TopPLogitsWarper(top_p)(None, scaled)
+    assert len(logits) >= 40 and torch.equal(top_p_filter(logits, top_p, temperature), want)
 
 
 def chi_square(ids: Tensor, probs: Tensor) -> float:

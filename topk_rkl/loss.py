@@ -194,12 +194,12 @@ def topk_divergence(
             is then at least half the epsilon of their dtype. The first slot counts of an id given twice. A position
             whose probabilities add up to more than 1 (by 1/16 in the logarithm) holds logits, and is NaN.
         divergence: `ReverseKL`, `ForwardKL`, `JensenShannon`, `Mixture`, `SkewReverseKL`, `SkewForwardKL`, `AlphaBeta`,
-            each with every mass of "renormalized" and "tail"; the raw ones are for ReverseKL without clamp, ForwardKL
-            and Mixture, the last two for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
-            each, that gives a term per slot: plain PyTorch, differentiated by autograd over the slots, on the
-            "reference" backend. It is summed over the slots of S where p is not 0, and may see any finite number at
-            the others. Such a function breaks the graph of torch.compile. It must depend on log p, and on nothing
-            else that requires grad. With mass="tail" it sees K + 1 slots: the last is the rest of the vocabulary.
+            each with mass="renormalized" and "tail". The raw masses are for ReverseKL without clamp, ForwardKL and
+            Mixture, the last two masses for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
+            each, that gives a term per slot. Autograd differentiates it over the slots, on the "reference" backend. Its
+            terms are summed over the slots of S where p is not 0. It may see any finite number at the others. It must
+            depend on log p, and on nothing else that requires grad. It breaks the graph of torch.compile. It sees K + 1
+            slots with mass="tail": the last is the rest of the vocabulary.
         mass: as above. All but "renormalized" read the student's logits once more forwards and once backwards.
         sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg" alone. They need
             teacher logits too.

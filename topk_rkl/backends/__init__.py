@@ -57,10 +57,11 @@ def use_backend(name: str) -> Iterator[None]:
     own threads where they call a loss anew, as activation checkpointing on a GPU does.
 
     Args:
-        name: "reference" (plain PyTorch, any device), "triton" (GPU; CPU tensors only under TRITON_INTERPRET=1, set
-            before the package is imported), "native" (the compiled extension, CPU), "cuda" (its CUDA part, GPU), or
-            "auto", the default: the fastest that can take the tensors; of the GPU's "triton", as long as no measurement
-            shows "cuda" to be faster. The environment variable TOPK_RKL_BACKEND sets it for a process.
+        name: "reference" (plain PyTorch, any device), "native" (the compiled extension, CPU), "triton" (GPU) or "cuda"
+            (the CUDA part of the extension, GPU). "auto", the default, is the fastest that can take the tensors:
+            "triton" on a GPU, as long as no measurement shows "cuda" to be faster. "triton" takes CPU tensors only
+            under TRITON_INTERPRET=1, set before the package is imported. The environment variable TOPK_RKL_BACKEND sets
+            the name for a process.
 
     Raises:
         ValueError: there is no such backend.

@@ -5,8 +5,8 @@ the order of its pairs and its row is written once, zeros included: no atomics, 
 
 A hot id may own a pair of every row. The aligned windows of WINDOW pairs within one segment are therefore summed first,
 side by side. The program of a segment adds the sums, and at most WINDOW - 1 pairs at each end. Only the device knows
-which windows those are, so the host makes room for all. It takes a slice of H at a time: the sums take SCRATCH_BYTES at
-most, or twice the size of g if that is more, since a window of 256 numbers of g has at least one block of 512 sums.
+which windows those are, so the host makes room for all. It takes a slice of H at a time. The sums take SCRATCH_BYTES at
+most, or twice the size of g if that is more: a window of 256 numbers of g has at least one block of 512 sums.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Exact row-wise top-K in one read of the row, and the loss on those K slots in the same launch.
 
-One program serves one row. It keeps the maximum of every group of neighbouring columns; the K best groups, the
-earlier first among equals, must hold the K best columns, since every column outside them is preceded, in the order
-(value descending, id ascending), by one column of each of those K groups. So K groups are read again and the K best
-of their columns are the answer, for any input: nothing here is a buffer that could overflow.
+One program serves one row. It keeps the maximum of every group of neighbouring columns. The K best groups, the earlier
+first among equals, hold the K best columns: one column of each precedes every column outside them, in the order (value
+descending, id ascending). K groups are therefore read again, and the K best of their columns are the answer. No buffer
+exists that an input could overflow.
 """
 
 import torch
@@ -138,8 +138,8 @@ def _scan(
     BLOCK: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """The only full read of the row: one maximum per group -> the largest of all and, where the row is normalised, the
-    log of the sum of exponentials less it: apart, since a sum of both would be rounded like the largest."""
+    """The only full read of the row: one maximum per group -> the largest of all, and log(sum of exp(x - it)) if
+    NORMALIZE. The two stay apart, since their sum would be rounded like the largest."""
     TILE: tl.constexpr = BLOCK // GROUP
     tile = tl.arange(0, TILE)  # [TILE]
     column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
