@@ -33,7 +33,7 @@ from benchmarks.sass import Loop, Sass
 from tests.direct import Direct
 from topk_rkl.backends import triton as backend
 from topk_rkl.backends.triton.memory import INTERPRETED
-from topk_rkl.divergence import REVERSE_KL, AlphaBeta, JensenShannon
+from topk_rkl.divergence import REVERSE_CODE, AlphaBeta, JensenShannon
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,7 +42,7 @@ ROWS = 9  # more than a core has places for
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SLOTS = ("support_loss", "scatter", "scatter_repeated")
 FAMILIES = {
-    "support_loss": REVERSE_KL,
+    "support_loss": REVERSE_CODE,
     "support_loss of Jensen-Shannon": JensenShannon().code,
     "support_loss of alpha-beta": AlphaBeta(0.5, 0.5).code,
 }
@@ -216,7 +216,7 @@ def call_launcher(case: Case) -> None:
     elif case.kernel == "tail_logit":
         kernels.tail_logit(logits, ids, 1.0)
     elif case.kernel == "mass_loss":
-        kernels.mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_KL, "tail")
+        kernels.mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_CODE, "tail")
     elif case.kernel == "mass_grad":
         kernels.mass_grad(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, 1.0, logits)
     elif case.kernel in SLOTS:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import backends
-from topk_rkl.divergence import REVERSE_KL, Code
+from topk_rkl.divergence import REVERSE_CODE, Code
 from topk_rkl.objective import Objective
 from topk_rkl.rows import result_dtype
 
@@ -33,7 +33,7 @@ class Direct:
         log_probs: Tensor,  # (N, K)
         weights: Tensor | None,  # (N,)
         temperature: float,
-        divergence: Code = REVERSE_KL,
+        divergence: Code = REVERSE_CODE,
     ) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
         loss, g = _new(student), _new(student, ids.shape[1])
         self.module.support_loss(student, ids, log_probs, weights, Objective(temperature, divergence), loss, g)
@@ -46,7 +46,7 @@ class Direct:
         k: int,
         weights: Tensor | None,  # (N,)
         temperature: float,
-        divergence: Code = REVERSE_KL,
+        divergence: Code = REVERSE_CODE,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, K)
         loss, ids, g = _new(student), _new(student, k, dtype=torch.int32), _new(student, k)
         self.module.select_loss(student, teacher, weights, Objective(temperature, divergence), loss, ids, g)
@@ -85,7 +85,7 @@ class Direct:
         logit_scale: float,
         softcap: float | None,
         want_dhidden: bool,
-        divergence: Code = REVERSE_KL,
+        divergence: Code = REVERSE_CODE,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) or (0, H)
         loss, g, dhidden = _new(hidden), _new(hidden, ids.shape[1]), _new(hidden, hidden.shape[-1])
         objective = Objective(temperature, divergence, logit_scale=logit_scale, softcap=softcap)

@@ -22,7 +22,7 @@ def isa(request: pytest.FixtureRequest):
     from topk_rkl import _native
 
     if request.param not in _native.isas():
-        pytest.skip("not on this machine")
+        pytest.skip("this machine lacks the instruction set")
     before = _native.isa()
     _native.set_isa(request.param)
     yield request.param

@@ -325,12 +325,6 @@ def require_linear_teacher(
     return require_count("chunk_rows", chunk_rows)
 
 
-def require_logits_dtype(value: torch.dtype | None, hidden: Tensor) -> None:
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if value is not None and value is not wide:
-        raise ValueError(f"logits_dtype is {value}; use None, or {wide} with teacher_hidden of {hidden.dtype}")
-
-
 def require_logit_options(logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
     """Both as the ops take them; a cap so high that it changes nothing is None."""
     require_number("logit_scale", logit_scale)
@@ -343,27 +337,6 @@ def require_logit_options(logit_scale: float, softcap: float | None) -> tuple[fl
     if softcap < low:
         raise ValueError(f"softcap is {softcap}; it must be positive, at least {low}, or None for no cap")
     return float(logit_scale), None if softcap >= NO_CAP else float(softcap)
-
-
-def require_weight_grad(
-    value: str,
-    mass: str,
-    weight: Tensor | None = None,  # (V, H)
-) -> None:
-    """Refuses a row-sparse gradient where every row has one, and of a head that few operations could pass it on to."""
-    require_one_of("weight_grad", value, ("dense", "sparse"))
-    if value == "dense":
-        return
-    if mass != "renormalized":
-        raise ValueError(
-            f"weight_grad is {value!r} with mass={mass!r}, which gives every row of the head a gradient; use 'dense'"
-        )
-    if weight is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.grad_fn:
-        raise ValueError(
-            f"student_weight is no leaf but the result of {weight.grad_fn.name()} (a merged adapter, a view, a cast?) "
-            "with weight_grad='sparse', whose gradient a leaf alone can hold; use weight_grad='dense', or pass the "
-            "parameter itself"
-        )
 
 
 def warn_of_single_slot(k: int) -> None:

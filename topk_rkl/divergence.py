@@ -36,7 +36,7 @@ SUMMABLE = 1e300  # in size: many such numbers add up to a finite one in float64
 SERIES_FROM = -0.01  # where three orders are within 2e-10, and the quotient begins to lose digits to cancellation
 
 REVERSE, CLAMPED, BLENDED, ALPHA_BETA = range(4)
-REVERSE_KL: Code = (REVERSE,)
+REVERSE_CODE: Code = (REVERSE,)
 
 Mass = Literal["renormalized", "tail", "raw", "raw_stop_grad", "ema_pg", "ema_pg_corrected"]
 MASSES: tuple[str, ...] = get_args(Mass)  # C++ and Triton know a mass by its place here
@@ -76,7 +76,10 @@ class ReverseKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return REVERSE_KL if self.clamp is None else (CLAMPED, *map(float, self.clamp))
+        return REVERSE_CODE if self.clamp is None else (CLAMPED, *map(float, self.clamp))
+
+
+REVERSE_KL = ReverseKL()  # the default
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Mixture(Divergence):
     @property
     def code(self) -> Code:
         lam = float(self.lam)
-        return (BLENDED, 1.0 - lam, 0.0, lam, 0.0) if lam else REVERSE_KL
+        return (BLENDED, 1.0 - lam, 0.0, lam, 0.0) if lam else REVERSE_CODE
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class SkewReverseKL(Divergence):
 
     @property
     def code(self) -> Code:
-        return (BLENDED, 1.0, float(self.lam), 0.0, 1.0) if self.lam else REVERSE_KL
+        return (BLENDED, 1.0, float(self.lam), 0.0, 1.0) if self.lam else REVERSE_CODE
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def slots_loss(
     w: Tensor,  # (..., K) the teacher's logits or log-probs, up to a constant per row
     live: Tensor,  # (..., K) bool, the slots that are in S
     temperature: float,
-    divergence: Code | Terms = REVERSE_KL,
+    divergence: Code | Terms = REVERSE_CODE,
     mass: str = "renormalized",
 ) -> tuple[Tensor, Tensor]:  # (...), (..., K) float64
     """The loss of each row and its gradient with respect to z, both in float64.

@@ -1,6 +1,6 @@
 """The losses from hidden states: the student's logits, and the teacher's, never exist all at once."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +8,13 @@ from torch import Tensor, nn
 from topk_rkl import checks, ops
 from topk_rkl.autograd import LinearLoss, LinearMassLoss, Options
 from topk_rkl.backends import requested
-from topk_rkl.divergence import Divergence, Mass, ReverseKL, Terms
+from topk_rkl.divergence import REVERSE_KL, Divergence, Mass, Terms
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
 
 WeightGrad = Literal["dense", "sparse"]
-
-REVERSE_KL = ReverseKL()
 
 
 def linear_teacher_topk(
@@ -61,7 +59,7 @@ def linear_teacher_topk(
     k = checks.require_k(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
     checks.warn_of_single_slot(k)
     checks.require_flag("normalize", normalize)
-    checks.require_logits_dtype(logits_dtype, teacher_hidden)
+    _require_logits_dtype(logits_dtype, teacher_hidden)
     logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
     given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
     full = logits_dtype is not None
@@ -163,7 +161,7 @@ def linear_topk_divergence(
     checks.require_temperature(temperature)
     require_reduction(reduction, denominator, student_hidden)
     logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
-    checks.require_weight_grad(weight_grad, mass, student_weight)
+    _require_weight_grad(weight_grad, mass, student_weight)
     require_objective(divergence, mass)
     checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
     k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
@@ -201,7 +199,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         checks.require_temperature(temperature)
         require_reduction(reduction, None)
         checks.require_logit_options(logit_scale, softcap)
-        checks.require_weight_grad(weight_grad, mass)
+        _require_weight_grad(weight_grad, mass)
         k = checks.require_count("k", k)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
@@ -245,3 +243,30 @@ class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
             k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction, logit_scale=logit_scale,
             softcap=softcap, weight_grad=weight_grad,
         )  # fmt: skip
+
+
+def _require_logits_dtype(value: torch.dtype | None, hidden: Tensor) -> None:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if value is not None and value is not wide:
+        raise ValueError(f"logits_dtype is {value}; use None, or {wide} with teacher_hidden of {hidden.dtype}")
+
+
+def _require_weight_grad(
+    value: str,
+    mass: str,
+    weight: Tensor | None = None,  # (V, H)
+) -> None:
+    """Refuses a row-sparse gradient where every row has one, and of a head that few operations could pass it on to."""
+    checks.require_one_of("weight_grad", value, get_args(WeightGrad))
+    if value == "dense":
+        return
+    if mass != "renormalized":
+        raise ValueError(
+            f"weight_grad is {value!r} with mass={mass!r}, which gives every row of the head a gradient; use 'dense'"
+        )
+    if weight is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.grad_fn:
+        raise ValueError(
+            f"student_weight is no leaf but the result of {weight.grad_fn.name()} (a merged adapter, a view, a cast?) "
+            "with weight_grad='sparse', whose gradient a leaf alone can hold; use weight_grad='dense', or pass the "
+            "parameter itself"
+        )

@@ -17,6 +17,7 @@ from topk_rkl import checks, ops
 from topk_rkl.autograd import MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
 from topk_rkl.divergence import (
+    REVERSE_KL,
     AlphaBeta,
     Divergence,
     ForwardKL,
@@ -69,8 +70,6 @@ __all__ = [
     "topk_reverse_kl",
     "use_backend",
 ]
-
-REVERSE_KL = ReverseKL()
 
 
 def teacher_topk(

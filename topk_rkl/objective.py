@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from topk_rkl import checks
-from topk_rkl.divergence import MASSES, REVERSE_KL, Code, Divergence, ForwardKL, Mixture, ReverseKL, Terms
+from topk_rkl.divergence import MASSES, REVERSE_CODE, Code, Divergence, ForwardKL, Mixture, ReverseKL, Terms
 from topk_rkl.traced import traced
 
 
@@ -15,7 +15,7 @@ class Objective(NamedTuple):
     """The numbers of a loss that may change from call to call."""
 
     temperature: float = 1.0
-    divergence: Code | Terms = REVERSE_KL
+    divergence: Code | Terms = REVERSE_CODE
     mass: str = "renormalized"
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -32,7 +32,7 @@ def pack(
     softcap: float | None = None,
 ) -> Tensor | None:  # (numbers,) float64 on the CPU
     """The objective as an op takes it; None for the default. A function crosses beside it, see `ops`."""
-    code = divergence.code if isinstance(divergence, Divergence) else REVERSE_KL
+    code = divergence.code if isinstance(divergence, Divergence) else REVERSE_CODE
     if temperature == 1 and logit_scale == 1 and softcap is None and len(code) == 1 and mass == "renormalized":
         return None
     numbers = (temperature, MASSES.index(mass), logit_scale, math.inf if softcap is None else softcap, *code)
@@ -47,7 +47,7 @@ def unpack(
     terms: Terms | None = None,
 ) -> Objective:
     if packed is None:
-        return Objective(divergence=terms or REVERSE_KL)
+        return Objective(divergence=terms or REVERSE_CODE)
     temperature, mass, logit_scale, softcap, *code = packed.tolist()
     return Objective(
         temperature, terms or tuple(code), MASSES[int(mass)], logit_scale, None if softcap == math.inf else softcap

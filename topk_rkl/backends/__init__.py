@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from topk_rkl.divergence import REVERSE_KL, Code, Terms
+from topk_rkl.divergence import REVERSE_CODE, Code, Terms
 
 NAMES = ("auto", "reference", "native", "triton", "cuda")
 
@@ -88,7 +88,7 @@ def choose(
     name: str,
     k: int,
     *logits: Tensor,  # (..., V) each
-    divergence: Code | Terms = REVERSE_KL,
+    divergence: Code | Terms = REVERSE_CODE,
     mass: str = "renormalized",
     linear: bool = False,
 ) -> ModuleType:
@@ -111,7 +111,7 @@ def choose_linear(
     k: int,
     hidden: Tensor,  # (N, H)
     vocab: int,
-    divergence: Code | Terms = REVERSE_KL,
+    divergence: Code | Terms = REVERSE_CODE,
 ) -> ModuleType:
     """The module that serves K rows of the head per position, or for "auto" the dense product where that is cheaper.
 

@@ -104,7 +104,6 @@ class Compiled:
         out: Tensor,  # (N, V), overwritten
         unique: bool,
     ) -> None:
-        """out[i, ids[i, j]] = grad_output[i] * g[i, j], summed over the slots of one id, and 0 elsewhere."""
         on, (n, k) = self._on(out), self._slots(ids)
         same_rows("out", out, n)
         g = g.float().contiguous()

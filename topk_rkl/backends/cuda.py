@@ -11,7 +11,7 @@ from torch import Tensor
 
 import topk_rkl._cuda as _cuda
 from topk_rkl.backends.compiled import Compiled
-from topk_rkl.divergence import REVERSE_KL, Code
+from topk_rkl.divergence import REVERSE_CODE, Code
 
 HOST: bool = _cuda.HOST
 MAX_K: int = _cuda.MAX_K
@@ -27,7 +27,7 @@ def refusal(k: int, logits: Tensor) -> str | None:
 
 
 def objective_refusal(divergence: Code, mass: str) -> str | None:
-    if mass != "renormalized" or tuple(divergence) != REVERSE_KL:
+    if mass != "renormalized" or tuple(divergence) != REVERSE_CODE:
         return "it has kernels for the renormalised ReverseKL() alone; use 'auto' or 'reference'"
     return None
 

@@ -45,7 +45,7 @@ def refusal(
     return None
 
 
-def objective_refusal(divergence: Code, mass: str) -> str | None:  # noqa: ARG001
+def objective_refusal(divergence: Code, _mass: str) -> str | None:
     """Why it has no kernel for the divergence and the mass, or None."""
     if tiny := [x for x in divergence[1:] if 0 < abs(x) < 1e-30]:
         return f"its kernels take the numbers of a divergence as float32, and {tiny[0]} is too small; use 'reference'"
