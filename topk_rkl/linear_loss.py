@@ -63,7 +63,8 @@ def linear_teacher_topk(
     logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
     given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
     full = logits_dtype is not None
-    return Support(*ops.linear_select(*given, k, chunk_rows, objective, normalize, full, requested()))
+    ids, log_probs, _ = ops.linear_select(*given, k, chunk_rows, objective, normalize, full, False, requested())
+    return Support(ids, log_probs)
 
 
 def linear_topk_reverse_kl(
