@@ -1,0 +1,102 @@
+"""How many positions one step has over all micro-batches and ranks: the denominator of its mean."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from topk_rkl import checks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+
+
+def global_count(
+    weights: "Tensor | Sequence[Tensor]",  # (...), or a list of them: all micro-batches of the step on this rank
+    group: "ProcessGroup | DeviceMesh | None" = None,
+    *,
+    averaged: bool = False,
+) -> Tensor:  # ()
+    """The sum of `weights` over all ranks, for `denominator=`: one all-reduce of one number.
+
+    Every rank must call it, a rank without a single valid token included. The sum of the losses of all micro-batches
+    and ranks is then the mean over all positions, however unevenly they are spread.
+
+    Args:
+        weights: (...) bool, integer or float: the `weights` of the losses, 1 per position where a loss has none. A
+            list holds those of all micro-batches that one optimiser step accumulates, of any shapes. A rank without
+            rows passes a tensor of 0 elements.
+        group: the ranks whose losses or gradients are added up: a ProcessGroup, or a DeviceMesh of one dimension such
+            as mesh["dp"]. None is every rank, as in torch.distributed, and this process alone where no process group
+            is initialised, so that one script runs with and without torchrun. Ranks that hold the same rows, such as
+            those of a tensor-parallel group, must not be counted twice: pass the data-parallel group.
+        averaged: divides the sum by the number of ranks. True belongs to DDP, FSDP1 and FSDP2, which average the
+            gradients of the ranks; False to gradients that are summed, and to a loss that is multiplied by the number
+            of ranks, as HF Trainer does.
+
+    Returns:
+        () float64 on the device of `weights`, the same on every rank. Nothing is read on the host.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been sent. The other
+            ranks then wait for this one until the time-out of their group.
+    """
+    counted = _require_counted(weights)
+    checks.require_flag("averaged", averaged)
+    _require_group(group)
+    total = torch.stack([x.sum(dtype=torch.float64) for x in counted]).sum()
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return total
+        group = dist.group.WORLD
+        assert group is not None
+    # Not at the top: a torch without torch.distributed lacks the module.
+    from torch.distributed import _functional_collectives as funcol
+
+    summed: Tensor = funcol.wait_tensor(funcol.all_reduce(total, "sum", group))
+    return summed / group.size() if averaged else summed
+
+
+def _require_counted(weights: object) -> "Sequence[Tensor]":
+    """The tensors to count, all on one device."""
+    if isinstance(weights, Tensor):
+        named: dict[str, Any] = {"weights": weights}
+    elif isinstance(weights, (tuple, list)):
+        named = {f"weights[{i}]": x for i, x in enumerate(weights)}
+    else:
+        raise TypeError(
+            f"weights is {checks.kind_of(weights)}; it must be a tensor, or a list of tensors, one per micro-batch"
+        )
+    if not named:
+        raise ValueError(
+            "weights is an empty list; a rank without a micro-batch takes part too: pass torch.zeros(0, device=...)"
+        )
+    (first, like), *_ = named.items()
+    for name, x in named.items():
+        if hasattr(x, "full_tensor"):
+            raise TypeError(f"{name} is a DTensor; pass {name}.to_local(), the part of this rank, and their group")
+        checks.require_tensor(name, x, (torch.bool, *checks.NUMBERS))
+        checks.require_constant(name, x)
+        checks.require_same_device(name, x, first, like)
+    return [*named.values()]
+
+
+def _require_group(group: object) -> None:
+    if group is None:
+        return
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            one = (group.mesh_dim_names or ("dp",))[0]
+            raise ValueError(
+                f"group is a DeviceMesh of {group.ndim} dimensions, {group.mesh_dim_names or tuple(group.shape)}; pass "
+                f"one of them, such as group=mesh[{one!r}]"
+            )
+    elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"group is {checks.seen(group)}; it must be a ProcessGroup that holds this rank, a DeviceMesh of one "
+            "dimension, or None for every rank"
+        )
