@@ -42,6 +42,7 @@ UNTESTED = {
     "rewards": "plain PyTorch on CPU tensors",
     "rollout": "plain PyTorch on CPU tensors",
     "sequence_parallel": "sums over gloo ranks, of CPU tensors",
+    "sequence_recipes": "the blocks of a page on gloo ranks, of CPU tensors",
     "simulate": "the model of compiled code, by hand",
     "triton_launch": "launches on a stand-in for the driver",
     "wheel": "builds and installs",
