@@ -35,6 +35,7 @@ UNTESTED = {
     "native": "the extension of CPUs",
     "native_sanitized": "the extension of CPUs",
     "objectives": "formulas in float64 on CPU tensors",
+    "parallel_defects": "gloo ranks, on CPU tensors",
     "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",
     "readme": "the README's blocks on CPU tensors",
