@@ -227,8 +227,10 @@ def refused(group: Any) -> dict[str, str]:
 
 def test_a_wrong_argument_is_refused_by_name() -> None:
     said = on_ranks(4, refused)[3]
-    assert said["2-D mesh"].endswith("2 dimensions, ('dp', 'tp'); pass one of them, such as group=mesh['dp']")
-    assert said["outside"].startswith("group is ") and "a ProcessGroup that holds this rank" in said["outside"]
+    assert said["2-D mesh"].endswith(
+        "2 dimensions, ('dp', 'tp'); pass the one whose ranks hold different positions, such as mesh['dp']"
+    )
+    assert said["outside"].startswith("group is ") and "it must be a ProcessGroup, a" in said["outside"]
     assert said["DTensor"] == "weights is a DTensor; pass weights.to_local(), the part of this rank, and their group"
     assert (
         said["empty list"].startswith("weights is an empty list; ")

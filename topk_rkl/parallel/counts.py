@@ -1,6 +1,7 @@
 """How many positions one step has over all micro-batches and ranks: the denominator of its mean."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,16 +9,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from topk_rkl import checks
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch.distributed import ProcessGroup
+from topk_rkl.parallel.collectives import Group, all_reduce, require_group
 
 
 def global_count(
-    weights: "Tensor | Sequence[Tensor]",  # (...), or a list of them: all micro-batches of the step on this rank
-    group: "ProcessGroup | DeviceMesh | None" = None,
+    weights: Tensor | Sequence[Tensor],  # (...), or a list of them: all micro-batches of the step on this rank
+    group: Group | None = None,
     *,
     averaged: bool = False,
 ) -> Tensor:  # ()
@@ -47,21 +44,15 @@ def global_count(
     """
     counted = _require_counted(weights)
     checks.require_flag("averaged", averaged)
-    _require_group(group)
+    ranks = _group_of(group)
     total = torch.stack([x.sum(dtype=torch.float64) for x in counted]).sum()
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return total
-        group = dist.group.WORLD
-        assert group is not None
-    # Not at the top: a torch without torch.distributed lacks the module.
-    from torch.distributed import _functional_collectives as funcol
-
-    summed: Tensor = funcol.wait_tensor(funcol.all_reduce(total, "sum", group))
-    return summed / group.size() if averaged else summed
+    if ranks is None:
+        return total
+    total = all_reduce(total, ranks)
+    return total / dist.get_world_size(ranks) if averaged else total
 
 
-def _require_counted(weights: object) -> "Sequence[Tensor]":
+def _require_counted(weights: object) -> Sequence[Tensor]:
     """The tensors to count, all on one device."""
     if isinstance(weights, Tensor):
         named: dict[str, Any] = {"weights": weights}
@@ -85,18 +76,15 @@ def _require_counted(weights: object) -> "Sequence[Tensor]":
     return [*named.values()]
 
 
-def _require_group(group: object) -> None:
-    if group is None:
-        return
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            one = (group.mesh_dim_names or ("dp",))[0]
-            raise ValueError(
-                f"group is a DeviceMesh of {group.ndim} dimensions, {group.mesh_dim_names or tuple(group.shape)}; pass "
-                f"one of them, such as group=mesh[{one!r}]"
-            )
-    elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(
-            f"group is {checks.seen(group)}; it must be a ProcessGroup that holds this rank, a DeviceMesh of one "
-            "dimension, or None for every rank"
+def _group_of(group: Group | None) -> dist.ProcessGroup | None:
+    """The group to sum over; None where this process is alone."""
+    if isinstance(group, DeviceMesh) and group.ndim != 1:
+        one = (group.mesh_dim_names or ("dp",))[0]
+        raise ValueError(
+            f"group is a DeviceMesh of {group.ndim} dimensions, {group.mesh_dim_names or tuple(group.shape)}; pass the "
+            f"one whose ranks hold different positions, such as mesh[{one!r}]"
         )
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    chosen: dist.ProcessGroup | None = require_group(group)
+    return chosen
