@@ -208,9 +208,8 @@ class LinearLogitsAt(torch.autograd.Function):
         g = g.to(torch.float64 if ctx.dtype == torch.float64 else torch.float32)
         dhidden = None
         if ctx.needs_input_grad[0]:
-            dhidden = g.new_zeros((*g.shape[:-1], ctx.head_shape[1]))
-            if ctx.head_shape[0] > 0:  # else this rank's shard of the vocabulary is empty
-                ops.linear_hidden_grad(g, ids, head, dhidden, ctx.options.backend)
+            dhidden = g.new_empty((*g.shape[:-1], ctx.head_shape[1]))
+            ops.linear_hidden_grad(g, ids, head, dhidden, ctx.options.backend)
             dhidden = start_all_reduce(dhidden, ctx.group)
         of_head = head_grads(ctx, g, ids, hidden)  # while the sum is under way
         return None if dhidden is None else wait(dhidden).to(ctx.dtype), *of_head, None, None, None, None
