@@ -215,3 +215,47 @@ def test_the_page_counts_the_collectives(world: int) -> None:
         "backward": said["its backward pass"],
     }
     assert on_ranks(world, collectives) == [want] * world
+
+
+def with_bits(group: Any, dtype: torch.dtype) -> dict[str, bool]:
+    """What has the bits of one process on this rank, of the loss of each position and of the gradients."""
+    torch.manual_seed(1)
+    z, w = (3 * torch.randn(2, 40, 1_003)).to(dtype)
+    hidden, head, bias = (torch.randn(shape).to(dtype) for shape in ((40, 48), (1_003, 48), (1_003,)))
+    support, weights = teacher_topk(w, 32), torch.rand(40)
+
+    def shard(x: Tensor, dim: int) -> Tensor:
+        return x.tensor_split(group.size(), dim)[group.rank()]
+
+    def equal(call: Any, *leaves: tuple[Tensor, int]) -> bool:
+        whole = [x.clone().requires_grad_() for x, _ in leaves]
+        mine = [shard(x, dim).clone().requires_grad_() for x, dim in leaves]
+        losses = [
+            call(*given, reduction="none", weights=weights, group=ranks)
+            for given, ranks in ((whole, None), (mine, group))
+        ]
+        for loss in losses:
+            loss.sum().backward()
+        grads = [(shard(a.grad, dim), b.grad) for a, b, (_, dim) in zip(whole, mine, leaves, strict=True)]
+        return all(torch.equal(a, b) for a, b in (losses, *grads))
+
+    return {
+        "support": all(map(torch.equal, support, teacher_topk(shard(w, -1), 32, group=group))),
+        "teacher logits": equal(
+            lambda z, group, **more: topk_reverse_kl(z, shard(w, -1) if group else w, k=32, group=group, **more),
+            (z, -1),
+        ),
+        "a Support": equal(lambda z, **more: topk_reverse_kl(z, support, **more), (z, -1)),
+        "head and bias": equal(
+            lambda head, bias, **more: linear_topk_reverse_kl(hidden, head, support, student_bias=bias, **more),
+            (head, 0), (bias, 0),
+        ),
+        "itself": bool((topk_reverse_kl(shard(z, -1), shard(z, -1), k=32, reduction="none", group=group) == 0).all()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_split_vocabulary_has_the_bits_of_one_process(world: int, dtype: torch.dtype) -> None:
+    for found in on_ranks(world, with_bits, dtype):
+        assert found == dict.fromkeys(found, True)
