@@ -43,6 +43,7 @@ from topk_rkl.objective import pack, require_objective
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.counts import global_count
 from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -67,6 +68,7 @@ __all__ = [
     "TopKReverseKLLoss",
     "WeightGrad",
     "generalized_jsd",
+    "global_count",
     "linear_teacher_topk",
     "linear_topk_divergence",
     "linear_topk_reverse_kl",
