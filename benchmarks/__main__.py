@@ -1,4 +1,4 @@
-"""`python -m benchmarks run` measures, `scaling` does so on ranks, `collect` takes in a GPU's results, `report` tells."""
+"""`python -m benchmarks run` and `scaling` measure, `collect` takes in a GPU's results, `report` tells."""
 
 import argparse
 import os

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.records import FOLDER, Line, append, setting
 from benchmarks.scaling.collectives import SHARE, Collective, ours
+from tests.ranks import on_ranks
 from topk_rkl.loss import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl
 
 FILE = FOLDER / "scaling.jsonl"
@@ -143,7 +144,11 @@ def _products(rows: list[tuple[float, float]]) -> tuple[list[tuple[float, float]
 
 
 def predicted(
-    local: float, collectives: tuple[Collective, ...], ranks: int, rows: int, links: dict[str, Line]
+    local: float,  # seconds without collectives
+    collectives: tuple[Collective, ...],
+    ranks: int,
+    rows: int,
+    links: dict[str, Line],
 ) -> float:
     """Seconds of a call from what was measured apart."""
     sent = (links[c.kind]["latency_s"] + c.sent(ranks, rows) * links[c.kind]["seconds_per_byte"] for c in collectives)
@@ -151,30 +156,36 @@ def predicted(
 
 
 def lines(worlds: tuple[int, ...], cases: tuple[Case, ...], sizes: tuple[int, ...], rounds: int) -> Iterator[Line]:
-    from tests.ranks import on_ranks
-
     for ranks in worlds:
-        links = {}
+        links: dict[str, Line] = {}
         for kind in SHARE if ranks > 1 else ():
-            times = {
-                size: statistics.median(slowest(on_ranks(ranks, timed_collective, kind, size, rounds)))
-                for size in sizes
-            }
-            points = {Collective(kind, 0, "", call_bytes=size).sent(ranks, 0): s for size, s in times.items()}
-            latency, per_byte = fitted(points)
-            links[kind] = {"latency_s": latency, "seconds_per_byte": per_byte}
-            yield {"name": "collective", "kind": kind, "ranks": ranks, "seconds": times, **links[kind]}
+            links[kind] = collective_line(kind, ranks, sizes, rounds)
+            yield {"name": "collective", "kind": kind, "ranks": ranks, **links[kind]}
         for case in cases:
-            of_ranks = on_ranks(ranks, timed, case, rounds)
-            whole, local = (slowest([[pair[i] for pair in rank] for rank in of_ranks]) for i in (0, 1))
-            alone = statistics.median(local)
-            quartiles = statistics.quantiles(whole, n=4)
-            yield {
-                "name": "call", **vars(case), "dtype": "bfloat16", "ranks": ranks, "rounds": rounds,
-                "median_ms": 1e3 * statistics.median(whole), "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
-                "local_ms": 1e3 * alone,
-                "predicted_ms": 1e3 * predicted(alone, ours(case.entry, ranks, case.k, width=case.h), ranks, case.n, links),
-            }  # fmt: skip
+            yield {"name": "call", **vars(case), "ranks": ranks, **call_line(case, ranks, rounds, links)}
+
+
+def collective_line(kind: str, ranks: int, sizes: tuple[int, ...], rounds: int) -> Line:
+    times = {size: slowest(on_ranks(ranks, timed_collective, kind, size, rounds)) for size in sizes}
+    medians = {size: statistics.median(of_size) for size, of_size in times.items()}
+    points = {Collective(kind, 0, "", call_bytes=size).sent(ranks, 0): s for size, s in medians.items()}
+    latency, per_byte = fitted(points)
+    return {"seconds": medians, "latency_s": latency, "seconds_per_byte": per_byte}
+
+
+def call_line(case: Case, ranks: int, rounds: int, links: dict[str, Line]) -> Line:
+    of_ranks = on_ranks(ranks, timed, case, rounds)
+    whole, local = (slowest([[pair[i] for pair in rank] for rank in of_ranks]) for i in (0, 1))
+    alone, quartiles = statistics.median(local), statistics.quantiles(whole, n=4)
+    collectives = ours(case.entry, ranks, case.k, width=case.h)
+    return {
+        "dtype": "bfloat16",
+        "rounds": rounds,
+        "median_ms": 1e3 * statistics.median(whole),
+        "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+        "local_ms": 1e3 * alone,
+        "predicted_ms": 1e3 * predicted(alone, collectives, ranks, case.n, links),
+    }
 
 
 def measure(options: Namespace) -> None:

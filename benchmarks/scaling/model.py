@@ -24,7 +24,7 @@ LOGIT = 2  # bytes
 
 @dataclass(frozen=True)
 class Link:
-    """Latencies of NCCL's own model, protocol LL128, in seconds: by a ring, and by a tree, which an all-reduce may take."""
+    """Latencies in seconds, of NCCL's own model: by a ring, and by a tree, which an all-reduce may take."""
 
     name: str
     nominal: float  # bytes per second, of each rank in each direction
@@ -88,7 +88,7 @@ def parts(step: Step, vocab: int, ranks: int, k: int, link: Link, rows: int = RO
     if step.products:
         found.append(Part("products", step.products * 2 * rows * columns * WIDTH / RATE))
     for entry in step.entries:
-        kernels = KERNELS[entry](vocab, columns, ranks, k, rows)
+        kernels = KERNELS[entry](columns, ranks, k, rows)
         sent = [
             Part(collective.what, link.seconds(collective, ranks, rows))
             for collective in ours(entry, ranks, k, width=WIDTH)
@@ -131,7 +131,7 @@ def small(entry: str, moved: float) -> Part:
     return Part("numbers of K slots", max(SMALL * SMALL_OPERATIONS[entry], moved / MEMORY))
 
 
-def _select(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Part]:
+def _select(columns: int, ranks: int, k: int, rows: int) -> list[Part]:
     """Of `teacher_topk`: a rank selects from its shard, and merges the candidates of the rows that it owns."""
     found = [Part("selection", milliseconds("select", columns, k, rows) / 1e3)]
     if ranks == 1:
@@ -141,7 +141,7 @@ def _select(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Par
     return [*found, merge, small("teacher_topk", rows * k * 6 * (LOGIT + 4))]
 
 
-def _loss(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Part]:
+def _loss(columns: int, ranks: int, k: int, rows: int) -> list[Part]:
     gradient = Part("gradient", milliseconds("scatter", columns, k, rows) / 1e3)
     if ranks == 1:
         return [Part("selection", milliseconds("select_loss", columns, k, rows) / 1e3), gradient]
@@ -152,7 +152,7 @@ def _loss(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Part]
     return [select, merge, small("topk_reverse_kl", moved), gradient]
 
 
-def _support(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Part]:
+def _support(columns: int, ranks: int, k: int, rows: int) -> list[Part]:
     gradient = Part("gradient", milliseconds("scatter", columns, k, rows) / 1e3)
     # Each rank reads the logits that it has, and works on all K of a row.
     moved = rows * k * (predict.LINE / ranks + 6 * 4)
@@ -161,7 +161,7 @@ def _support(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Pa
     return [small("topk_reverse_kl with a Support", moved), gradient]
 
 
-def _linear_loss(vocab: int, columns: int, ranks: int, k: int, rows: int) -> list[Part]:
+def _linear_loss(_: int, ranks: int, k: int, rows: int) -> list[Part]:
     """One kernel on a rank alone. Else the shard's slots, K over ranks, are multiplied, and read again backwards."""
     whole = milliseconds("linear_loss", VOCABS[0], k, rows, WIDTH) / 1e3
     if ranks == 1:

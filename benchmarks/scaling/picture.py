@@ -46,9 +46,8 @@ def efficiencies(panel: Axes) -> None:
         for link_name, link in LINKS.items():
             shares = [scaling(STEPS[name], VOCAB, ranks, K, link) for ranks in RANKS]
             panel.plot(RANKS, shares, DASHES[link_name], color=colour, label=f"{NAMES[name]}, {link_name}")
-    panel.plot(
-        *zip(*PUBLISHED.items(), strict=True), "s:", color="0.5", label="Liger, as reported: head and cross-entropy"
-    )
+    reported = {"color": "0.5", "label": "Liger, head and cross-entropy, as reported"}
+    panel.plot(*zip(*PUBLISHED.items(), strict=True), "s:", **reported)
     panel.plot(*zip(*TARGETS.items(), strict=True), "k_", markersize=14, label="target")
     panel.set(ylim=(0, 1.15))
     panel.yaxis.set_major_formatter(PercentFormatter(1))

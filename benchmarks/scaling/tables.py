@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: `report` writes them from the model, and from the runs of `python -m benchmarks scaling`.
+"""The tables of docs/scaling.md, from the model and from what `python -m benchmarks scaling` measured.
 
 A mark is <!-- scaling NAME ARGUMENTS -->, with a NAME of TABLES.
 """
@@ -79,9 +79,8 @@ def design_table(_: str) -> str:
     for design in designs(8, K, VOCAB):
         sent = sum(c.sent(8, ROWS) for c in design.collectives) / ROWS
         cells = [ms(design_seconds(design, VOCAB, 8, link)) for link in LINKS.values()]
-        rows.append(
-            [design.name, design.objective, kinds(design.collectives), digits(sent), f"{design.shard_bytes:g}", *cells]
-        )
+        said = [design.name, design.objective, kinds(design.collectives)]
+        rows.append([*said, digits(sent), f"{design.shard_bytes:g}", *cells])
     return table(rows)
 
 
