@@ -86,6 +86,21 @@ struct LinearLoss {
   Rows<float> dhidden;  // (N, H), or none
 };
 
+struct LinearLogits {
+  Matrix hidden;    // (N, H)
+  Matrix head;      // (V, H)
+  Vector bias;      // (V), or none
+  Matrix ids;       // (N, K)
+  Rows<float> out;  // (N, K)
+};
+
+struct LinearHiddenGrad {
+  Rows<const float> g;  // (N, K)
+  Matrix ids;           // (N, K)
+  Matrix head;          // (V, H)
+  Rows<float> out;      // (N, H)
+};
+
 struct LinearWeightGrad {
   Rows<const float> g;  // (N, K)
   Matrix ids;           // (N, K)

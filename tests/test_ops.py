@@ -41,8 +41,10 @@ def samples() -> dict[str, tuple]:
         "mass_loss": (student, distinct, values, weights, weights, pack(0.7, mass="tail"), "reference"),
         "mass_grad": (values, distinct, outside, weights, student, student.clone(), pack(0.7), "reference"),
         "scatter": (values, ids, weights, student.clone(), False, "reference"),
-        "linear_select": (hidden, head, bias, 6, 5, CLAMPED, True, False, "reference"),
-        "linear_logits": (hidden, head, bias, ids, CLAMPED),
+        "linear_select": (hidden, head, bias, 6, 5, CLAMPED, True, False, True, "reference"),
+        "linear_logits": (hidden, head, bias, ids, "reference"),
+        "linear_hidden_grad": (values, ids, head, hidden.clone(), "reference"),
+        "linear_tail_logit": (hidden, head, bias, ids, pack(0.7, mass="tail", softcap=3.0), "reference"),
         "linear_loss": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
         "linear_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), "reference"),
         "linear_mass_loss": (
@@ -56,7 +58,7 @@ def samples() -> dict[str, tuple]:
 
 
 OPS = list(samples())
-WRITING = ("scatter", "mass_grad", "linear_weight_grad", "linear_mass_grad")
+WRITING = ("scatter", "mass_grad", "linear_hidden_grad", "linear_weight_grad", "linear_mass_grad")
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -15,13 +15,13 @@ from tests.processes import HANGS
 from topk_rkl import (
     Support,
     linear_teacher_topk,
+    ops,
+    rows,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
     use_backend,
 )
-from topk_rkl.backends import products
-from topk_rkl.objective import Objective
 from topk_rkl.recipe import builders
 from topk_rkl.recipe.builders import (
     difference,
@@ -210,7 +210,7 @@ def test_fixed_ids_from_hidden_states(backend, monkeypatch, normalize: bool, dty
     """Those of the dense logits, ids outside empty, with a few rows of the head gathered at a time."""
     if dtype == torch.float64 and backend != "reference":
         pytest.skip("the reference alone takes float64")
-    monkeypatch.setattr(products, "WEIGHTS", 1_000)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1_000)
     hidden, head, bias = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((2, 5, 8), (40, 8), (40,)))
     ids = torch.randint(-3, 45, (2, 5, 7), device=DEVICE)
     options = {"normalize": normalize, "bias": bias, "logit_scale": 1.5, "softcap": 3.0, "chunk_rows": 3}
@@ -229,8 +229,8 @@ def test_fixed_ids_from_hidden_states_hold_little() -> None:
     """N V is 4.8 MB, N K H 20 MB and V H 1.5 MB, of float32."""
     hidden, head, ids = torch.randn(400, 128), torch.randn(3_000, 128), torch.randint(3_000, (400, 100))
     with LiveBytes() as memory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "WEIGHTS", 400_000)
-        products.logits_at(hidden, head, None, ids, Objective())
+        patch.setattr(rows, "CHUNK_BYTES", 400_000)
+        ops.linear_logits(hidden, head, None, ids, "reference")
     assert 0 < memory.peak < 3_000_000
 
 

@@ -80,8 +80,8 @@ class Options:
     weight_grad: str = "dense"
 
 
-class _RowLoss(torch.autograd.Function):
-    """What the two losses share: six inputs, of which the first, the student's logits, has a gradient."""
+class RowLoss(torch.autograd.Function):
+    """What losses from logits share: of their inputs the first, the student's logits, has a gradient."""
 
     @staticmethod
     @differentiable_once
@@ -91,16 +91,11 @@ class _RowLoss(torch.autograd.Function):
         g: Tensor,  # (..., K)
         ids: Tensor,  # (..., K)
         student: Tensor | None,  # (..., V), to overwrite
-    ) -> Gradients:  # (..., V), and nothing for the other five
-        shape, dtype = ctx.student_like
-        out = torch.empty(shape, dtype=dtype, device=g.device) if student is None else student.detach()
-        ops.scatter(g, ids, grad_output, out, ctx.unique, ctx.backend)
-        if student is not None:
-            torch.autograd.graph.increment_version(student)
-        return out, None, None, None, None, None
+    ) -> Gradients:  # (..., V), and nothing for the others
+        return scattered(ctx, grad_output, g, ids, student), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-class SupportLoss(_RowLoss):
+class SupportLoss(RowLoss):
     """The loss of every row on a support that is given, times its weight."""
 
     @staticmethod
@@ -114,11 +109,11 @@ class SupportLoss(_RowLoss):
         options: Options,
     ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
         loss, g = ops.support_loss(student, ids, log_probs, weights, objective, options.backend, terms=options.terms)
-        _save(ctx, student, g, ids, options, unique=False)
+        keep_row(ctx, student, options, g, ids, unique=False)
         return loss, g
 
 
-class SelectLoss(_RowLoss):
+class SelectLoss(RowLoss):
     """The loss of every row on the teacher's top k, selected in the same pass, times its weight."""
 
     @staticmethod
@@ -132,15 +127,38 @@ class SelectLoss(_RowLoss):
         options: Options,
     ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
         loss, ids, g = ops.select_loss(student, teacher, k, weights, objective, options.backend, terms=options.terms)
-        _save(ctx, student, g, ids, options, unique=True)
+        keep_row(ctx, student, options, g, ids, unique=True)
         return loss, g
 
 
-def _save(ctx: Any, student: Tensor, g: Tensor, ids: Tensor, options: Options, unique: bool) -> None:
+def keep_row(
+    ctx: Any,
+    student: Tensor,  # (..., V)
+    options: Options,
+    *found: Tensor,  # of the forward pass
+    unique: bool,
+) -> None:
+    """What `scattered` needs, and the student's logits last: None unless they are to be overwritten."""
     ctx.student_like = student.shape, student.dtype
     ctx.backend, ctx.unique = options.backend, unique
     # Saved for its version: autograd then refuses a second backward pass, which would find the logits overwritten.
-    save(ctx, g, ids, student if options.overwrite_student_logits else None)
+    save(ctx, *found, student if options.overwrite_student_logits else None)
+
+
+def scattered(
+    ctx: Any,
+    grad_output: Tensor,  # (...), any strides
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    student: Tensor | None,  # (..., V), to overwrite
+) -> Tensor:  # (..., V)
+    shape, dtype = ctx.student_like
+    out = torch.empty(shape, dtype=dtype, device=g.device) if student is None else student.detach()
+    if shape[-1] > 0:  # else this rank's shard of the vocabulary is empty
+        ops.scatter(g, ids, grad_output, out, ctx.unique, ctx.backend)
+    if student is not None:
+        torch.autograd.graph.increment_version(student)
+    return out
 
 
 class MassLoss(torch.autograd.Function):
@@ -211,8 +229,8 @@ class LinearLoss(torch.autograd.Function):
         loss, g, dhidden = ops.linear_loss(
             hidden, head, bias, ids, log_probs, weights, objective, of_hidden, options.backend, terms=options.terms
         )
-        ctx.options, ctx.head_shape, ctx.dtype, ctx.head_dtype = options, head.shape, hidden.dtype, head.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtype = hidden.dtype
+        describe_head(ctx, head, bias, options)
         summed = (g, ids, hidden) if of_head or of_bias else (None, None, None)
         save(ctx, dhidden if of_hidden else None, *summed)
         return loss, g, dhidden
@@ -228,21 +246,9 @@ class LinearLoss(torch.autograd.Function):
         hidden: Any,  # (..., H), as g
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        sparse = of_head and ctx.options.weight_grad == "sparse"
-        dhead = dbias = None
-        if of_hidden:
-            dhidden = times(dhidden, grad_output).to(ctx.dtype)
-        if of_head or of_bias:
-            g = times(g, grad_output)
-        if of_bias:
-            dbias = hidden.new_empty(ctx.head_shape[0], dtype=ctx.bias_dtype)
-        if of_head and not sparse:
-            dhead = hidden.new_empty(ctx.head_shape, dtype=ctx.head_dtype)
-        if dhead is not None or dbias is not None:
-            ops.linear_weight_grad(g, ids, hidden, dhead, dbias, ctx.options.backend)
-        if sparse:
-            dhead = _row_sparse(g, ids, hidden, ctx.head_shape, ctx.head_dtype, ctx.options.backend)
-        return dhidden, dhead, dbias, None, None, None, None, None
+        dhidden = times(dhidden, grad_output).to(ctx.dtype) if of_hidden else None
+        g = times(g, grad_output) if of_head or of_bias else None
+        return dhidden, *head_grads(ctx, g, ids, hidden), None, None, None, None, None
 
 
 class LinearMassLoss(torch.autograd.Function):
@@ -286,6 +292,37 @@ class LinearMassLoss(torch.autograd.Function):
         outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None for wanted, x in asked]
         ops.linear_mass_grad(g, ids, outside, grad_output, hidden, head, bias, *outs, objective, ctx.backend)
         return *outs, None, None, None, None, None, None
+
+
+def describe_head(
+    ctx: Any,
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    options: Options,
+) -> None:
+    """For `head_grads`, which needs no number of them."""
+    ctx.options, ctx.head_shape, ctx.head_dtype = options, head.shape, head.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def head_grads(
+    ctx: Any,
+    g: Any,  # (..., K) times grad_output, or None if neither head nor bias has a gradient
+    ids: Any,  # (..., K), as g
+    hidden: Any,  # (..., H), as g
+) -> Gradients:  # (V, H), (V,)
+    """Of the inputs 1 and 2 of a Function, as sums over all rows."""
+    _, of_head, of_bias = ctx.needs_input_grad[:3]
+    options, dhead, dbias = ctx.options, None, None
+    if of_bias:
+        dbias = hidden.new_empty(ctx.head_shape[0], dtype=ctx.bias_dtype)
+    if of_head and options.weight_grad == "dense":
+        dhead = hidden.new_empty(ctx.head_shape, dtype=ctx.head_dtype)
+    if dhead is not None or dbias is not None:
+        ops.linear_weight_grad(g, ids, hidden, dhead, dbias, options.backend)
+    if of_head and options.weight_grad == "sparse":
+        dhead = _row_sparse(g, ids, hidden, ctx.head_shape, ctx.head_dtype, options.backend)
+    return dhead, dbias
 
 
 def _row_sparse(

@@ -171,17 +171,19 @@ def require_same_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
 def require_logits(
     name: str,
     x: Tensor,  # (..., V)
+    sharded: bool = False,  # a rank may have no token
 ) -> None:
     require_tensor(name, x, FLOATS)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    if x.dim() == 0 or (x.shape[-1] == 0 and not sharded):
         raise ValueError(f"{name} has shape {shape_of(x)}; it must be (..., V) with V of at least 1")
 
 
 def require_constant_logits(
     name: str,
     x: Tensor,  # (..., V)
+    sharded: bool = False,
 ) -> None:
-    require_logits(name, x)
+    require_logits(name, x, sharded)
     require_constant(name, x)
 
 
@@ -205,10 +207,11 @@ def require_teacher_logits(
     x: Tensor,  # (..., V)
     k: int | None,
     renormalized: bool = True,
+    sharded: bool = False,
 ) -> int:
-    """K, as an int."""
-    require_constant_logits(name, x)
-    k = require_k(k, x.shape[-1], name)
+    """K, as an int. Of a shard, no rank knows V by itself."""
+    require_constant_logits(name, x, sharded)
+    k = require_k(k, LARGEST if sharded else x.shape[-1], name)
     if renormalized:
         warn_of_single_slot(k)
     return k
@@ -280,6 +283,7 @@ def require_head(
     weight: Tensor,  # (V, H)
     bias_name: str,
     bias: Tensor | None,  # (V,)
+    sharded: bool = False,  # a rank may have no token
 ) -> None:
     require_tensor(hidden_name, hidden, FLOATS)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -292,7 +296,7 @@ def require_head(
     if isinstance(weight, Tensor) and not weight.is_floating_point():
         raise TypeError(f"{weight_name} is {weight.dtype}; a quantised head must be given dequantised, (V, H) floats")
     require_tensor(weight_name, weight, FLOATS)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has shape {shape_of(weight)} and {hidden_name} {shape_of(hidden)}; the head must be "
             f"(V, H), a row of H = {hidden.shape[-1]} per token, as nn.Linear keeps it (a sharded one: gathered first)"
@@ -316,9 +320,10 @@ def require_linear_teacher(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     chunk_rows: int | None,
+    sharded: bool = False,
 ) -> int | None:
     """chunk_rows, as an int."""
-    require_head("teacher_hidden", hidden, "teacher_weight", weight, "bias", bias)
+    require_head("teacher_hidden", hidden, "teacher_weight", weight, "bias", bias, sharded)
     for name, x in (("teacher_hidden", hidden), ("teacher_weight", weight), ("bias", bias)):
         if x is not None:
             require_constant(name, x)

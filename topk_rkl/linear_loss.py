@@ -11,6 +11,10 @@ from topk_rkl.backends import requested
 from topk_rkl.divergence import REVERSE_KL, Divergence, Mass, Terms
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
+from topk_rkl.parallel.agreement import refused_together, shards_of
+from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.logits import linear_select
+from topk_rkl.parallel.losses import linear_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
 
@@ -28,6 +32,7 @@ def linear_teacher_topk(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
+    group: Group | None = None,
 ) -> Support:
     """`teacher_topk` of the logits teacher_hidden @ teacher_weight.T + bias, which never exist all at once.
 
@@ -47,6 +52,7 @@ def linear_teacher_topk(
         logits_dtype: None for logits of the inputs' dtype, as the model itself would make them. torch.float32 for
             products summed in float32, as `linear_topk_reverse_kl` sums the student's. A 16-bit teacher is then at
             distance 0 from itself but for the order of those sums. Inputs of different dtypes always give float32.
+        group: the ranks that share the vocabulary; see `linear_topk_reverse_kl`. k is then at most V over all ranks.
 
     Returns:
         Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64). They hold logits, or
@@ -55,15 +61,20 @@ def linear_teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows)
-    k = checks.require_k(k, len(teacher_weight), "teacher_hidden @ teacher_weight.T")
-    checks.warn_of_single_slot(k)
-    checks.require_flag("normalize", normalize)
-    _require_logits_dtype(logits_dtype, teacher_hidden)
-    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    group = require_group(group)
+    sharded = group is not None
+    with refused_together(group, teacher_hidden):
+        chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows, sharded)
+        vocab = checks.LARGEST if sharded else len(teacher_weight)
+        k = checks.require_k(k, vocab, "teacher_hidden @ teacher_weight.T")
+        checks.warn_of_single_slot(k)
+        checks.require_flag("normalize", normalize)
+        _require_logits_dtype(logits_dtype, teacher_hidden)
+        logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
     given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
+    shards = shards_of(group, teacher_hidden, None, teacher_weight.T, k, normalize=normalize, logits_dtype=logits_dtype)
     full = logits_dtype is not None
-    return Support(*ops.linear_select(*given, k, chunk_rows, objective, normalize, full, requested()))
+    return Support(*linear_select(*given, k, chunk_rows, objective, normalize, full, requested(), shards))
 
 
 def linear_topk_reverse_kl(
@@ -80,6 +91,7 @@ def linear_topk_reverse_kl(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     weight_grad: WeightGrad = "dense",
+    group: Group | None = None,
 ) -> Tensor:  # (...) or ()
     """`topk_reverse_kl` of the logits that the student's head would make of its hidden states, without making them.
 
@@ -102,6 +114,9 @@ def linear_topk_reverse_kl(
         weight_grad: "dense", (V, H); or "sparse", a row-sparse gradient over the ids that occur, as nn.Embedding with
             sparse=True gives and torch.optim.SparseAdam and SGD take. "sparse" needs a student_weight that is a leaf.
             Its number of rows is read on the host: not within a CUDA graph or torch.compile(fullgraph=True).
+        group: the ranks that share the vocabulary; see `topk_reverse_kl`. Weight, bias and teacher logits are then this
+            rank's shard, (V_local, H), (V_local,) and (..., V_local). The hidden states are the same on every rank. So
+            is their gradient, which is summed over the ranks: pass them as they are before a column-parallel head.
 
     Returns:
         float32, or float64 from float64. Dot products are summed in float32. So are the gradients of head and bias, in
@@ -114,7 +129,7 @@ def linear_topk_reverse_kl(
     return linear_topk_divergence(
         student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
         temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
-        softcap=softcap, weight_grad=weight_grad,
+        softcap=softcap, weight_grad=weight_grad, group=group,
     )  # fmt: skip
 
 
@@ -135,6 +150,7 @@ def linear_topk_divergence(
     softcap: float | None = None,
     weight_grad: WeightGrad = "dense",
     sampled_ids: Tensor | None = None,  # (...)
+    group: Group | None = None,
 ) -> Tensor:  # (...) or ()
     """`linear_topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
@@ -150,26 +166,34 @@ def linear_topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    checks.require_head(
-        "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias
-    )
-    checks.require_plain(
-        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
-        weights=weights,
+    group = require_group(group)
+    sharded = group is not None
+    given = student_hidden, student_weight, student_bias
+    with refused_together(group, student_hidden):
+        checks.require_head("student_hidden", given[0], "student_weight", given[1], "student_bias", given[2], sharded)
+        checks.require_plain(
+            student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
+            weights=weights,
+        )  # fmt: skip
+        checks.require_weights(weights, student_hidden, "student_hidden")
+        checks.require_temperature(temperature)
+        require_reduction(reduction, denominator, student_hidden)
+        logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+        _require_weight_grad(weight_grad, mass, student_weight)
+        require_objective(divergence, mass)
+        checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
+        k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden", sharded)
+    shards = shards_of(
+        group, student_hidden, student_weight.T, teacher, k, divergence, mass, temperature, logit_scale=logit_scale,
+        softcap=softcap, backward=torch.is_grad_enabled() and student_hidden.requires_grad,
     )  # fmt: skip
-    checks.require_weights(weights, student_hidden, "student_hidden")
-    checks.require_temperature(temperature)
-    require_reduction(reduction, denominator, student_hidden)
-    logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
-    _require_weight_grad(weight_grad, mass, student_weight)
-    require_objective(divergence, mass)
-    checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
-    k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden")
     weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
     objective = pack(temperature, divergence, mass, logit_scale, softcap)
     terms = None if isinstance(divergence, Divergence) else divergence
-    given, options = (student_hidden, student_weight, student_bias), Options(backend, terms, weight_grad=weight_grad)
-    if mass != "renormalized":
+    options = Options(backend, terms, weight_grad=weight_grad)
+    if shards is not None:
+        per_token = sharded_loss(*given, teacher, k, sampled_ids, weights, objective, options, shards)
+    elif mass != "renormalized":
         compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, backend)
         per_token = LinearMassLoss.apply(*given, *compared, weights, objective, options)
     else:
@@ -192,6 +216,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         weight_grad: WeightGrad = "dense",
+        group: Group | None = None,
     ) -> None:
         super().__init__()
         divergence = REVERSE_KL if divergence is None else divergence
@@ -204,6 +229,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
             "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad,
+            "group": require_group(group),
         }  # fmt: skip
 
     def forward(
@@ -238,10 +264,11 @@ class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         weight_grad: WeightGrad = "dense",
+        group: Group | None = None,
     ) -> None:
         super().__init__(
             k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction, logit_scale=logit_scale,
-            softcap=softcap, weight_grad=weight_grad,
+            softcap=softcap, weight_grad=weight_grad, group=group,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topk_rkl import checks, ops
+from topk_rkl import checks
 from topk_rkl.autograd import MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
 from topk_rkl.divergence import (
@@ -41,6 +41,10 @@ from topk_rkl.linear_loss import (
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
 from topk_rkl.overwrite import require_overwritable
+from topk_rkl.parallel.agreement import refused_together, shards_of
+from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.logits import select
+from topk_rkl.parallel.losses import logits_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
 
@@ -48,6 +52,7 @@ __all__ = [
     "AlphaBeta",
     "Divergence",
     "ForwardKL",
+    "Group",
     "JensenShannon",
     "LinearTopKDivergenceLoss",
     "LinearTopKReverseKLLoss",
@@ -77,6 +82,7 @@ def teacher_topk(
     k: int,
     *,
     normalize: bool = False,
+    group: Group | None = None,
 ) -> Support:
     """The K largest logits of each position: exactly the first K of a stable sort by (value descending, id ascending).
 
@@ -85,6 +91,7 @@ def teacher_topk(
         k: 1 <= k <= V.
         normalize: returns true log-probs instead of logits, the logsumexp over V taken in the same pass. The loss
             needs no more than the logits, as a constant per row cancels.
+        group: the ranks that share the vocabulary; see `topk_reverse_kl`. k is then at most V over all ranks.
 
     Returns:
         Support with ids (..., K) int32 and log_probs (..., K) float32 (float64 from float64). Logits of -inf are never
@@ -94,9 +101,12 @@ def teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    k = checks.require_teacher_logits("teacher_logits", teacher_logits, k)
-    checks.require_flag("normalize", normalize)
-    return Support(*ops.select(teacher_logits, k, normalize, requested()))
+    group = require_group(group)
+    with refused_together(group, teacher_logits):
+        k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, sharded=group is not None)
+        checks.require_flag("normalize", normalize)
+    shards = shards_of(group, teacher_logits, None, teacher_logits, k, normalize=normalize)
+    return Support(*select(teacher_logits, k, normalize, requested(), shards))
 
 
 def topk_reverse_kl(
@@ -109,6 +119,7 @@ def topk_reverse_kl(
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
+    group: Group | None = None,
 ) -> Tensor:  # (...) or ()
     """Reverse KL between student and teacher, both renormalised on the K tokens the teacher ranks highest.
 
@@ -136,6 +147,10 @@ def topk_reverse_kl(
             them, a second backward pass included, still needs them. A leaf is refused: its `.grad` would be its own
             memory. Autograd takes all views of a tensor for one: of logits[:2] and logits[2:] only one can be
             overwritten. The option is ignored under torch.compile, which plans memory itself.
+        group: the ranks that share the vocabulary, as a ProcessGroup or a DeviceMesh of one dimension. Logits are then
+            this rank's shard, (..., V_local): shards follow one another in the order of the ranks, may differ in
+            length, and may be empty. Ids are those of the whole vocabulary. All other arguments are the same on every
+            rank, and so is the result. None: the vocabulary is whole.
 
     Returns:
         float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN
@@ -148,7 +163,7 @@ def topk_reverse_kl(
     """
     return topk_divergence(
         student_logits, teacher, k=k, weights=weights, temperature=temperature, reduction=reduction,
-        denominator=denominator, overwrite_student_logits=overwrite_student_logits,
+        denominator=denominator, overwrite_student_logits=overwrite_student_logits, group=group,
     )  # fmt: skip
 
 
@@ -165,6 +180,7 @@ def topk_divergence(
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
     sampled_ids: Tensor | None = None,  # (...)
+    group: Group | None = None,
 ) -> Tensor:  # (...) or ()
     """`topk_reverse_kl` with any divergence, and with what both sides leave outside S.
 
@@ -187,7 +203,7 @@ def topk_divergence(
     forward KL has the gradient of r there, where the published one has that of r - log r.
 
     Args:
-        student_logits, teacher, k, weights, temperature, reduction, denominator, overwrite_student_logits: see
+        student_logits, teacher, k, weights, temperature, reduction, denominator, overwrite_student_logits, group: see
             `topk_reverse_kl`. A Support must hold true log-probs where mass is not "renormalized", such as of
             teacher_topk(..., normalize=True), at temperature 1: K of them do not tell the normaliser at another. 1 - Q
             is then at least half the epsilon of their dtype. The first slot counts of an id given twice. A position
@@ -212,22 +228,29 @@ def topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    checks.require_logits("student_logits", student_logits)
-    checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
-    checks.require_weights(weights, student_logits)
-    checks.require_temperature(temperature)
-    require_reduction(reduction, denominator, student_logits)
-    require_objective(divergence, mass)
-    checks.require_flag("overwrite_student_logits", overwrite_student_logits)
-    checks.require_sampled_for_mass(sampled_ids, mass, student_logits, "student_logits")
-    overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
-    if overwrite_student_logits:
-        require_overwritable(student_logits)
-    k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits")
+    group = require_group(group)
+    sharded = group is not None
+    with refused_together(group, student_logits):
+        checks.require_logits("student_logits", student_logits, sharded)
+        checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
+        checks.require_weights(weights, student_logits)
+        checks.require_temperature(temperature)
+        require_reduction(reduction, denominator, student_logits)
+        require_objective(divergence, mass)
+        checks.require_flag("overwrite_student_logits", overwrite_student_logits)
+        checks.require_sampled_for_mass(sampled_ids, mass, student_logits, "student_logits")
+        overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
+        if overwrite_student_logits:
+            require_overwritable(student_logits)
+        k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
+    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature)
     weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
     objective = pack(temperature, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
-    if mass != "renormalized":
+    if shards is not None:
+        given = (student_logits, teacher, k, sampled_ids, weights)
+        per_token = sharded_loss(*given, objective, options, shards)
+    elif mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)
     elif isinstance(teacher, Support):
@@ -249,6 +272,7 @@ class TopKDivergenceLoss(nn.Module):
         temperature: float = 1.0,
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
+        group: Group | None = None,
     ) -> None:
         super().__init__()
         divergence = REVERSE_KL if divergence is None else divergence
@@ -259,7 +283,7 @@ class TopKDivergenceLoss(nn.Module):
         k = checks.require_count("k", k)
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "overwrite_student_logits": overwrite_student_logits,
+            "overwrite_student_logits": overwrite_student_logits, "group": require_group(group),
         }  # fmt: skip
 
     def forward(
@@ -289,8 +313,9 @@ class TopKReverseKLLoss(TopKDivergenceLoss):
         temperature: float = 1.0,
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
+        group: Group | None = None,
     ) -> None:
         super().__init__(
             k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction,
-            overwrite_student_logits=overwrite_student_logits,
+            overwrite_student_logits=overwrite_student_logits, group=group,
         )  # fmt: skip

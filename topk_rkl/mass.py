@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from topk_rkl import ops
-from topk_rkl.objective import pack
+from topk_rkl.parallel.agreement import Shards
+from topk_rkl.parallel.logits import select, teacher_logit, teacher_tail
 from topk_rkl.rows import live_slots, repeats
 from topk_rkl.support import Support, true_log_probs
 
@@ -15,10 +15,11 @@ LAST = torch.iinfo(torch.int32).max
 def classes(
     teacher: Tensor | Support,  # (..., V_teacher) logits, or a Support of (..., K)
     k: int | None,
-    student_vocab: int,
+    student_vocab: int | Tensor,
     temperature: float,
     sampled_ids: Tensor | None,  # (...), which get a slot of their own behind the others, empty where S has them
     backend: str,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # ids (..., K), log_probs (..., K), tail (...) float64
     """Of an id that is given twice the first slot counts; empty slots come last.
 
@@ -31,15 +32,15 @@ def classes(
         bad = (teacher.ids >= 0) & ~(teacher.log_probs < torch.inf)  # dropped ones too
         return ids, log_probs, _log_tail(log_probs).masked_fill(bad.any(-1), torch.nan)
     assert k is not None
-    ids, log_probs = ops.select(teacher, k, False, backend)
-    ids, log_probs = _distinct(ids, log_probs, student_vocab)
+    teacher_vocab = teacher.shape[-1] if shards is None else shards.teacher[-1]
+    ids, log_probs = _distinct(*select(teacher, k, False, backend, shards), student_vocab)
     if sampled_ids is not None:
         y = sampled_ids[..., None]
-        named = (ids == y).any(-1, keepdim=True) | (y < 0) | (y >= min(student_vocab, teacher.shape[-1]))
+        named = (ids == y).any(-1, keepdim=True) | (y < 0) | (y >= student_vocab) | (y >= teacher_vocab)
         y = y.masked_fill(named, -1).to(ids.dtype)
-        value = teacher.gather(-1, y.clamp(min=0).long()).masked_fill(named, -torch.inf)
+        value = teacher_logit(teacher, y, shards).masked_fill(named, -torch.inf)
         ids, log_probs = torch.cat((ids, y), -1), torch.cat((log_probs, value.to(log_probs.dtype)), -1)
-    return ids, log_probs, ops.tail_logit(teacher, ids, pack(temperature), backend)
+    return ids, log_probs, teacher_tail(teacher, ids, temperature, backend, shards)
 
 
 def _distinct(

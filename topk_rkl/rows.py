@@ -18,7 +18,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
 def live_slots(
     ids: Tensor,  # (..., K)
     log_probs: Tensor,  # (..., K)
-    vocab: int,
+    vocab: int | Tensor,
 ) -> Tensor:  # (..., K) bool: the slot is in S
     return (ids >= 0) & (ids < vocab) & (log_probs != -torch.inf)
 

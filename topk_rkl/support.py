@@ -64,6 +64,7 @@ def require_teacher(
     temperature: float,
     student: Tensor,  # (..., V) or (..., H)
     student_name: str,
+    sharded: bool = False,
 ) -> int | None:
     """K of teacher logits, as an int, and None of a Support."""
     if isinstance(teacher, Support):
@@ -85,7 +86,7 @@ def require_teacher(
         raise TypeError("teacher is a plain tuple or list; wrap it: Support(ids, log_probs)")
     if not isinstance(teacher, Tensor):
         raise TypeError(f"teacher is {checks.kind_of(teacher)}; it must be a (..., V) tensor of logits or a Support")
-    k = checks.require_teacher_logits("teacher", teacher, k, mass == "renormalized")
+    k = checks.require_teacher_logits("teacher", teacher, k, mass == "renormalized", sharded)
     checks.require_same_positions("teacher", teacher, student, student_name=student_name)
     return k
 

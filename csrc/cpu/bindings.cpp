@@ -19,5 +19,7 @@ PYBIND11_MODULE(_native, m) {
   define(m, "mass_loss", mass_loss);
   define(m, "mass_grad", mass_grad);
   define(m, "linear_loss", linear_loss);
+  define(m, "linear_logits", linear_logits);
+  define(m, "linear_hidden_grad", linear_hidden_grad);
   define(m, "linear_weight_grad", linear_weight_grad);
 }

@@ -23,6 +23,8 @@ void tail_logit(const TailLogit& op, int threads);
 void mass_loss(const MassLoss& op, int threads);
 void mass_grad(const MassGrad& op, int threads);
 void linear_loss(const LinearLoss& op, int threads);
+void linear_logits(const LinearLogits& op, int threads);
+void linear_hidden_grad(const LinearHiddenGrad& op, int threads);
 void linear_weight_grad(const LinearWeightGrad& op, int threads);  // of fewer than 2^32 slots
 
 }  // namespace topk_rkl

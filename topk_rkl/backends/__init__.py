@@ -91,18 +91,19 @@ def choose(
     divergence: Code | Terms = REVERSE_CODE,
     mass: str = "renormalized",
     linear: bool = False,
+    function: str | None = None,
 ) -> ModuleType:
     """The backend module that serves these logits: the one named, or for "auto" the fastest that can take them all.
 
-    With `linear` they are hidden states, which meet K rows of the head.
+    With `linear` they are hidden states, which meet K rows of the head. `function` is one that some backends lack.
     """
     _check_name(name, "TOPK_RKL_BACKEND")
     if name != "auto":
-        if reason := _first_refusal(name, k, logits, divergence, mass):
+        if reason := _first_refusal(name, k, logits, divergence, mass, function):
             raise RuntimeError(f"the {name!r} backend cannot take these tensors: {reason}")
         return _load(name)
     fastest = _fastest(k, logits[0], CUDA_LINEAR_FROM_K if linear else CUDA_FROM_K)
-    able = (name for name in fastest if not _first_refusal(name, k, logits, divergence, mass))
+    able = (name for name in fastest if not _first_refusal(name, k, logits, divergence, mass, function))
     return _load(next(able, "reference"))
 
 
@@ -160,9 +161,15 @@ def _fastest(k: int, like: Tensor, cuda_from_k: int | None) -> tuple[str, ...]:
     return ("triton",) if cuda_from_k is None or k < cuda_from_k else ("cuda", "triton")
 
 
-def _first_refusal(name: str, k: int, logits: tuple[Tensor, ...], divergence: Code | Terms, mass: str) -> str | None:
+def _first_refusal(
+    name: str, k: int, logits: tuple[Tensor, ...], divergence: Code | Terms, mass: str, function: str | None
+) -> str | None:
     reasons = (_refusal(name, k, x) for x in logits)
-    return next(filter(None, reasons), None) or _objective_refusal(name, divergence, mass)
+    if reason := next(filter(None, reasons), None) or _objective_refusal(name, divergence, mass):
+        return reason
+    if function is not None and not hasattr(_load(name), function):
+        return f"it has no kernel for {function}; use 'triton' or 'auto'"
+    return None
 
 
 def _refusal(name: str, k: int, logits: Tensor) -> str | None:

@@ -220,6 +220,44 @@ class Compiled:
             on.rows("dhidden", dhidden, (n, width)),
         )
 
+    def linear_logits(
+        self,
+        hidden: Tensor,  # (N, H)
+        head: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        ids: Tensor,  # (N, K)
+        out: Tensor,  # (N, K) float32
+    ) -> None:
+        on, (n, k), (vocab, width) = self._on(hidden), self._slots(ids), head.shape
+        same_rows("hidden", hidden, n, width)
+        self.call(
+            "linear_logits",
+            hidden,
+            on.matrix("hidden", hidden),
+            on.matrix("head", head),
+            on.vector("bias", bias, vocab),
+            on.matrix("ids", ids, INTEGERS),
+            on.rows("out", out, (n, k)),
+        )
+
+    def linear_hidden_grad(
+        self,
+        g: Tensor,  # (N, K)
+        ids: Tensor,  # (N, K)
+        head: Tensor,  # (V, H)
+        out: Tensor,  # (N, H) float32, overwritten
+    ) -> None:
+        on, (n, k) = self._on(head), self._slots(ids)
+        g = g.float().contiguous()
+        self.call(
+            "linear_hidden_grad",
+            head,
+            on.rows("g", g, (n, k)),
+            on.matrix("ids", ids, INTEGERS),
+            on.matrix("head", head),
+            on.rows("out", out, (n, head.shape[1])),
+        )
+
     def linear_weight_grad(
         self,
         g: Tensor,  # (N, K)

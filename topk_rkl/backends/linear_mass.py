@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl.backends import products
-from topk_rkl.backends.reference import mass_slots_loss
+from topk_rkl.backends.reference import as_logit, mass_slots_loss
 from topk_rkl.divergence import capped
 from topk_rkl.objective import Objective
 from topk_rkl.rows import live_slots, result_dtype, times
@@ -24,24 +24,10 @@ def linear_mass_loss(
     outside: Tensor,  # (N, 2) float64, written
 ) -> None:
     """reference.mass_loss of the logits that the head would make of the hidden states; g is with respect to those."""
-    n, vocab, dtype, temperature = len(ids), len(head), result_dtype(hidden), objective.temperature
+    vocab = len(head)
     g.zero_()  # first of all the logits
-    peak = hidden.new_full((n,), -torch.inf, dtype=torch.float64)
-    total = torch.zeros_like(peak)
-    for tokens in products.token_blocks(ids, hidden, vocab):
-        weight, biases = head[tokens].to(dtype), None if bias is None else bias[tokens]
-        for rows in products.row_blocks(ids, hidden):
-            logits, _ = capped(products.product(hidden[rows], weight, biases), objective.logit_scale, objective.softcap)
-            within, place = products.inside(ids[rows], tokens)
-            within &= live_slots(ids[rows], log_probs[rows], vocab)
-            products.add_at(g[rows], logits, within, place)
-            logits = _put(logits, within, place, -torch.inf)
-            higher = torch.maximum(peak[rows], logits.amax(1).double())
-            base = torch.where(higher == -torch.inf, 0, higher)
-            added = logits.sub_(base[:, None].to(dtype)).div_(temperature).exp_().sum(1, dtype=torch.float64)
-            total[rows] = total[rows] * ((peak[rows] - base) / temperature).exp() + added
-            peak[rows] = higher
-    peak = torch.where(peak == -torch.inf, 0, peak)
+    named = torch.where(live_slots(ids, log_probs, vocab), ids, -1)
+    peak, total = _outside(hidden, head, bias, named, objective, g)
     for rows in products.slot_blocks(ids):
         live = live_slots(ids[rows], log_probs[rows], vocab)
         of_rows = None if weights is None else weights[rows]
@@ -49,6 +35,46 @@ def linear_mass_loss(
             g[rows], log_probs[rows], live, peak[rows], total[rows], tail[rows], of_rows, objective
         )
     outside[:, 0] = peak
+
+
+def linear_tail_logit(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (N, K)
+    objective: Objective,
+    out: Tensor,  # (N,) float64, written
+) -> None:
+    """reference.tail_logit of the logits that the head would make of the hidden states."""
+    out.copy_(as_logit(*_outside(hidden, head, bias, ids, objective), objective.temperature))
+
+
+def _outside(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (N, K)
+    objective: Objective,
+    logits_at: Tensor | None = None,  # (N, K), to which those at ids are added
+) -> tuple[Tensor, Tensor]:  # (N,), (N,) float64
+    """Of the tokens that no id names: the largest logit, or 0 for -inf, and the sum of exp((logit - it) / T)."""
+    dtype, temperature = result_dtype(hidden), objective.temperature
+    peak = hidden.new_full((len(ids),), -torch.inf, dtype=torch.float64)
+    total = torch.zeros_like(peak)
+    for tokens in products.token_blocks(ids, hidden, len(head)):
+        weight, biases = head[tokens].to(dtype), None if bias is None else bias[tokens]
+        for rows in products.row_blocks(ids, hidden):
+            logits, _ = capped(products.product(hidden[rows], weight, biases), objective.logit_scale, objective.softcap)
+            within, place = products.inside(ids[rows], tokens)
+            if logits_at is not None:
+                products.add_at(logits_at[rows], logits, within, place)
+            logits = _put(logits, within, place, -torch.inf)
+            higher = torch.maximum(peak[rows], logits.amax(1).double())
+            base = torch.where(higher == -torch.inf, 0, higher)
+            added = logits.sub_(base[:, None].to(dtype)).div_(temperature).exp_().sum(1, dtype=torch.float64)
+            total[rows] = total[rows] * ((peak[rows] - base) / temperature).exp() + added
+            peak[rows] = higher
+    return torch.where(peak == -torch.inf, 0, peak), total
 
 
 def linear_mass_grad(

@@ -30,3 +30,4 @@ _ops = Compiled("native", _call, device=torch.device("cpu"), max_slots=2**32)
 select, support_loss, select_loss, scatter = _ops.select, _ops.support_loss, _ops.select_loss, _ops.scatter
 tail_logit, mass_loss, mass_grad = _ops.tail_logit, _ops.mass_loss, _ops.mass_grad
 linear_loss, linear_weight_grad = _ops.linear_loss, _ops.linear_weight_grad
+linear_logits, linear_hidden_grad = _ops.linear_logits, _ops.linear_hidden_grad

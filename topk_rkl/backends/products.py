@@ -78,28 +78,6 @@ def all_logits(
     return out
 
 
-def logits_at(
-    hidden: Tensor,  # (N, H)
-    head: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    ids: Tensor,  # (N, K)
-    objective: Objective,
-) -> Tensor:  # (N, K), -inf at ids outside the vocabulary
-    """Of the tokens named alone, whose rows of the head are gathered some at a time."""
-    known = (ids >= 0) & (ids < len(head))
-    columns = torch.where(known, ids, 0).long()
-    dtype, width = result_dtype(hidden), hidden.shape[1]
-    raw = hidden.new_empty(ids.shape, dtype=dtype)
-    row_bytes = width * dtype.itemsize
-    for slots in chunks(ids.shape[1], row_bytes, WEIGHTS):
-        for rows in chunks(len(ids), (slots.stop - slots.start) * row_bytes, WEIGHTS):
-            kept = head[columns[rows, slots]].to(dtype)  # (n, k, H)
-            raw[rows, slots] = (kept * hidden[rows, None].to(dtype)).sum(2)
-    if bias is not None:
-        raw += bias[columns]
-    return torch.where(known, capped(raw, objective.logit_scale, objective.softcap)[0], -torch.inf)
-
-
 def inside(
     ids: Tensor,  # (n, K)
     tokens: slice,

@@ -4,6 +4,8 @@ Every function writes into outputs that it is given: float32, or float64 from fl
 Rows are taken in chunks. The numbers of bytes per row are what a chunk holds at its peak, temporaries included.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -231,19 +233,66 @@ def linear_loss(
     g is the gradient with respect to hidden @ head.T + bias, so that dhidden = sum_j g[:, j] head[ids[:, j]]. All is
     times the weight of the row.
     """
-    vocab, width = head.shape
-    for rows in chunks(len(ids), bytes_per_row=24 * ids.shape[1] * width):
-        columns = torch.where(live_slots(ids[rows], log_probs[rows], vocab), ids[rows], 0).long()
-        kept = head[columns].double()  # (n, K, H)
-        raw = torch.einsum("nkh,nh->nk", kept, hidden[rows].double())
-        if bias is not None:
-            raw = raw + bias[columns]
+    vocab = len(head)
+    raw = torch.empty_like(g)
+    linear_logits(hidden, head, bias, torch.where(live_slots(ids, log_probs, vocab), ids, -1), raw)
+    of_hidden = torch.empty_like(g, dtype=torch.float64)
+    for rows in chunks(len(ids), bytes_per_row=GATHERED * ids.shape[1]):
         of_rows = None if weights is None else weights[rows]
-        loss[rows], draw = raw_slots_loss(raw, ids[rows], log_probs[rows], of_rows, vocab, objective)
-        g[rows] = draw
-        if dhidden is not None:
-            kept = kept.masked_fill((draw == 0)[..., None], 0)
-            dhidden[rows] = torch.einsum("nkh,nk->nh", kept, draw).to(dhidden.dtype)
+        loss[rows], of_hidden[rows] = raw_slots_loss(
+            raw[rows].double(), ids[rows], log_probs[rows], of_rows, vocab, objective
+        )
+    g.copy_(of_hidden)
+    if dhidden is not None:
+        linear_hidden_grad(of_hidden, ids, head, dhidden)
+
+
+def linear_logits(
+    hidden: Tensor,  # (N, H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (N, K)
+    out: Tensor,  # (N, K), written
+) -> None:
+    """hidden @ head[id] + bias[id], rounded once, and 0 at ids outside [0, V), whatever the row that stands in."""
+    known = (ids >= 0) & (ids < len(head))
+    for rows, slots in _blocks(ids, head):
+        columns = torch.where(known[rows, slots], ids[rows, slots], 0).long()
+        raw = torch.einsum("nkh,nh->nk", head[columns].double(), hidden[rows].double())
+        if bias is not None:
+            raw += bias[columns]
+        out[rows, slots] = raw.masked_fill_(~known[rows, slots], 0).to(out.dtype)
+
+
+def linear_hidden_grad(
+    g: Tensor,  # (N, K)
+    ids: Tensor,  # (N, K)
+    head: Tensor,  # (V, H)
+    out: Tensor,  # (N, H), written
+) -> None:
+    """out[i] = the sum over the slots j of g[i, j] head[ids[i, j]].
+
+    Slots with g = 0 or an id outside [0, V) are left out, whatever their rows hold.
+    """
+    live = (ids >= 0) & (ids < len(head)) & (g != 0)
+    total = torch.zeros_like(out, dtype=torch.float64)
+    for rows, slots in _blocks(ids, head):
+        some = live[rows, slots]
+        kept = head[torch.where(some, ids[rows, slots], 0).long()].double()
+        kept.masked_fill_(~some[..., None], 0)
+        total[rows] += torch.einsum("nkh,nk->nh", kept, torch.where(some, g[rows, slots], 0).double())
+    out.copy_(total)
+
+
+def _blocks(
+    ids: Tensor,  # (N, K)
+    head: Tensor,  # (V, H)
+) -> Iterator[tuple[slice, slice]]:
+    """Rows by slots, so few that their rows of the head may be gathered."""
+    n, k = ids.shape
+    slot_bytes = 24 * head.shape[1]
+    for slots in chunks(k, slot_bytes):
+        yield from ((rows, slots) for rows in chunks(n, (slots.stop - slots.start) * slot_bytes))
 
 
 def raw_slots_loss(

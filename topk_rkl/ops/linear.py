@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from topk_rkl.backends import choose, choose_linear, choose_plain
-from topk_rkl.backends.products import LOGITS, all_logits, logits_at
+from topk_rkl.backends.products import LOGITS, all_logits
 from topk_rkl.divergence import Terms, capped
 from topk_rkl.objective import unpack
-from topk_rkl.ops.op import Pair, Triple, contiguous, new, op, rows_of
+from topk_rkl.ops.op import Triple, contiguous, new, op, rows_of
 from topk_rkl.rows import chunks, result_dtype, row_views
 
 LINEAR_BYTES = 128 << 20  # of logits at a time: enough rows for a matrix product at full speed
@@ -25,21 +25,24 @@ def linear_select(
     objective: Tensor | None,
     normalize: bool,
     full: bool,
+    totals: bool,
     backend: str,
-) -> Iterator[Pair]:  # ids (..., K) int32, log_probs (..., K)
+) -> Iterator[Triple]:  # ids (..., K) int32, log_probs (..., K), total (...) float64, or (0,) without `totals`
     """Logits some rows at a time in one buffer, and `select` on those.
 
-    By the platform's own matrix product; or, if `full` or where the dtypes differ, by one in float32 (float64).
+    By the platform's own matrix product; or, if `full` or where the dtypes differ, by one in float32 (float64). The
+    total of a row is the logsumexp of its logits, NaN where one is +inf.
     """
     ids, log_probs = new(hidden, k, torch.int32), new(hidden, k)
-    yield ids, log_probs
+    total = new(hidden, dtype=torch.float64) if totals else hidden.new_empty(0, dtype=torch.float64)
+    yield ids, log_probs, total
     vocab, dtype, at = head.shape[0], result_dtype(hidden), unpack(objective)
     full |= any(x is not None and x.dtype != hidden.dtype for x in (head, bias))
     buffer_dtype = dtype if full else hidden.dtype
     chunk_rows = chunk_rows or max(1, LINEAR_BYTES // (vocab * buffer_dtype.itemsize))
     buffer = hidden.new_empty((min(chunk_rows, hidden.shape[:-1].numel()), vocab), dtype=buffer_dtype)
     module = choose(backend, k, buffer)
-    for rows, *outputs in row_views(hidden, ids, log_probs):
+    for rows, of_rows, *outputs in row_views(hidden, total if totals else None, ids, log_probs):
         for some in chunks(len(rows), 1, chunk_rows):
             logits = buffer[: len(rows[some])]
             if full:
@@ -52,6 +55,10 @@ def linear_select(
                 for few in chunks(len(logits), vocab * dtype.itemsize, LOGITS):
                     logits[few] = capped(logits[few].to(dtype), at.logit_scale, at.softcap)[0]
             module.select(logits, normalize, *(x[some] for x in outputs))
+            if of_rows is not None:
+                for few in chunks(len(logits), vocab * total.itemsize, LOGITS):
+                    of_rows[some][few] = logits[few].double().logsumexp(1)
+    total.masked_fill_(total == torch.inf, torch.nan)
 
 
 @op()
@@ -60,13 +67,34 @@ def linear_logits(
     head: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     ids: Tensor,  # (..., K)
-    objective: Tensor | None,
+    backend: str,
 ) -> Iterator[Tensor]:  # (..., K)
-    """The logits at ids, -inf outside the vocabulary, in plain PyTorch on any device."""
+    """The products hidden @ head[id] + bias[id] as `linear_loss` makes them, and 0 at ids outside [0, V)."""
     out = new(hidden, ids.shape[-1])
     yield out
-    rows, columns = (x.reshape(-1, x.shape[-1]) for x in (hidden, ids))
-    out.copy_(logits_at(rows, head, bias, columns, unpack(objective)).view(ids.shape))
+    module = choose(backend, ids.shape[-1], hidden, linear=True, function="linear_logits")
+    if len(head) == 0:  # which has no row that could stand in for those outside
+        out.zero_()
+        return
+    for (rows, slots), outputs in rows_of(module, (hidden, *contiguous(ids)), (out,)):
+        module.linear_logits(rows, head, bias, slots, *outputs)
+
+
+@op("out")
+def linear_hidden_grad(
+    g: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    head: Tensor,  # (V, H)
+    out: Tensor,  # (..., H) contiguous, float32 or float64, overwritten
+    backend: str,
+) -> Iterator[None]:
+    yield
+    module = choose(backend, ids.shape[-1], out, linear=True, function="linear_hidden_grad")
+    if len(head) == 0:
+        out.zero_()
+        return
+    for inputs, outputs in rows_of(module, (*contiguous(g, ids),), (out,)):
+        module.linear_hidden_grad(*inputs, head, *outputs)
 
 
 @op()
@@ -128,6 +156,26 @@ def linear_mass_loss(
     given = (hidden, *contiguous(ids, log_probs, tail, weights))
     for (rows, *slots), outputs in rows_of(module, given, (loss, g, outside)):
         module.linear_mass_loss(rows, head, bias, *slots, at, *outputs)
+
+
+@op()
+def linear_tail_logit(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    objective: Tensor | None,
+    backend: str,
+) -> Iterator[Tensor]:  # (...) float64
+    out = new(hidden, dtype=torch.float64)
+    yield out
+    at = unpack(objective)
+    module = choose_plain(backend, at.mass)
+    if len(head) == 0:
+        out.fill_(-torch.inf)
+        return
+    for (rows, slots), outputs in rows_of(module, (hidden, *contiguous(ids)), (out,)):
+        module.linear_tail_logit(rows, head, bias, slots, at, *outputs)
 
 
 @op("dhidden", "dhead", "dbias")

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from topk_rkl import checks, ops
 from topk_rkl.backends import requested
+from topk_rkl.divergence import capped
 from topk_rkl.objective import pack
 from topk_rkl.rows import add_repeats, result_dtype
 from topk_rkl.support import Support, require_support
@@ -148,14 +149,15 @@ def linear_fixed_ids(
     ids = _require_ids(ids, teacher_hidden, len(teacher_weight), "teacher_hidden")
     checks.require_flag("normalize", normalize)
     logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
-    objective = pack(logit_scale=logit_scale, softcap=softcap)
+    options = logit_scale, softcap
     ids = torch.as_tensor(ids, device=teacher_hidden.device)
     ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
     head = teacher_hidden, teacher_weight, bias
-    log_probs = ops.linear_logits(*head, ids, objective)
+    log_probs = _linear_logits(*head, ids, *options)
     if normalize:
-        best, log_prob = ops.linear_select(*head, 1, chunk_rows, objective, True, True, requested())
-        normal = _from_best(log_probs, ops.linear_logits(*head, best, objective), best, log_prob)
+        packed = pack(logit_scale=logit_scale, softcap=softcap)
+        best, log_prob, _ = ops.linear_select(*head, 1, chunk_rows, packed, True, True, False, requested())
+        normal = _from_best(log_probs, _linear_logits(*head, best, *options), best, log_prob)
         log_probs = torch.where((ids >= 0) & (ids < len(teacher_weight)), normal, -torch.inf)
     return Support(ids, log_probs).unique()
 
@@ -286,6 +288,19 @@ def normalized(
     """The log-probs of some logits: that of the best token, which the fused pass over V gives, and a difference."""
     best, log_prob = ops.select(logits, 1, True, requested())  # (..., 1), (..., 1)
     return _from_best(some, logits.gather(-1, best.clamp(min=0).long()).to(some.dtype), best, log_prob)
+
+
+def _linear_logits(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ids: Tensor,  # (..., K)
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:  # (..., K)
+    """The logits at ids; -inf at ids outside the vocabulary."""
+    logits, _ = capped(ops.linear_logits(hidden, head, bias, ids, requested()), logit_scale, softcap)
+    return torch.where((ids >= 0) & (ids < len(head)), logits, -torch.inf)
 
 
 def _from_best(

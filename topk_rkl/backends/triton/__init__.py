@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from topk_rkl.backends.triton.launch import MAX_K, MAX_VOCAB
+from topk_rkl.backends.triton.linear_logits import linear_hidden_grad, linear_logits
 from topk_rkl.backends.triton.linear_loss import linear_loss
 from topk_rkl.backends.triton.linear_weight_grad import linear_weight_grad
 from topk_rkl.backends.triton.mass_loss import mass_grad, mass_loss, tail_logit
@@ -15,6 +16,8 @@ from topk_rkl.divergence import Code
 SLABS = True  # see topk_rkl/rows.py
 
 __all__ = [
+    "linear_hidden_grad",
+    "linear_logits",
     "linear_loss",
     "linear_weight_grad",
     "mass_grad",

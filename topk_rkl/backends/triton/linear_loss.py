@@ -7,6 +7,7 @@ from torch import Tensor
 
 from topk_rkl.backends.triton.divergence import RENORMALIZED, encoded, of_named, slots_loss
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_linear_loss
+from topk_rkl.backends.triton.linear_rows import add_rows, multiply_rows
 from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, row_of
 from topk_rkl.objective import Objective
 
@@ -98,18 +99,10 @@ def linear_loss_kernel(
     for first in range(0, k, SLOTS):
         some = first + tl.arange(0, SLOTS)  # [SLOTS]
         column, _, live = _load_slots(ids, log_probs, some, k, vocab)
-        products = tl.zeros([SLOTS, BLOCK], tl.float32)
-        for start in range(0, width, BLOCK):
-            h = start + tl.arange(0, BLOCK)  # [BLOCK]
-            inside = h < width
-            h = h.to(tl.int64)
-            x = tl.load(hidden + h * hidden_layout[3], mask=inside, other=0.0).to(tl.float32)
-            at = column[:, None] * head_row_stride + h[None, :] * head_column_stride  # [SLOTS, BLOCK]
-            y = tl.load(head + at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            products += x[None, :] * y
-        raw = tl.sum(products, 1)  # [SLOTS]
-        if bias is not None:
-            raw += tl.load(bias + column * bias_column_stride, mask=live, other=0.0).to(tl.float32)
+        raw = multiply_rows(
+            hidden, hidden_layout[3], width, head, head_row_stride, head_column_stride, bias, bias_column_stride,
+            column, live, SLOTS, BLOCK,
+        )  # fmt: skip
         tl.store(g + some, raw, mask=some < k)
     fence()
 
@@ -132,24 +125,13 @@ def linear_loss_kernel(
     # A slot without gradient has +0, whatever its slope.
     tl.store(g + slot, tl.where(dz == 0.0, 0.0, dz * slope).to(tl.float32), mask=slot < k)
 
-    # 3. The gradient of the hidden state: the rows of the head again, the last first, since L2 still holds those.
+    # 3. The gradient of the hidden state, from the rows of the head again.
     if dhidden is not None:
         fence()
-        for start in range(0, width, SPAN):
-            h = start + tl.arange(0, SPAN)  # [SPAN]
-            total = tl.zeros([SPAN], tl.float32)
-            for done in range(0, k, TERMS):
-                terms = tl.zeros([SPAN], tl.float32)
-                for i in tl.static_range(TERMS):
-                    j = k - 1 - done - i
-                    factor = tl.load(g + j, mask=j >= 0, other=0.0)
-                    chosen = tl.load(ids + j, mask=j >= 0, other=0).to(tl.int64)
-                    at = chosen * head_row_stride + h.to(tl.int64) * head_column_stride  # [SPAN]
-                    columns = tl.where(factor == 0.0, 0, width)  # of a row without gradient, none
-                    y = tl.load(head + at, mask=h < columns, other=0.0)
-                    terms += factor * y.to(tl.float32)
-                total += terms
-            tl.store(dhidden + h, total, mask=h < width)
+        add_rows(
+            g, ids, k, head, head_row_stride, head_column_stride, width, None, dhidden,
+            TERMS, SPAN,
+        )  # fmt: skip
 
 
 def linear_loss(

@@ -1,0 +1,1 @@
+"""A vocabulary that several ranks share, and rows that they share out."""

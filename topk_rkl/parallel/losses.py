@@ -1,0 +1,107 @@
+"""The losses over a vocabulary that ranks share: K numbers of each row on every rank, then the losses as they are."""
+
+import torch
+from torch import Tensor
+
+from topk_rkl.autograd import MassLoss, Options, SupportLoss
+from topk_rkl.mass import classes
+from topk_rkl.objective import unpack
+from topk_rkl.parallel.agreement import Shards, require_begin_alike
+from topk_rkl.parallel.autograd import LinearLogitsAndTail, LinearLogitsAt, LogitsAndTail, LogitsAt, ShardedSelectLoss
+from topk_rkl.parallel.logits import local_ids, select
+from topk_rkl.rows import result_dtype
+from topk_rkl.support import Support
+
+
+def logits_loss(
+    student: Tensor,  # (..., V_local)
+    teacher: Tensor | Support,  # (..., V_local) logits, or a Support of (..., K)
+    k: int | None,
+    sampled_ids: Tensor | None,  # (...)
+    weights: Tensor | None,  # (...)
+    objective: Tensor | None,  # (numbers,)
+    options: Options,
+    shards: Shards,
+) -> Tensor:  # (...)
+    group, vocab, at = shards.group, student.shape[-1], unpack(objective)
+    if at.mass == "renormalized" and isinstance(teacher, Tensor):
+        alike = require_begin_alike(shards)
+        loss: Tensor
+        loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, group)
+        return torch.where(alike, loss, torch.nan)
+    if at.mass == "renormalized":
+        z = LogitsAt.apply(student, local_ids(teacher.ids, shards.student, vocab, group), options, group)
+        return _on_slots(z, *teacher, weights, objective, options, student, shards)
+    ids, log_probs, tail = classes(teacher, k, shards.student[-1], at.temperature, sampled_ids, options.backend, shards)
+    columns = LogitsAndTail.apply(student, local_ids(ids, shards.student, vocab, group), objective, options, group)
+    return _on_classes(columns, ids, log_probs, tail, weights, objective, options, student)
+
+
+def linear_loss(
+    hidden: Tensor,  # (..., H)
+    head: Tensor,  # (V_local, H)
+    bias: Tensor | None,  # (V_local,)
+    teacher: Tensor | Support,  # (..., V_local) logits, or a Support of (..., K)
+    k: int | None,
+    sampled_ids: Tensor | None,  # (...)
+    weights: Tensor | None,  # (...)
+    objective: Tensor | None,  # (numbers,)
+    options: Options,
+    shards: Shards,
+) -> Tensor:  # (...)
+    group, at = shards.group, unpack(objective)
+    if at.mass == "renormalized":
+        if isinstance(teacher, Tensor):
+            assert k is not None
+            teacher = Support(*select(teacher, k, False, options.backend, shards))
+        local = local_ids(teacher.ids, shards.student, len(head), group)
+        z = LinearLogitsAt.apply(hidden, head, bias, local, objective, options, group)
+        return _on_slots(z, *teacher, weights, objective, options, hidden, shards)
+    ids, log_probs, tail = classes(teacher, k, shards.student[-1], at.temperature, sampled_ids, options.backend, shards)
+    local = local_ids(ids, shards.student, len(head), group)
+    columns = LinearLogitsAndTail.apply(hidden, head, bias, local, objective, options, group)
+    return _on_classes(columns, ids, log_probs, tail, weights, objective, options, hidden)
+
+
+def _on_slots(
+    z: Tensor,  # (..., K)
+    ids: Tensor,  # (..., K)
+    log_probs: Tensor,  # (..., K)
+    weights: Tensor | None,  # (...)
+    objective: Tensor | None,  # (numbers,)
+    options: Options,
+    student: Tensor,  # (..., anything), of the dtype of the student's
+    shards: Shards,
+) -> Tensor:  # (...)
+    """The loss on K logits per row, whose ids are the slots' numbers; K is one that the student lacks."""
+    k = z.shape[-1]
+    slots = torch.arange(k, dtype=torch.int32, device=z.device)
+    slots = torch.where(ids < shards.student[-1], slots, k).masked_fill(ids < 0, -1)
+    loss: Tensor
+    loss, _ = SupportLoss.apply(z, slots, log_probs, weights, objective, _small(options, z, student))
+    return loss.to(result_dtype(student))
+
+
+def _on_classes(
+    columns: Tensor,  # (..., K + 1) float64: the logits at the slots, and the rest of the vocabulary as one more
+    ids: Tensor,  # (..., K) as `classes` gives them, and so the other two
+    log_probs: Tensor,  # (..., K)
+    tail: Tensor,  # (...)
+    weights: Tensor | None,  # (...)
+    objective: Tensor | None,  # (numbers,)
+    options: Options,
+    student: Tensor,  # (..., anything), of the dtype of the student's
+) -> Tensor:  # (...)
+    empty = ids < 0
+    slots = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device).masked_fill(empty, -1)
+    columns = columns.masked_fill(torch.nn.functional.pad(empty, (0, 1)), -torch.inf)  # no part of the rest
+    loss: Tensor = MassLoss.apply(
+        columns, slots, log_probs, tail, weights, objective, _small(options, columns, student)
+    )
+    return loss.to(result_dtype(student))
+
+
+def _small(options: Options, z: Tensor, student: Tensor) -> Options:
+    """Options of the loss on K numbers per row: float64 has the reference alone."""
+    backend = options.backend if result_dtype(student) == z.dtype else "reference"
+    return Options(backend, options.terms)
