@@ -6,6 +6,7 @@ from html import unescape
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no block sizes to count with")
 
@@ -169,6 +170,36 @@ def received(group, kind: str) -> torch.Tensor:
 def test_a_collective_that_is_left_out_gives_what_fits(kind: str) -> None:
     for real, stand_in in on_ranks(2, received, kind):
         assert real == stand_in
+
+
+class Counting(TorchDispatchMode):
+    """Counts what a GPU would run a kernel for: no view, no constant, none of the package's own ops."""
+
+    FREE = ("view", "detach", "slice", "split", "transpose", "expand", "unsqueeze", "select", "scalar_tensor", "alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        self.counted += op.namespace == "aten" and not name.startswith(self.FREE) and "empty" not in name
+        return op(*args, **(kwargs or {}))
+
+
+def operations(group, case: gloo.Case) -> int:
+    work = gloo.call(case, group)
+    with Counting() as mode:
+        work()
+    return mode.counted
+
+
+@together
+@pytest.mark.slow
+@pytest.mark.parametrize("case", gloo.TINY, ids=lambda case: case.entry)
+def test_the_code_has_about_as_many_small_operations_as_the_model(case: gloo.Case) -> None:
+    [alone], [shared, *_] = on_ranks(1, operations, case), on_ranks(3, operations, case)
+    assert shared - alone == pytest.approx(SMALL_OPERATIONS[case.entry], rel=0.35)
 
 
 @together
