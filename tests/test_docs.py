@@ -33,6 +33,7 @@ MARKS = {
     "README.md": ["picture"],
     "docs/benchmarks.md": ["cases", "cases", "exponents", "held", "gpu"],
     "docs/compiled.md": ["compiled"],
+    "docs/scaling.md": ["scaling"] * 14,
     "examples/README.md": ["demo", "demo"],
 }
 FOREIGN = {"num_stages", "fp32_precision"}  # names of Triton and torch

@@ -115,6 +115,31 @@ def test_designs() -> None:
     assert design_seconds(gather, 151_936, 8, NVLINK) > design_seconds(gather, 151_936, 1, NVLINK)
 
 
+def test_what_the_page_says_of_the_model() -> None:
+    """The sentences of docs/scaling.md that compare figures of its tables."""
+
+    def of(name: str, ranks: int, link: str, call=seconds, k: int = 64) -> float:
+        return call(STEPS[name], 151_936, ranks, k, LINKS[link])
+
+    def share(name: str, ranks: int, link: str, call=seconds) -> float:
+        return efficiency(of(name, 1, link), of(name, ranks, link, call), ranks)
+
+    assert share("heads", 8, "NVLink") < 0.95 <= share("heads", 8, "NVLink", overlapped)
+    assert share("heads", 16, "NVLink") >= 0.80
+    assert all(share("heads", ranks, "InfiniBand", overlapped) < aim for ranks, aim in tables.TARGETS.items())
+    for name in ("teacher_topk", "loss", "support", "linear"):
+        assert all(share(name, ranks, link) < aim for ranks, aim in tables.TARGETS.items() for link in LINKS), name
+    assert all(of("linear", ranks, "NVLink") < of("heads", ranks, "NVLink") for ranks in cost.RANKS)
+    assert share("linear", 8, "NVLink") < share("heads", 8, "NVLink")
+    assert of("loss", 8, "NVLink") < 0.07 * of("heads", 8, "NVLink")
+    ours_, _, verl, *_ = (design_seconds(design, 151_936, 8, NVLINK) for design in designs(8, 64, 151_936))
+    assert verl > 20 * ours_
+    for link in LINKS.values():
+        took = {ranks: [chunked(151_936, ranks, 256, link, n) for n in (1, 2, 3, 4)] for ranks in (8, 16)}
+        gains = [1 - min(times) / times[0] for times in took.values()]
+        assert all(gain > 0.18 if link.name == "InfiniBand" else gain < 0.07 for gain in gains)
+
+
 def test_shards_are_padded_as_trainers_do() -> None:
     assert [cost.shard(151_936, ranks) for ranks in (1, 8, 64)] == [151_936, 19_072, 2_432]
 

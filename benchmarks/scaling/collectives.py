@@ -102,7 +102,7 @@ def designs(ranks: int, k: int, vocab: int) -> tuple[Design, ...]:
     number = Collective("all-reduce", 4, "a number per row")
     gathered = ranks * 1024 * 4.0
     return (
-        Design("this package with a `Support`", ours("topk_reverse_kl with a Support", ranks, k)[1:], 2),
+        Design("this package with a `Support`", ours("topk_reverse_kl with a Support", ranks, k), 2),
         # The gather is written (2), the loss reads K logits of it, the gradient is written (2).
         Design("gather of [N, V]", (Collective("all-gather", 2 * vocab, "logits"),), 4, all_of_it=True),
         # To float32 (6), maximum (4), difference (8), exponentials (8), their sum (4), log-softmax (8), softmax (8);
