@@ -49,6 +49,9 @@ def test_bytes_by_hand() -> None:
     linear = "linear_topk_reverse_kl with a Support"
     assert sent(linear, 4, 100, k=8, width=64) == [96, 2 * told * 32, 2 * told * 256]
     assert sent(linear, 4, 100, k=8, width=64, hidden_grad=False) == [96, 2 * told * 32]
+    assert sent(linear, 4, 100, k=8, width=64, student=8) == [96, 2 * told * 64, 2 * told * 512]
+    both = [*sent("teacher_topk", 4, 100, k=8), *sent(linear, 4, 100, k=8, width=64)[1:]]
+    assert sent("linear_topk_reverse_kl", 4, 100, k=8, width=64) == both
 
 
 def test_rows_are_dealt_in_equal_blocks() -> None:
@@ -151,7 +154,7 @@ def test_the_kernels_of_shards_are_those_of_the_committed_table() -> None:
         if (r["target"], r["dtype"]) == ("sm_90", "bfloat16")
     }
     shards = {(r["kernel"], r["vocab"], r["k"], r["width"]): r for r in json.loads(cost.FILE.read_text())}
-    assert shards.keys() == set(cost.wanted())
+    assert shards.keys() == set(cost.wanted()), "run python -m benchmarks.scaling.cost"
     both = shards.keys() & table.keys()
     assert len(both) >= 9
     for key in both:

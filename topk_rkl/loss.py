@@ -43,6 +43,7 @@ from topk_rkl.objective import pack, require_objective
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.counts import global_count
 from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -67,6 +68,7 @@ __all__ = [
     "TopKReverseKLLoss",
     "WeightGrad",
     "generalized_jsd",
+    "global_count",
     "linear_teacher_topk",
     "linear_topk_divergence",
     "linear_topk_reverse_kl",
@@ -243,13 +245,13 @@ def topk_divergence(
         if overwrite_student_logits:
             require_overwritable(student_logits)
         k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
-    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature)
+    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature=temperature)
     weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
     objective = pack(temperature, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
     if shards is not None:
-        given = (student_logits, teacher, k, sampled_ids, weights)
-        per_token = sharded_loss(*given, objective, options, shards)
+        given = student_logits, teacher, k, mass, temperature, sampled_ids
+        per_token = sharded_loss(*given, weights, objective, options, shards)
     elif mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)

@@ -14,6 +14,7 @@ ENTRIES = (
     "topk_reverse_kl",
     "topk_reverse_kl with a Support",
     "linear_teacher_topk",
+    "linear_topk_reverse_kl",
     "linear_topk_reverse_kl with a Support",
 )
 
@@ -43,7 +44,7 @@ def ours(
     ranks: int,
     k: int,
     teacher: int = 2,  # bytes of a logit
-    student: int = 2,
+    student: int = 2,  # or of a number of the hidden states
     width: int = 0,
     hidden_grad: bool = True,
     normalize: bool = False,
@@ -58,11 +59,11 @@ def ours(
 def _of_rows(
     entry: str, ranks: int, k: int, teacher: int, student: int, width: int, hidden_grad: bool, normalize: bool
 ) -> tuple[Collective, ...]:
+    result = max(4, student)
     if entry == "topk_reverse_kl":
-        answer = max(4, student)
         return (
             Collective("all-to-all", k * (teacher + student + 1), "candidates", dealt=True),
-            Collective("all-to-all", (k + 1) * answer, "gradient and loss", dealt=True),
+            Collective("all-to-all", (k + 1) * result, "gradient and loss", dealt=True),
         )
     if entry == "topk_reverse_kl with a Support":
         return (Collective("all-reduce", k * student, "the student's logits"),)
@@ -76,9 +77,12 @@ def _of_rows(
             Collective("all-to-all", candidates, "candidates", dealt=True),
             Collective("all-gather", k * (ID + max(4, teacher)), "ids and logits", dealt=True),
         )
+    logits = Collective("all-reduce", k * result, "the student's logits")
+    gradient = (Collective("all-reduce", width * result, "gradient of the hidden states"),) if hidden_grad else ()
     if entry == "linear_topk_reverse_kl with a Support":
-        gradient = (Collective("all-reduce", 4 * width, "gradient of the hidden states"),) if hidden_grad else ()
-        return (Collective("all-reduce", 4 * k, "the student's logits"), *gradient)
+        return (logits, *gradient)
+    if entry == "linear_topk_reverse_kl":
+        return (*_of_rows("teacher_topk", ranks, k, teacher, student, width, hidden_grad, False), logits, *gradient)
     raise ValueError(f"entry is {entry!r}; it must be one of {', '.join(ENTRIES)}")
 
 

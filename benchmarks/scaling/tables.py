@@ -3,6 +3,7 @@
 A mark is <!-- scaling NAME ARGUMENTS -->, with a NAME of TABLES.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Callable
 
@@ -198,7 +199,13 @@ def check(_: str) -> str:
         rows.append([f"{name}, {sizes}", str(line["ranks"]), *cells, error(line)])
     last = calls[-1]
     where = f"{last['device'].rpartition(',')[0]}, torch {last['torch']}, commit {last['commit'][:9]}, {last['date']}"
-    return f"{table(rows)}\n{where}. Each process has one thread. Medians of {last['rounds']} rounds are shown.\n"
+    said = f"Each process has one thread. Medians of {last['rounds']} rounds are shown."
+    return f"{table(rows)}\n{where}. {said} {errors(calls)}\n"
+
+
+def errors(calls: list[Line]) -> str:
+    sizes = [abs(line["predicted_ms"] / line["median_ms"] - 1) for line in calls if line["ranks"] > 1]
+    return f"Half of the errors are within {percent(statistics.median(sizes))}, the largest is {percent(max(sizes))}."
 
 
 def error(line: Line) -> str:
