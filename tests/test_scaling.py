@@ -3,9 +3,11 @@
 import json
 import re
 from html import unescape
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no block sizes to count with")
@@ -188,7 +190,7 @@ def received(group, kind: str) -> torch.Tensor:
         "all_gather_tensor": lambda: functional.all_gather_tensor(x, 0, group),
     }
     real = functional.wait_tensor(calls[kind]())
-    with gloo.mock.patch.multiple(functional, **gloo.left_out(2)):
+    with mock.patch.multiple(functional, **gloo.left_out(2)):
         return real.shape, functional.wait_tensor(calls[kind]()).shape
 
 
@@ -198,6 +200,33 @@ def received(group, kind: str) -> torch.Tensor:
 def test_a_collective_that_is_left_out_gives_what_fits(kind: str) -> None:
     for real, stand_in in on_ranks(2, received, kind):
         assert real == stand_in
+
+
+def tensors_sent(group, case: gloo.Case) -> list[tuple[str, int]]:
+    """The kind and the bytes of every collective of a call, as `Collective.bytes` counts them."""
+    work, ranks, found = gloo.call(case, group), dist.get_world_size(group), []
+
+    def counted(name: str, kind: str, copies: int = 1):
+        real = getattr(gloo.functional, name)
+        return lambda x, *rest: found.append((kind, copies * x.nbytes)) or real(x, *rest)
+
+    kinds = {"all_reduce": "all-reduce", "all_to_all_single": "all-to-all"}
+    wrapped = {name: counted(name, kind) for name, kind in kinds.items()}
+    gathers = [name for name in ("all_gather_single", "all_gather_tensor") if hasattr(gloo.functional, name)]
+    wrapped[gathers[0]] = counted(gathers[0], "all-gather", ranks)
+    with mock.patch.multiple(gloo.functional, **wrapped):
+        work()
+    return found
+
+
+@together
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("case", gloo.TINY, ids=lambda case: case.entry)
+def test_the_bytes_stated_are_those_that_the_code_sends(case: gloo.Case, ranks: int) -> None:
+    stated = [(c.kind, c.bytes(ranks, case.n)) for c in ours(case.entry, ranks, case.k, width=case.h)]
+    assert len(stated) >= 2
+    assert all(sent == stated for sent in on_ranks(ranks, tensors_sent, case))
 
 
 class Counting(TorchDispatchMode):
