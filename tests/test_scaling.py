@@ -156,7 +156,7 @@ def test_the_kernels_of_shards_are_those_of_the_committed_table() -> None:
         if (r["target"], r["dtype"]) == ("sm_90", "bfloat16")
     }
     shards = {(r["kernel"], r["vocab"], r["k"], r["width"]): r for r in json.loads(cost.FILE.read_text())}
-    assert shards.keys() == set(cost.wanted()), "run python -m benchmarks.scaling.cost"
+    assert shards.keys() == {*cost.wanted(), *cost.tried()}, "run python -m benchmarks.scaling.cost"
     both = shards.keys() & table.keys()
     assert len(both) >= 9
     for key in both:

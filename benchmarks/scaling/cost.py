@@ -6,10 +6,14 @@ python -m benchmarks.scaling.cost    # writes benchmarks/results/shard_cost.json
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
+from importlib import import_module
+from unittest import mock
 
 from benchmarks import predict
 from benchmarks.records import FOLDER
+from topk_rkl.backends.triton.launch import SelectPlan
 
 FILE = FOLDER / "shard_cost.json"
 CARD = "H100"
@@ -40,6 +44,20 @@ def wanted() -> Iterator[tuple[str, int, int, int]]:
         yield "linear_loss", VOCABS[0], k, WIDTH
 
 
+TRIAL = "select, four warps"
+
+
+def halved(plan: SelectPlan) -> SelectPlan:
+    """A plan under trial, not that of the code: half the warps per row, so that twice as many rows share a core."""
+    return replace(plan, num_warps=4, registers=64, block=4096)
+
+
+def tried() -> Iterator[tuple[str, int, int, int]]:
+    """The selections of `wanted` that are compiled with that plan too."""
+    for ranks in RANKS:
+        yield TRIAL, shard(VOCABS[0], ranks), 64, 0
+
+
 def milliseconds(kernel: str, vocab: int, k: int, rows: int, width: int = 0) -> float:
     """Of that many rows on an H100, predicted."""
     time = predict.milliseconds(_committed()[kernel, vocab, k, width], predict.CARDS[CARD], rows)
@@ -61,12 +79,15 @@ def main() -> None:
 
     if INTERPRETED.value:
         sys.exit("TRITON_INTERPRET is set, so the kernels were built for the interpreter: unset it to compile them.")
-    records = []
-    for kernel, vocab, k, width in dict.fromkeys(wanted()):
-        case = Case(kernel, torch.bfloat16, vocab, k, width)
-        [cost] = [vars(cost) for cost in measure(case, predict.CARDS[CARD].target)]
+    select = import_module("topk_rkl.backends.triton.select")  # the name in the package is the function
+    plan_select, records = select.plan_select, []
+    for kernel, vocab, k, width in dict.fromkeys((*wanted(), *tried())):
+        case = Case(kernel.partition(",")[0], torch.bfloat16, vocab, k, width)
+        plan = (lambda *args, **named: halved(plan_select(*args, **named))) if kernel == TRIAL else plan_select
+        with mock.patch.object(select, "plan_select", plan):
+            [cost] = [vars(cost) for cost in measure(case, predict.CARDS[CARD].target)]
         cycles = cost["cycles"] and vars(cost["cycles"])
-        records.append({field: cost[field] for field in FIELDS} | {"cycles": cycles})
+        records.append({field: cost[field] for field in FIELDS} | {"kernel": kernel, "cycles": cycles})
         print(*records[-1].values(), flush=True)
     write(records, FILE)
 

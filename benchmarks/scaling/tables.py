@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from benchmarks.records import FOLDER, Line, load
 from benchmarks.scaling.collectives import Collective, designs, ours
-from benchmarks.scaling.cost import RANKS, ROWS, SLOTS, VOCABS, WIDTH
+from benchmarks.scaling.cost import RANKS, ROWS, SLOTS, TRIAL, VOCABS, WIDTH, milliseconds, shard
 from benchmarks.scaling.model import (
     LINKS,
     STEPS,
@@ -85,6 +85,16 @@ def design_table(_: str) -> str:
     return table(rows)
 
 
+def spread(_: str) -> str:
+    """Milliseconds of each design by the number of ranks."""
+    rows = aligned(["design, ms", "link", *(f"tp = {ranks}" for ranks in RANKS)], texts=2)
+    for i, design in enumerate(designs(2, K, VOCAB)):
+        for name, link in LINKS.items():
+            took = (design_seconds(designs(ranks, K, VOCAB)[i], VOCAB, ranks, link) for ranks in RANKS)
+            rows.append([design.name, name, *map(ms, took)])
+    return table(rows)
+
+
 def link_heads() -> list[str]:
     return [f"{link}, ms" for link in LINKS]
 
@@ -151,6 +161,15 @@ def _together(step: Step, ranks: int, link: Link) -> dict[str, float]:
     return {what: s for what, s in sums.items() if s}
 
 
+def trial(_: str) -> str:
+    """Microseconds of the selection from a shard, and of the plan under trial."""
+    rows = aligned(["selection, V = 151,936, K = 64, µs", *(f"tp = {ranks}" for ranks in RANKS)])
+    for name, kernel in (("eight warps per row, as in the code", "select"), ("four warps per row", TRIAL)):
+        took = (1e3 * milliseconds(kernel, shard(VOCAB, ranks), K, ROWS) for ranks in RANKS)
+        rows.append([name, *map(digits, took)])
+    return table(rows)
+
+
 def chunks(_: str) -> str:
     rows = aligned(["tp, link", *(f"{n} chunk{'s' if n > 1 else ''}, ms" for n in (1, 2, 3, 4))])
     for ranks in (8, 16, 64):
@@ -210,7 +229,8 @@ def errors(calls: list[Line]) -> str:
 
 def error(line: Line) -> str:
     """Of the prediction; a rank alone has no collective to predict."""
-    return "" if line["ranks"] == 1 else f"{100 * (line['predicted_ms'] / line['median_ms'] - 1):+.0f} %"
+    relative = round(100 * (line["predicted_ms"] / line["median_ms"] - 1))
+    return "" if line["ranks"] == 1 else f"{relative:+d} %" if relative else "0 %"
 
 
 def gloo_links(_: str) -> str:
@@ -226,7 +246,8 @@ def gloo_links(_: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "bytes": sent_bytes, "designs": design_table, "links": links, "times": times, "summary": summary,
-    "parts": consists, "chunks": chunks, "three": three, "check": check, "gloo": gloo_links,
+    "parts": consists, "trial": trial, "spread": spread, "chunks": chunks, "three": three,
+    "check": check, "gloo": gloo_links,
 }  # fmt: skip
 
 
