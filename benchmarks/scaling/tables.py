@@ -55,6 +55,7 @@ CALLS = {
     "`topk_reverse_kl` from teacher logits": ("topk_reverse_kl", {}),
     "`topk_reverse_kl` with a `Support`": ("topk_reverse_kl with a Support", {}),
     "`linear_teacher_topk`": ("linear_teacher_topk", {}),
+    "`linear_topk_reverse_kl` from teacher logits": ("linear_topk_reverse_kl", {"width": WIDTH}),
     "`linear_topk_reverse_kl` with a `Support`": ("linear_topk_reverse_kl with a Support", {"width": WIDTH}),
     "the same, hidden states without a gradient": (
         "linear_topk_reverse_kl with a Support",
@@ -65,7 +66,9 @@ CALLS = {
 
 def sent_bytes(_: str) -> str:
     """Per row and rank."""
-    rows = aligned(["call, bfloat16, K = 64", "collectives", "tp = 2", "tp = 4", "tp = 8", "tp = 64"], texts=2)
+    rows = aligned(
+        ["call, bfloat16, K = 64", "collectives from 3 ranks on", "tp = 2", "tp = 4", "tp = 8", "tp = 64"], texts=2
+    )
     for name, (entry, options) in CALLS.items():
         cells = []
         for ranks in (2, 4, 8, 64):
