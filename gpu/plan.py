@@ -44,6 +44,7 @@ UNTESTED = {
     "reference": "the reference in float64 on CPU tensors",
     "rewards": "plain PyTorch on CPU tensors",
     "rollout": "plain PyTorch on CPU tensors",
+    "scaling": "the model of ranks, by hand and beside gloo on CPU tensors",
     "sequence_parallel": "sums over gloo ranks, of CPU tensors",
     "simulate": "the model of compiled code, by hand",
     "triton_launch": "launches on a stand-in for the driver",

@@ -33,6 +33,7 @@ MARKS = {
     "README.md": ["picture"],
     "docs/benchmarks.md": ["cases", "cases", "exponents", "held", "gpu"],
     "docs/compiled.md": ["compiled"],
+    "docs/scaling.md": ["scaling"] * 18,
     "examples/README.md": ["demo", "demo"],
 }
 FOREIGN = {  # names of Triton, torch and trainers
