@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.cases import LAYOUTS
 from tests.direct import reference
-from tests.linear_problem import BF16, FP16, FP32, Problem, U, assert_within, draw, small_blocks
+from tests.linear_problem import BF16, FP16, FP32, Problem, assert_halves_equal_the_reference, draw, small_blocks
 from topk_rkl import backends, ops, use_backend
 from topk_rkl.divergence import capped
 from topk_rkl.objective import pack
@@ -19,36 +19,8 @@ FP64 = torch.float64
 HAVE_IT = EVERY_OBJECTIVE
 
 
-def sizes(problem: Problem) -> Tensor:  # (N, K)
-    """The root of the summed squares of each product's terms; 0 outside the head."""
-    x = problem.double()
-    squares = reference.linear_logits(x.hidden**2, x.head**2, None if x.bias is None else x.bias**2, x.ids)
-    return squares.sqrt()
-
-
 def products(module, x: Problem) -> Tensor:  # (N, K)
     return module.linear_logits(x.hidden, x.head, x.bias, x.ids)
-
-
-def assert_both(module, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Products and hidden gradient within the rounding of float32 sums, and the same bits again."""
-    raw, exact = products(module, problem), problem.double()
-    known = (problem.ids >= 0) & (problem.ids < len(problem.head))
-    rows = exact.head[problem.ids.where(known, 0).long()]  # (N, K, H)
-    want = (rows * exact.hidden[:, None]).sum(-1)
-    if exact.bias is not None:
-        want += exact.bias[problem.ids.where(known, 0).long()]
-    assert raw.dtype == FP32
-    assert_within(raw, want.where(known, 0), 16 * U * sizes(problem))
-    assert (raw[~known] == 0).all()
-    g = problem.values.float()
-    dhidden = module.linear_hidden_grad(g, problem.ids, problem.head)
-    terms = (g.double() * known)[..., None] * rows
-    assert dhidden.dtype == FP32
-    assert_within(dhidden, terms.sum(1), 16 * U * (terms**2).sum(1).sqrt())
-    assert same_bits(products(module, problem), raw)
-    assert same_bits(module.linear_hidden_grad(g, problem.ids, problem.head), dhidden)
-    return raw, dhidden
 
 
 @pytest.mark.parametrize(
@@ -67,7 +39,7 @@ def test_within_the_rounding_of_float32(module, k: int, width: int, dtype, other
     problem = draw(k=k, width=width, dtype=dtype, **others)
     problem.ids[:, ::3] += len(problem.head) // 3  # some of them outside
     problem.ids[-1, 0] = -1
-    assert_both(module, problem)
+    assert_halves_equal_the_reference(module, problem)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
@@ -130,7 +102,7 @@ def test_a_head_without_rows_is_not_read(backend) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_any_strides(module, layout: str, dtype) -> None:
     problem = draw(n=3, width=40, vocab=12, dtype=dtype)
-    raw, dhidden = assert_both(module, problem)
+    raw, dhidden = assert_halves_equal_the_reference(module, problem)
     head = LAYOUTS[layout](problem.head)
     got = module.linear_logits(LAYOUTS[layout](problem.hidden), head, None, problem.ids)
     torch.testing.assert_close(got, raw, rtol=1e-5, atol=1e-6)
@@ -191,13 +163,13 @@ def test_what_is_not_finite_stays_in_its_slot_and_its_row(module) -> None:
 def test_an_id_repeated_in_a_row(module) -> None:
     problem = draw(n=3, k=6)
     problem.ids[:, 3], problem.ids[1] = problem.ids[:, 0], 11
-    raw, _ = assert_both(module, problem)
+    raw, _ = assert_halves_equal_the_reference(module, problem)
     assert (raw[1] == raw[1, 0]).all()
 
 
 def test_no_rows_and_a_row_alone(module) -> None:
     problem = draw(k=33, width=304, biased=True)
-    raw, dhidden = assert_both(module, problem)
+    raw, dhidden = assert_halves_equal_the_reference(module, problem)
     for i in range(5):
         alone = problem.row(i)
         assert same_bits(products(module, alone)[0], raw[i])
@@ -342,4 +314,4 @@ def test_sizes_one_past_a_block(module) -> None:
     """Of slots, of columns and of terms."""
     n = 1 if simulated(module) else 9
     for k, width in ((17, 257), (16, 16), (65, 129)):
-        assert_both(module, draw(n=n, k=k, width=width, vocab=90, dtype=BF16, biased=True))
+        assert_halves_equal_the_reference(module, draw(n=n, k=k, width=width, vocab=90, dtype=BF16, biased=True))
