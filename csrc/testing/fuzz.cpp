@@ -162,8 +162,8 @@ void check_mass(const Case& c, int threads) {
   }
 }
 
-// The matrix as a head of which a rank has the first rows: their products are those of the whole head, all others 0. The
-// gradient of the hidden states is that of linear_loss.
+// The matrix as a head of which a rank has the first rows: their products are those of the whole head, all others 0.
+// The gradient of the hidden states is that of linear_loss.
 void check_shards(const Case& c, Table<int32_t>& ids, Table<float>& g, const Table<float>& dhidden, int threads) {
   const Matrix head = c.matrix();
   const int64_t n = ids.n, k = ids.columns, first = c.k % c.n;
