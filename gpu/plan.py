@@ -11,8 +11,8 @@ from gpu.steps import Step
 
 # Ordered so that what takes longest begins first.
 TESTED = (
-    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "cuda", "divergence", "mass", "supports",
-    "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
+    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "linear_logits", "cuda", "divergence", "mass",
+    "supports", "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
     "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
