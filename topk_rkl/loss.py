@@ -43,6 +43,7 @@ from topk_rkl.objective import pack, require_objective
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.heads import is_dtensor, unwrap_logits, unwrap_teacher
 from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -101,7 +102,7 @@ def teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    group = require_group(group)
+    teacher_logits, group = unwrap_logits("teacher_logits", teacher_logits, require_group(group))
     with refused_together(group, teacher_logits):
         k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, sharded=group is not None)
         checks.require_flag("normalize", normalize)
@@ -228,7 +229,11 @@ def topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    group = require_group(group)
+    asked = require_group(group)
+    if overwrite_student_logits is True and is_dtensor(student_logits):
+        raise ValueError("overwrite_student_logits=True, but student_logits is a DTensor; leave the option off")
+    student_logits, group = unwrap_logits("student_logits", student_logits, asked)
+    teacher = unwrap_teacher(teacher, asked, group, "student_logits")
     sharded = group is not None
     with refused_together(group, student_logits):
         checks.require_logits("student_logits", student_logits, sharded)

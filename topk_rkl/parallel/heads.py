@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from topk_rkl.parallel.agreement import read_on_host
+from topk_rkl.parallel.collectives import all_reduce, all_to_all_of
 from topk_rkl.rows import result_dtype
 
 STUDENT = "student_hidden", "student_weight", "student_bias"
@@ -34,6 +36,31 @@ def unwrap_logits(
     return _local(x), _sharing(name, x, x.dim() - 1, group)
 
 
+def unwrap_teacher(
+    teacher: Any,  # (..., V) logits, a Support, or any argument that is refused later
+    given: dist.ProcessGroup | None,  # as the caller gave it
+    group: dist.ProcessGroup | None,  # as student_name made it
+    student_name: str,
+) -> Any:  # (..., V_local) logits, or the teacher as it is
+    """This rank's shard of the teacher's logits, which are to be sharded as the student's logits or head are."""
+    if not isinstance(teacher, Tensor):
+        return teacher
+    if not is_dtensor(teacher):
+        if group is not given:
+            raise ValueError(
+                f"teacher is a plain tensor beside {student_name}, a DTensor; pass teacher_topk(teacher, k) of all its "
+                f"logits, or this rank's shard of them with group="
+            )
+        return teacher
+    local, own = unwrap_logits("teacher", teacher, group)
+    if own is not group:
+        raise ValueError(
+            f"teacher is a DTensor with {_placements(teacher)} beside {student_name}, which is not sharded so; pass "
+            "teacher.full_tensor()"
+        )
+    return local
+
+
 def unwrap_head(
     hidden: Any,  # (..., H)
     weight: Any,  # (V, H)
@@ -46,11 +73,8 @@ def unwrap_head(
     Gradients come back as DTensors: of the head with its own placements, of hidden states on every rank alike.
     """
     of_hidden, of_weight, of_bias = names
-    if is_dtensor(bias) and not is_dtensor(weight):
-        raise ValueError(
-            f"{of_bias} is a DTensor and {of_weight} is none; pass this rank's part of both, such as "
-            f"{of_bias}.to_local() beside a local shard of the head"
-        )
+    if is_dtensor(bias) and not is_dtensor(weight) and group is not None:
+        raise ValueError(f"{of_bias} is a DTensor and {of_weight} this rank's shard; pass {of_bias}.to_local()")
     if is_dtensor(hidden):
         if not all(placement.is_replicate() for placement in hidden.placements):
             raise ValueError(
@@ -77,25 +101,35 @@ def unwrap_head(
 
 
 def gathered_head(
-    weight: Any,  # (V, H) DTensor
+    weight: Any,  # (V, H)
     bias: Any,  # (V,), or None
-    ids: Tensor | None = None,  # (..., K): the only rows that are needed; None for all
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (V or fewer, H), (V or fewer,), (..., K) of those rows
-    """The head, or only the rows that ids name, for ranks that have rows of hidden states of their own.
+) -> tuple[Tensor, Tensor | None]:  # (V, H), (V,)
+    """All of a head that data parallelism took apart, for ranks that have hidden states of their own.
+
+    Gradients are averaged over the ranks, as FSDP2 does by default, and are DTensors with the placements of the
+    parameters. Every rank takes part in every collective, whatever rows it has.
+    """
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def named_rows(
+    weight: Any,  # (V, H)
+    bias: Any,  # (V,), or None
+    ids: Tensor,  # (..., K)
+) -> tuple[Tensor, Tensor | None, Tensor]:  # (V or fewer, H), (V or fewer,), (..., K) of those rows
+    """`gathered_head`, or only the rows that ids name, where that moves less.
 
     Rows are fetched where no rank names more than V / 2, on CPU tensors, from a head that one mesh dimension shards by
-    rows: the sizes are read on the host. Otherwise every rank gathers the head, once. Gradients are averaged over the
-    ranks, as FSDP2 does by default, and are DTensors with the placements of the parameters. Every rank takes part in
-    every collective, whatever rows it has.
+    rows: the sizes are read on the host.
     """
-    if ids is not None and weight.is_cpu and not torch.compiler.is_compiling() and _by_rows(weight):
+    if is_dtensor(weight) and read_on_host(weight) and _by_rows(weight):
         group = weight.device_mesh.get_group()
         named, ids_of_named = _named(ids, weight.shape[0])
         counts = _counts(named, weight.shape[0], group)
         if FEWER * max(map(sum, counts)) <= weight.shape[0]:
             rows = _Rows.apply(_local(weight), named, weight.shape[0], counts, group)
             return rows, None if bias is None else _whole(bias).index_select(0, named), ids_of_named
-    return _whole(weight), None if bias is None else _whole(bias), ids
+    return *gathered_head(weight, bias), ids
 
 
 def _whole(x: Any) -> Any:  # the shape of x
@@ -127,8 +161,7 @@ def _counts(
     ranks = dist.get_world_size(group)
     table = named.new_zeros((ranks, ranks))
     table[dist.get_rank(group)] = (named // _shard(vocab, ranks)).bincount(minlength=ranks)
-    functional = _functional()
-    counts: list[list[int]] = functional.wait_tensor(functional.all_reduce(table, "sum", group)).tolist()
+    counts: list[list[int]] = all_reduce(table, group).tolist()
     return counts
 
 
@@ -152,9 +185,9 @@ class _Rows(torch.autograd.Function):
         rank = dist.get_rank(group)
         ctx.asks, ctx.asked, ctx.group = counts[rank], [row[rank] for row in counts], group
         ctx.shape = local.shape
-        wanted = _exchange(named, ctx.asks, ctx.asked, group) - rank * _shard(vocab, len(counts))
+        wanted = all_to_all_of(named, ctx.asks, ctx.asked, group) - rank * _shard(vocab, len(counts))
         ctx.save_for_backward(wanted)
-        return _exchange(local.index_select(0, wanted), ctx.asked, ctx.asks, group)
+        return all_to_all_of(local.index_select(0, wanted), ctx.asked, ctx.asks, group)
 
     @staticmethod
     @once_differentiable
@@ -164,21 +197,10 @@ class _Rows(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # (V_local, H), and nothing for the other four
         (wanted,) = ctx.saved_tensors
         total = gradient.new_zeros(ctx.shape, dtype=result_dtype(gradient))
-        parts = _exchange(gradient, ctx.asks, ctx.asked, ctx.group).split(ctx.asked)
+        parts = all_to_all_of(gradient, ctx.asks, ctx.asked, ctx.group).split(ctx.asked)
         for rows, part in zip(wanted.split(ctx.asked), parts):  # no rank names a row twice
             total.index_add_(0, rows, part.to(total.dtype))
         return (total / len(ctx.asked)).to(gradient.dtype), None, None, None, None
-
-
-def _exchange(
-    x: Tensor,  # (sum of sends, ...)
-    sends: list[int],  # to each rank
-    receives: list[int],  # from each rank
-    group: dist.ProcessGroup,
-) -> Tensor:  # (sum of receives, ...)
-    functional = _functional()
-    received: Tensor = functional.wait_tensor(functional.all_to_all_single(x.contiguous(), receives, sends, group))
-    return received
 
 
 def _by_rows(weight: Any) -> bool:
@@ -257,9 +279,3 @@ def _placements(x: Any) -> str:
 def _selected(mesh: Any, dim: int) -> str:
     names = mesh.mesh_dim_names
     return f"mesh[{names[dim]!r}]" if names else f"mesh.get_group({dim})"
-
-
-def _functional() -> Any:
-    import torch.distributed._functional_collectives as functional  # takes as long as the rest of the package
-
-    return functional
