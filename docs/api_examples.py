@@ -8,6 +8,7 @@ from topk_rkl.loss import (
     AlphaBeta,
     Divergence,
     ForwardKL,
+    Group,
     JensenShannon,
     LinearTopKDivergenceLoss,
     LinearTopKReverseKLLoss,
@@ -22,6 +23,7 @@ from topk_rkl.loss import (
     TopKReverseKLLoss,
     WeightGrad,
     generalized_jsd,
+    global_count,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
@@ -137,6 +139,14 @@ loss = topk_divergence(student, teacher, divergence=AlphaBeta(alpha=0.2, beta=0.
 # %% generalized_jsd
 assert generalized_jsd(0.0) == ForwardKL() and generalized_jsd(1.0) == ReverseKL()
 
+# %% global_count
+denominator = global_count([mask[:1], mask[1:]])  # of two micro-batches, and of all ranks where there are more
+parts = [
+    topk_reverse_kl(student[i], teacher[i], k=K, weights=mask[i], denominator=denominator)
+    for i in (slice(1), slice(1, B))
+]
+assert torch.isclose(sum(parts), topk_reverse_kl(student, teacher, k=K, weights=mask))
+
 # %% Divergence
 divergences: dict[str, Divergence] = {"reverse": ReverseKL(), "forward": ForwardKL()}
 
@@ -146,6 +156,10 @@ mass: Mass = "tail"
 # %% Reduction
 reduction: Reduction = "none"
 assert topk_reverse_kl(student, teacher, k=K, reduction=reduction).shape == (B, T)
+
+# %% Group
+ranks: Group | None = None  # a ProcessGroup, or mesh["tp"]: the logits are then shards of the vocabulary
+loss = topk_reverse_kl(student, teacher, k=K, weights=mask, group=ranks)
 
 # %% WeightGrad
 layout: WeightGrad = "sparse"

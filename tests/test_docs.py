@@ -35,7 +35,10 @@ MARKS = {
     "docs/compiled.md": ["compiled"],
     "examples/README.md": ["demo", "demo"],
 }
-FOREIGN = {"num_stages", "fp32_precision"}  # names of Triton and torch
+FOREIGN = {  # names of Triton, torch and trainers
+    "num_stages", "fp32_precision", "num_items_in_batch", "calculate_per_token_loss", "tensor_parallel_output_grad",
+    "gather_from_sequence_parallel_region",
+}  # fmt: skip
 EXAMPLES = api.examples()
 PUBLIC = {
     f"{path}.{name}": value for path in api.MODULES for name, value in api.public(import_module(path)).items()

@@ -235,7 +235,7 @@ def fetched(group: Any, vocab: int, sizes: tuple[int, ...], by_rows: bool, froze
     if not frozen:
         w.register_post_accumulate_grad_hook(fired.append)
     x = hidden[mine].clone().requires_grad_()
-    rows, few, places = heads.named_rows(w, b, ids[mine])
+    rows, few, places = heads.whole_head(w, b, ids[mine])
     assert (len(rows) < vocab) == by_rows and type(rows) is Tensor
     own = linear_topk_reverse_kl(x, rows, Support(places, log_probs[mine]), student_bias=few, reduction="none")
     (own.sum() * ranks).backward()

@@ -30,7 +30,7 @@ def whole(x: Any) -> Any:
 
 
 def batch(step: int, group: Any, teacher: Tiny) -> tuple[slice, Tensor, Support, Tensor]:
-    """Which sequences are of this rank, and tokens, teacher and weights of all: uneven, some ranks without any token."""
+    """Which sequences are of this rank; tokens, teacher and weights of all. Some ranks have no token that counts."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     sizes = SIZES[ranks][step % len(SIZES[ranks])]
     torch.manual_seed(step)

@@ -367,8 +367,8 @@ def _times(probability: Tensor, x: Tensor) -> Tensor:
 
 def capped(
     raw: Tensor,  # (...) hidden @ head.T + bias
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | Tensor,
+    softcap: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # (...), (...) or ()
     """The logits that a model makes of the product with its head, and their derivative with respect to it.
 
@@ -376,7 +376,7 @@ def capped(
     """
     z = raw * logit_scale
     if softcap is None:
-        return z, raw.new_full((), logit_scale)
+        return z, raw.new_ones(()) * logit_scale
     bent = (z / softcap).tanh()
     return softcap * bent, logit_scale * (1 - bent * bent)
 

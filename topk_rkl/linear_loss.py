@@ -13,7 +13,7 @@ from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
-from topk_rkl.parallel.heads import TEACHER, gathered_head, is_dtensor, named_rows, unwrap_head, unwrap_teacher
+from topk_rkl.parallel.heads import TEACHER, is_dtensor, unwrap_head, unwrap_teacher, whole_head
 from topk_rkl.parallel.logits import linear_select
 from topk_rkl.parallel.losses import linear_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -62,8 +62,8 @@ def linear_teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    given = teacher_hidden, teacher_weight, bias
-    teacher_hidden, teacher_weight, bias, group = unwrap_head(*given, require_group(group), TEACHER)
+    head = teacher_hidden, teacher_weight, bias
+    teacher_hidden, teacher_weight, bias, group = unwrap_head(*head, require_group(group), TEACHER)
     sharded = group is not None
     with refused_together(group, teacher_hidden):
         chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows, sharded)
@@ -73,9 +73,9 @@ def linear_teacher_topk(
         checks.require_flag("normalize", normalize)
         _require_logits_dtype(logits_dtype, teacher_hidden)
         logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
-    objective = pack(logit_scale=logit_scale, softcap=softcap)
+    teacher_weight, bias, _ = whole_head(teacher_weight, bias)
+    given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
     shards = shards_of(group, teacher_hidden, None, teacher_weight.T, k, normalize=normalize, logits_dtype=logits_dtype)
-    given = teacher_hidden, *gathered_head(teacher_weight, bias)
     full = logits_dtype is not None
     return Support(*linear_select(*given, k, chunk_rows, objective, normalize, full, requested(), shards))
 
@@ -169,40 +169,46 @@ def linear_topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    given, asked = (student_hidden, student_weight, student_bias), require_group(group)
-    hidden, head, bias, group = unwrap_head(*given, asked)
-    teacher = unwrap_teacher(teacher, asked, group, "student_weight")
-    sharded = group is not None
-    with refused_together(group, hidden):
-        checks.require_head("student_hidden", hidden, "student_weight", head, "student_bias", bias, sharded)
+    asked, head = require_group(group), (student_hidden, student_weight, student_bias)
+    student_hidden, student_weight, student_bias, group = unwrap_head(*head, asked)
+    teacher, sharded = unwrap_teacher(teacher, "student_weight", asked, group), group is not None
+    with refused_together(group, student_hidden):
+        checks.require_head(
+            "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias, sharded
+        )  # fmt: skip
         checks.require_plain(
-            student_hidden=hidden, student_weight=head, student_bias=bias, teacher=teacher, weights=weights
-        )
-        checks.require_weights(weights, hidden, "student_hidden")
+            student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
+            weights=weights,
+        )  # fmt: skip
+        checks.require_weights(weights, student_hidden, "student_hidden")
         checks.require_temperature(temperature)
-        require_reduction(reduction, denominator, hidden)
+        require_reduction(reduction, denominator, student_hidden)
         logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
         _require_weight_grad(weight_grad, mass, student_weight)
         require_objective(divergence, mass)
-        checks.require_sampled_for_mass(sampled_ids, mass, hidden, "student_hidden")
-        k = require_teacher(teacher, k, mass, temperature, hidden, "student_hidden", sharded)
+        checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
+        k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden", sharded)
     shards = shards_of(
-        group, hidden, head.T, teacher, k, divergence, mass, temperature, logit_scale=logit_scale,
-        softcap=softcap, backward=torch.is_grad_enabled() and hidden.requires_grad,
+        group, student_hidden, student_weight.T, teacher, k, divergence, mass, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, backward=torch.is_grad_enabled() and student_hidden.requires_grad,
     )  # fmt: skip
-    weights, temperature, backend = as_factors(weights, hidden), float(temperature), requested()
+    weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
     objective = pack(temperature, divergence, mass, logit_scale, softcap)
     terms = None if isinstance(divergence, Divergence) else divergence
-    options = Options(backend, terms, weight_grad=weight_grad)
+    options = Options(backend, terms, weight_grad=weight_grad, capped=logit_scale != 1 or softcap is not None)
     if shards is not None:
-        per_token = sharded_loss(hidden, head, bias, teacher, k, sampled_ids, weights, objective, options, shards)
+        per_token = sharded_loss(
+            student_hidden, student_weight, student_bias, teacher, k, mass, temperature, sampled_ids, weights,
+            objective, options, shards,
+        )  # fmt: skip
     elif mass != "renormalized":
-        compared = classes(teacher, k, len(head), temperature, sampled_ids, backend)
-        per_token = LinearMassLoss.apply(hidden, *gathered_head(head, bias), *compared, weights, objective, options)
+        compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, backend)
+        weight, bias, _ = whole_head(student_weight, student_bias)
+        per_token = LinearMassLoss.apply(student_hidden, weight, bias, *compared, weights, objective, options)
     else:
         ids, log_probs = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
-        *head_and_bias, ids = named_rows(head, bias, ids)
-        per_token, *_ = LinearLoss.apply(hidden, *head_and_bias, ids, log_probs, weights, objective, options)
+        weight, bias, ids = whole_head(student_weight, student_bias, ids)
+        per_token, *_ = LinearLoss.apply(student_hidden, weight, bias, ids, log_probs, weights, objective, options)
     return reduce(per_token, weights, reduction, denominator)
 
 

@@ -43,6 +43,7 @@ from topk_rkl.objective import pack, require_objective
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.counts import global_count
 from topk_rkl.parallel.heads import is_dtensor, unwrap_logits, unwrap_teacher
 from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as sharded_loss
@@ -68,6 +69,7 @@ __all__ = [
     "TopKReverseKLLoss",
     "WeightGrad",
     "generalized_jsd",
+    "global_count",
     "linear_teacher_topk",
     "linear_topk_divergence",
     "linear_topk_reverse_kl",
@@ -233,8 +235,7 @@ def topk_divergence(
     if overwrite_student_logits is True and is_dtensor(student_logits):
         raise ValueError("overwrite_student_logits=True, but student_logits is a DTensor; leave the option off")
     student_logits, group = unwrap_logits("student_logits", student_logits, asked)
-    teacher = unwrap_teacher(teacher, asked, group, "student_logits")
-    sharded = group is not None
+    teacher, sharded = unwrap_teacher(teacher, "student_logits", asked, group), group is not None
     with refused_together(group, student_logits):
         checks.require_logits("student_logits", student_logits, sharded)
         checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
@@ -248,13 +249,14 @@ def topk_divergence(
         if overwrite_student_logits:
             require_overwritable(student_logits)
         k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
-    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature)
+    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature=temperature)
     weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
     objective = pack(temperature, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
     if shards is not None:
-        given = (student_logits, teacher, k, sampled_ids, weights)
-        per_token = sharded_loss(*given, objective, options, shards)
+        per_token = sharded_loss(
+            student_logits, teacher, k, mass, temperature, sampled_ids, weights, objective, options, shards
+        )
     elif mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)

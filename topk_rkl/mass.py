@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from topk_rkl.objective import pack
 from topk_rkl.parallel.agreement import Shards
 from topk_rkl.parallel.logits import select, teacher_logit, teacher_tail
 from topk_rkl.rows import live_slots, repeats
@@ -40,13 +41,13 @@ def classes(
         y = y.masked_fill(named, -1).to(ids.dtype)
         value = teacher_logit(teacher, y, shards).masked_fill(named, -torch.inf)
         ids, log_probs = torch.cat((ids, y), -1), torch.cat((log_probs, value.to(log_probs.dtype)), -1)
-    return ids, log_probs, teacher_tail(teacher, ids, temperature, backend, shards)
+    return ids, log_probs, teacher_tail(teacher, ids, pack(temperature), backend, shards)
 
 
 def _distinct(
     ids: Tensor,  # (..., K)
     log_probs: Tensor,  # (..., K)
-    vocab: int,
+    vocab: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     live = live_slots(ids, log_probs, vocab)
     ids, slots = torch.where(live, ids, LAST).int().sort(dim=-1, stable=True)

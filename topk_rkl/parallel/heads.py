@@ -38,25 +38,23 @@ def unwrap_logits(
 
 def unwrap_teacher(
     teacher: Any,  # (..., V) logits, a Support, or any argument that is refused later
-    given: dist.ProcessGroup | None,  # as the caller gave it
-    group: dist.ProcessGroup | None,  # as student_name made it
-    student_name: str,
-) -> Any:  # (..., V_local) logits, or the teacher as it is
-    """This rank's shard of the teacher's logits, which are to be sharded as the student's logits or head are."""
+    of_student: str,
+    asked: dist.ProcessGroup | None,  # the argument
+    group: dist.ProcessGroup | None,  # that shares the student's vocabulary
+) -> Any:  # (..., V_local) logits, or the Support
+    """A plain tensor is a shard beside a group that was asked for, and whole beside a DTensor: then it is refused."""
     if not isinstance(teacher, Tensor):
-        return teacher
-    if not is_dtensor(teacher):
-        if group is not given:
-            raise ValueError(
-                f"teacher is a plain tensor beside {student_name}, a DTensor; pass teacher_topk(teacher, k) of all its "
-                f"logits, or this rank's shard of them with group="
-            )
         return teacher
     local, own = unwrap_logits("teacher", teacher, group)
     if own is not group:
         raise ValueError(
-            f"teacher is a DTensor with {_placements(teacher)} beside {student_name}, which is not sharded so; pass "
-            "teacher.full_tensor()"
+            f"teacher is a DTensor with {_placements(teacher)}, but {of_student} is whole; pass "
+            "teacher_topk(teacher_logits, k), which every rank has whole"
+        )
+    if asked is None and group is not None and not is_dtensor(teacher):
+        raise ValueError(
+            f"teacher holds logits of the whole vocabulary, but {of_student} is a DTensor that ranks share; pass "
+            "teacher_topk(teacher_logits, k), which every rank has whole, or teacher logits sharded alike"
         )
     return local
 
@@ -100,36 +98,26 @@ def unwrap_head(
     return *(_local(x) if is_dtensor(x) else x for x in (hidden, weight, bias)), group
 
 
-def gathered_head(
-    weight: Any,  # (V, H)
+def whole_head(
+    weight: Any,  # (V, H), plain or a DTensor
     bias: Any,  # (V,), or None
-) -> tuple[Tensor, Tensor | None]:  # (V, H), (V,)
-    """All of a head that data parallelism took apart, for ranks that have hidden states of their own.
-
-    Gradients are averaged over the ranks, as FSDP2 does by default, and are DTensors with the placements of the
-    parameters. Every rank takes part in every collective, whatever rows it has.
-    """
-    return _whole(weight), None if bias is None else _whole(bias)
-
-
-def named_rows(
-    weight: Any,  # (V, H)
-    bias: Any,  # (V,), or None
-    ids: Tensor,  # (..., K)
-) -> tuple[Tensor, Tensor | None, Tensor]:  # (V or fewer, H), (V or fewer,), (..., K) of those rows
-    """`gathered_head`, or only the rows that ids name, where that moves less.
+    ids: Any = None,  # (..., K): the only rows that are needed; None for all
+) -> tuple[Tensor, Any, Any]:  # (V or fewer, H), (V or fewer,), (..., K) of those rows
+    """A plain head as it is. A DTensor gathered, or the rows that ids name, for ranks with hidden states of their own.
 
     Rows are fetched where no rank names more than V / 2, on CPU tensors, from a head that one mesh dimension shards by
-    rows: the sizes are read on the host.
+    rows: the sizes are read on the host. Otherwise every rank gathers the head, once. Gradients are averaged over the
+    ranks, as FSDP2 does by default, and are DTensors with the placements of the parameters. Every rank takes part in
+    every collective, whatever rows it has.
     """
-    if is_dtensor(weight) and read_on_host(weight) and _by_rows(weight):
+    if ids is not None and is_dtensor(weight) and read_on_host(weight) and _by_rows(weight):
         group = weight.device_mesh.get_group()
         named, ids_of_named = _named(ids, weight.shape[0])
         counts = _counts(named, weight.shape[0], group)
         if FEWER * max(map(sum, counts)) <= weight.shape[0]:
             rows = _Rows.apply(_local(weight), named, weight.shape[0], counts, group)
             return rows, None if bias is None else _whole(bias).index_select(0, named), ids_of_named
-    return *gathered_head(weight, bias), ids
+    return _whole(weight), None if bias is None else _whole(bias), ids
 
 
 def _whole(x: Any) -> Any:  # the shape of x
