@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ import torch.multiprocessing as mp
 from tests.processes import HANGS
 
 WORLD = 4
+AFTER_A_FAILURE = 10  # seconds that the other ranks have, which may wait for the one that failed
 # On one worker of pytest, which starts the processes once.
 together = pytest.mark.xdist_group("ranks")
 
@@ -56,21 +58,23 @@ class Ranks:
         call = world, function.__module__, function.__qualname__, args, torch.initial_seed()
         for pipe in self.pipes:
             pipe.send(call)
-        answers = [self._answer(rank) for rank in range(WORLD)]
-        failed = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(answers) if not good]
+        waiting, answers, failed = dict(zip(self.pipes, range(WORLD))), {}, []
+        while waiting:
+            ready = connection.wait(list(waiting), AFTER_A_FAILURE if failed else HANGS)
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    good, answers[rank] = pipe.recv()
+                except EOFError:
+                    good, answers[rank] = False, "died"
+                if not good:
+                    failed.append(f"rank {rank}: {answers[rank]}")
+            if not ready or "died" in answers.values():
+                stop()
+                raise Failed("\n".join([*failed, *(f"rank {rank} waits for others" for rank in waiting.values())]))
         if failed:
             raise Failed("\n".join(failed))
-        return [result for _, result in answers[:world]]
-
-    def _answer(self, rank: int) -> tuple[bool, Any]:
-        pipe = self.pipes[rank]
-        try:
-            if pipe.poll(HANGS):
-                return pipe.recv()
-        except EOFError:
-            pass
-        stop()
-        raise Failed(f"rank {rank} died or hung")
+        return [answers[rank] for rank in range(world)]
 
 
 _ranks: Ranks | None = None

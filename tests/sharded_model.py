@@ -65,7 +65,7 @@ def loss_in_head(head: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> I
     taken: list[Tensor] = []
     forward = head.forward
     head.forward = lambda hidden: loss(hidden, head.weight)
-    handle = head.register_forward_hook(lambda module, args, output: taken.append(output))
+    handle = head.register_forward_hook(lambda *call: taken.append(call[-1]))
     try:
         yield taken
     finally:

@@ -147,12 +147,13 @@ def require_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], of_hea
     """Of a head that is a DTensor, the numbers are gathered later."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {kind_of(x)}; it must be a torch.Tensor")
+    of_head &= hasattr(x, "device_mesh")
     if hasattr(x, "full_tensor") and not of_head:
         raise TypeError(f"{name} is a DTensor; pass {name}.full_tensor(), which every rank then has whole")
     if x.is_nested:
         rows = f"{name}.values()" if x.layout == torch.jagged else f"torch.cat({name}.unbind())"
         raise TypeError(f"{name} is a nested tensor; pass {rows}, its positions in a row, and every other argument so")
-    if _without_memory(x) and not hasattr(x, "full_tensor"):
+    if _without_memory(x) and not of_head:
         raise TypeError(
             f"{name} is {kind_of(x)}, which keeps its numbers in other tensors; pass a plain tensor, such as "
             f"{name}.dequantize() of a quantised one"

@@ -17,6 +17,7 @@ from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.backends.products import all_logits
 from topk_rkl.objective import Objective
+from topk_rkl.parallel.heads import whole_head
 from topk_rkl.rows import chunks, live_slots, result_dtype, row_views
 from topk_rkl.support import Support, require_teacher, require_temperature_1, true_log_probs
 
@@ -228,7 +229,7 @@ def linear_topk_diagnostics(
     checks.require_plain(student_hidden=student_hidden, student_weight=head[0], student_bias=head[1], teacher=teacher)
     names, k = _require_asked(names, teacher, k, temperature, sampled_ids, student_hidden, "student_hidden")
     logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
-    objective = Objective(logit_scale=logit_scale, softcap=softcap)
+    objective, head = Objective(logit_scale=logit_scale, softcap=softcap), whole_head(*head)[:2]
 
     def logits_of(hidden: Tensor) -> Tensor:  # (n, H) -> (n, V)
         return all_logits(hidden, *head, objective)

@@ -44,7 +44,7 @@ from topk_rkl.overwrite import require_overwritable
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
 from topk_rkl.parallel.counts import global_count
-from topk_rkl.parallel.heads import unwrap_logits, unwrap_teacher
+from topk_rkl.parallel.heads import is_dtensor, unwrap_logits, unwrap_teacher
 from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -232,6 +232,8 @@ def topk_divergence(
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
     asked = require_group(group)
+    if overwrite_student_logits is True and is_dtensor(student_logits):
+        raise ValueError("overwrite_student_logits=True, but student_logits is a DTensor; leave the option off")
     student_logits, group = unwrap_logits("student_logits", student_logits, asked)
     teacher, sharded = unwrap_teacher(teacher, "student_logits", asked, group), group is not None
     with refused_together(group, student_logits):

@@ -62,6 +62,15 @@ def all_to_all(
     return wait(_functional().all_to_all_single(x.contiguous(), None, None, group))
 
 
+def all_to_all_of(
+    x: Tensor,  # (sum of sends, ...)
+    sends: list[int],  # to each rank
+    receives: list[int],  # from each rank
+    group: dist.ProcessGroup,
+) -> Tensor:  # (sum of receives, ...)
+    return wait(_functional().all_to_all_single(x.contiguous(), receives, sends, group))
+
+
 def wait(x: Tensor) -> Tensor:
     waited: Tensor = _functional().wait_tensor(x)
     return waited

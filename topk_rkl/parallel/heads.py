@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from topk_rkl.parallel.agreement import read_on_host
+from topk_rkl.parallel.collectives import all_reduce, all_to_all_of
 from topk_rkl.rows import result_dtype
 
 STUDENT = "student_hidden", "student_weight", "student_bias"
@@ -44,22 +46,17 @@ def unwrap_teacher(
     if not isinstance(teacher, Tensor):
         return teacher
     local, own = unwrap_logits("teacher", teacher, group)
-    whole = not is_dtensor(teacher) or all(map(_is_replicate, getattr(teacher, "placements", ())))
-    if asked is None and own is not None and group is None:
+    if own is not group:
         raise ValueError(
             f"teacher is a DTensor with {_placements(teacher)}, but {of_student} is whole; pass "
             "teacher_topk(teacher_logits, k), which every rank has whole"
         )
-    if asked is None and group is not None and whole:
+    if asked is None and group is not None and not is_dtensor(teacher):
         raise ValueError(
             f"teacher holds logits of the whole vocabulary, but {of_student} is a DTensor that ranks share; pass "
             "teacher_topk(teacher_logits, k), which every rank has whole, or teacher logits sharded alike"
         )
     return local
-
-
-def _is_replicate(placement: Any) -> bool:
-    return bool(placement.is_replicate())
 
 
 def unwrap_head(
@@ -74,11 +71,8 @@ def unwrap_head(
     Gradients come back as DTensors: of the head with its own placements, of hidden states on every rank alike.
     """
     of_hidden, of_weight, of_bias = names
-    if is_dtensor(bias) and not is_dtensor(weight):
-        raise ValueError(
-            f"{of_bias} is a DTensor and {of_weight} is none; pass this rank's part of both, such as "
-            f"{of_bias}.to_local() beside a local shard of the head"
-        )
+    if is_dtensor(bias) and not is_dtensor(weight) and group is not None:
+        raise ValueError(f"{of_bias} is a DTensor and {of_weight} this rank's shard; pass {of_bias}.to_local()")
     if is_dtensor(hidden):
         if not all(placement.is_replicate() for placement in hidden.placements):
             raise ValueError(
@@ -116,9 +110,7 @@ def whole_head(
     ranks, as FSDP2 does by default, and are DTensors with the placements of the parameters. Every rank takes part in
     every collective, whatever rows it has.
     """
-    if not is_dtensor(weight):
-        return weight, bias, ids
-    if ids is not None and weight.is_cpu and not torch.compiler.is_compiling() and _by_rows(weight):
+    if ids is not None and is_dtensor(weight) and read_on_host(weight) and _by_rows(weight):
         group = weight.device_mesh.get_group()
         named, ids_of_named = _named(ids, weight.shape[0])
         counts = _counts(named, weight.shape[0], group)
@@ -157,8 +149,7 @@ def _counts(
     ranks = dist.get_world_size(group)
     table = named.new_zeros((ranks, ranks))
     table[dist.get_rank(group)] = (named // _shard(vocab, ranks)).bincount(minlength=ranks)
-    functional = _functional()
-    counts: list[list[int]] = functional.wait_tensor(functional.all_reduce(table, "sum", group)).tolist()
+    counts: list[list[int]] = all_reduce(table, group).tolist()
     return counts
 
 
@@ -182,9 +173,9 @@ class _Rows(torch.autograd.Function):
         rank = dist.get_rank(group)
         ctx.asks, ctx.asked, ctx.group = counts[rank], [row[rank] for row in counts], group
         ctx.shape = local.shape
-        wanted = _exchange(named, ctx.asks, ctx.asked, group) - rank * _shard(vocab, len(counts))
+        wanted = all_to_all_of(named, ctx.asks, ctx.asked, group) - rank * _shard(vocab, len(counts))
         ctx.save_for_backward(wanted)
-        return _exchange(local.index_select(0, wanted), ctx.asked, ctx.asks, group)
+        return all_to_all_of(local.index_select(0, wanted), ctx.asked, ctx.asks, group)
 
     @staticmethod
     @once_differentiable
@@ -194,21 +185,10 @@ class _Rows(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # (V_local, H), and nothing for the other four
         (wanted,) = ctx.saved_tensors
         total = gradient.new_zeros(ctx.shape, dtype=result_dtype(gradient))
-        parts = _exchange(gradient, ctx.asks, ctx.asked, ctx.group).split(ctx.asked)
+        parts = all_to_all_of(gradient, ctx.asks, ctx.asked, ctx.group).split(ctx.asked)
         for rows, part in zip(wanted.split(ctx.asked), parts):  # no rank names a row twice
             total.index_add_(0, rows, part.to(total.dtype))
         return (total / len(ctx.asked)).to(gradient.dtype), None, None, None, None
-
-
-def _exchange(
-    x: Tensor,  # (sum of sends, ...)
-    sends: list[int],  # to each rank
-    receives: list[int],  # from each rank
-    group: dist.ProcessGroup,
-) -> Tensor:  # (sum of receives, ...)
-    functional = _functional()
-    received: Tensor = functional.wait_tensor(functional.all_to_all_single(x.contiguous(), receives, sends, group))
-    return received
 
 
 def _by_rows(weight: Any) -> bool:
@@ -287,9 +267,3 @@ def _placements(x: Any) -> str:
 def _selected(mesh: Any, dim: int) -> str:
     names = mesh.mesh_dim_names
     return f"mesh[{names[dim]!r}]" if names else f"mesh.get_group({dim})"
-
-
-def _functional() -> Any:
-    import torch.distributed._functional_collectives as functional  # takes as long as the rest of the package
-
-    return functional

@@ -20,6 +20,7 @@ from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.divergence import capped
 from topk_rkl.objective import pack
+from topk_rkl.parallel.heads import whole_head
 from topk_rkl.rows import add_repeats, result_dtype
 from topk_rkl.support import Support, require_support
 
@@ -152,7 +153,7 @@ def linear_fixed_ids(
     options = logit_scale, softcap
     ids = torch.as_tensor(ids, device=teacher_hidden.device)
     ids = ids.expand(*teacher_hidden.shape[:-1], ids.shape[-1])
-    head = teacher_hidden, teacher_weight, bias
+    head = teacher_hidden, *whole_head(teacher_weight, bias)[:2]
     log_probs = _linear_logits(*head, ids, *options)
     if normalize:
         packed = pack(logit_scale=logit_scale, softcap=softcap)
