@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import on_ranks, together
 from topk_rkl.loss import Support, linear_topk_reverse_kl, teacher_topk, topk_divergence, topk_reverse_kl
@@ -102,6 +104,54 @@ def test_the_step_of_the_page_gives_the_gradient_of_one_process(averaged: bool) 
     for *grads, p in zip(*results, model.parameters(), strict=True):
         got = sum(grads) / (2 if averaged else 1)  # as DDP and FSDP average them
         torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
+
+
+class Scaled(nn.Module):
+    """As a model that scales the logits of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(H, H), nn.Linear(H, V, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.head(self.body(x).tanh())
+
+
+def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights: Tensor) -> list[Tensor]:
+    """The gradients of this rank, which has row `rank` of the batch."""
+    page, model, row = blocks(), Scaled(), slice(group.rank(), group.rank() + 1)
+    head, mesh = model.head, DeviceMesh.from_group(group, "cpu")
+    wrapped = DistributedDataParallel(model, process_group=group) if how == "DDP" else model
+    if how == "FSDP2":
+        fully_shard(model.head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    denominator = page["global_count"](weights[row], group, averaged=True)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        teacher = Support(support.ids[row], support.log_probs[row])
+        return linear_topk_reverse_kl(
+            x, weight, teacher, weights=weights[row], denominator=denominator, logit_scale=2.0
+        )
+
+    with page["loss_in_head"](head, loss) as taken:
+        wrapped(hidden[row])
+    taken[0].backward()
+    grads = [p.grad.full_tensor() if how == "FSDP2" else p.grad for p in model.parameters()]
+    assert wrapped(hidden[row]).shape == (1, T, V)  # the head is as it was
+    return grads
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_the_loss_inside_the_head_fires_the_hooks(how: str) -> None:
+    hidden, support, mask = batch()
+    results = on_ranks(B, in_the_head, how, hidden, support, mask)
+    torch.manual_seed(torch.initial_seed())
+    model = Scaled()
+    topk_reverse_kl(model(hidden), support, weights=mask).backward()
+    for grads in results:
+        for got, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
 
 
 def test_weights_that_add_up_to_1_give_the_mean_of_the_sequences() -> None:
