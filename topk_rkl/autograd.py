@@ -78,6 +78,7 @@ class Options:
     terms: Terms | None = None  # of a divergence that is a function
     overwrite_student_logits: bool = False
     weight_grad: str = "dense"
+    capped: bool = False  # logits are not the products with the head as they are
 
 
 class RowLoss(torch.autograd.Function):

@@ -147,14 +147,24 @@ def require_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> Non
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {kind_of(x)}; it must be a torch.Tensor")
     if hasattr(x, "full_tensor"):
-        raise TypeError(f"{name} is sharded, a DTensor; pass {name}.full_tensor()")
+        raise TypeError(f"{name} is a DTensor; pass {name}.full_tensor(), which every rank then has whole")
     if x.is_nested:
         rows = f"{name}.values()" if x.layout == torch.jagged else f"torch.cat({name}.unbind())"
         raise TypeError(f"{name} is a nested tensor; pass {rows}, its positions in a row, and every other argument so")
+    if _without_memory(x):
+        raise TypeError(
+            f"{name} is {kind_of(x)}, which keeps its numbers in other tensors; pass a plain tensor, such as "
+            f"{name}.dequantize() of a quantised one"
+        )
     if x.dtype not in dtypes:
         raise TypeError(f"{name} is {x.dtype}; use one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; pass a dense tensor, such as {name}.to_dense()")
+
+
+def _without_memory(x: Tensor) -> bool:
+    """Whether x is a tensor made of others; one that waits for a collective is what it will be."""
+    return hasattr(x, "__tensor_flatten__") and not hasattr(x, "trigger_wait")
 
 
 def require_same_reality(name: str, x: Tensor, other: str, y: Tensor) -> None:
@@ -290,16 +300,21 @@ def require_head(
         raise ValueError(f"{hidden_name} has shape {shape_of(hidden)}; it must be (..., H) with H of at least 1")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
-            f"{weight_name} is partitioned by DeepSpeed ZeRO-3 and holds nothing here; call the loss inside "
-            "deepspeed.zero.GatheredParameters"
+            f"{weight_name} is partitioned by DeepSpeed ZeRO-3 and holds nothing here; take the loss within the "
+            "forward of the head's module, where the head is whole"
         )
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
-        raise TypeError(f"{weight_name} is {weight.dtype}; a quantised head must be given dequantised, (V, H) floats")
+    if _quantised(weight):
+        kind = kind_of(weight) if weight.dtype in FLOATS else weight.dtype
+        raise TypeError(
+            f"{weight_name} is {kind}; a quantised head must be given dequantised, (V, H) floats, or its module's "
+            "logits to topk_reverse_kl"
+        )
     require_tensor(weight_name, weight, FLOATS)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has shape {shape_of(weight)} and {hidden_name} {shape_of(hidden)}; the head must be "
-            f"(V, H), a row of H = {hidden.shape[-1]} per token, as nn.Linear keeps it (a sharded one: gathered first)"
+            f"(V, H), a row of H = {hidden.shape[-1]} per token, as nn.Linear keeps it; one that FSDP flattened is "
+            "whole within the forward of its module: take the loss there"
         )
     _require_float64_alike(weight_name, weight, hidden_name, hidden)
     require_same_device(weight_name, weight, hidden_name, hidden)
@@ -313,6 +328,13 @@ def require_head(
         )
     _require_float64_alike(bias_name, bias, hidden_name, hidden)
     require_same_device(bias_name, bias, hidden_name, hidden)
+
+
+def _quantised(x: object) -> bool:
+    """By its dtype; or as bitsandbytes marks it, by quant_state; or as torchao makes it, of other tensors."""
+    if not isinstance(x, Tensor) or hasattr(x, "full_tensor") or x.is_nested:
+        return False
+    return x.dtype not in FLOATS or getattr(x, "quant_state", None) is not None or _without_memory(x)
 
 
 def require_linear_teacher(

@@ -367,8 +367,8 @@ def _times(probability: Tensor, x: Tensor) -> Tensor:
 
 def capped(
     raw: Tensor,  # (...) hidden @ head.T + bias
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | Tensor,
+    softcap: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # (...), (...) or ()
     """The logits that a model makes of the product with its head, and their derivative with respect to it.
 

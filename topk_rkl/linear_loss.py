@@ -184,15 +184,16 @@ def linear_topk_divergence(
         checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
         k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden", sharded)
     shards = shards_of(
-        group, student_hidden, student_weight.T, teacher, k, divergence, mass, temperature, logit_scale=logit_scale,
-        softcap=softcap, backward=torch.is_grad_enabled() and student_hidden.requires_grad,
+        group, student_hidden, student_weight.T, teacher, k, divergence, mass, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, backward=torch.is_grad_enabled() and student_hidden.requires_grad,
     )  # fmt: skip
     weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
     objective = pack(temperature, divergence, mass, logit_scale, softcap)
     terms = None if isinstance(divergence, Divergence) else divergence
-    options = Options(backend, terms, weight_grad=weight_grad)
+    options = Options(backend, terms, weight_grad=weight_grad, capped=logit_scale != 1 or softcap is not None)
     if shards is not None:
-        per_token = sharded_loss(*given, teacher, k, sampled_ids, weights, objective, options, shards)
+        compared = teacher, k, mass, temperature, sampled_ids
+        per_token = sharded_loss(*given, *compared, weights, objective, options, shards)
     elif mass != "renormalized":
         compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, backend)
         per_token = LinearMassLoss.apply(*given, *compared, weights, objective, options)

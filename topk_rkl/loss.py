@@ -245,13 +245,13 @@ def topk_divergence(
         if overwrite_student_logits:
             require_overwritable(student_logits)
         k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
-    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature)
+    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature=temperature)
     weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
     objective = pack(temperature, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
     if shards is not None:
-        given = (student_logits, teacher, k, sampled_ids, weights)
-        per_token = sharded_loss(*given, objective, options, shards)
+        given = student_logits, teacher, k, mass, temperature, sampled_ids
+        per_token = sharded_loss(*given, weights, objective, options, shards)
     elif mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)

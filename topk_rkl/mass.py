@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from topk_rkl.objective import pack
 from topk_rkl.parallel.agreement import Shards
 from topk_rkl.parallel.logits import select, teacher_logit, teacher_tail
 from topk_rkl.rows import live_slots, repeats
@@ -40,7 +41,7 @@ def classes(
         y = y.masked_fill(named, -1).to(ids.dtype)
         value = teacher_logit(teacher, y, shards).masked_fill(named, -torch.inf)
         ids, log_probs = torch.cat((ids, y), -1), torch.cat((log_probs, value.to(log_probs.dtype)), -1)
-    return ids, log_probs, teacher_tail(teacher, ids, temperature, backend, shards)
+    return ids, log_probs, teacher_tail(teacher, ids, pack(temperature), backend, shards)
 
 
 def _distinct(

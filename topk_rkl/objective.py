@@ -54,6 +54,20 @@ def unpack(
     )
 
 
+def temperature_of(
+    packed: Tensor | None,  # as `pack` gives it
+) -> Tensor | float:  # ()
+    """Where a trace cannot `unpack`."""
+    return 1.0 if packed is None else packed[0]
+
+
+def head_numbers(
+    packed: Tensor,  # as `pack` gives it
+) -> tuple[Tensor, Tensor]:  # (), ()
+    """The logit scale and the softcap, one that changes nothing for none, where a trace cannot `unpack`."""
+    return packed[2], packed[3].clamp(max=checks.NO_CAP)
+
+
 def require_objective(divergence: object, mass: str) -> None:
     """Refuses what is no divergence, no mass, or no pair of them."""
     checks.require_one_of("mass", mass, MASSES)

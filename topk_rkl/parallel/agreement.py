@@ -60,8 +60,7 @@ def shards_of(
     teacher: object,  # (..., V_local) logits, or a Support
     k: int | None,
     divergence: object = None,
-    mass: str = "renormalized",
-    temperature: float = 1.0,
+    mass: str | None = None,
     **others: object,
 ) -> Shards | None:
     """The shards of all ranks, which have been called alike; None without a group.
@@ -72,21 +71,11 @@ def shards_of(
     """
     if group is None:
         return None
-    given = [x for x in (student, *(teacher if isinstance(teacher, tuple) else (teacher,))) if isinstance(x, Tensor)]
-    asked = {
-        "the shape of the positions": tuple(like.shape[:-1]),
-        "the kind of teacher": type(teacher).__name__,
-        "k": k if isinstance(teacher, Tensor) else given[-1].shape[-1],
-        "the dtypes": [str(x.dtype) for x in given],
-        "divergence": getattr(divergence, "__qualname__", divergence),
-        "mass": mass,
-        "temperature": temperature,
-        "the backend": requested(),
-        **others,
-    }
+    text = ""
+    if not torch.compiler.is_compiling():
+        text = _described(like, student, teacher, k=k, divergence=divergence, mass=mass, **others)
     vocabs = [x.shape[-1] if isinstance(x, Tensor) else 0 for x in (student, teacher)]
-    text = "\n".join(f"{name}={value}" for name, value in asked.items())
-    table = _exchange(group, like.device, False, zlib.crc32(text.encode()), *vocabs)
+    table = _exchange(group, like.device, False, zlib.crc32(text.encode()) if text else 0, *vocabs)
     if read_on_host(like):
         failed, digests = table[:, 0].tolist(), table[:, 1].tolist()
         if any(failed) or len(set(digests)) > 1:
@@ -95,6 +84,27 @@ def shards_of(
             checks.require_k(k, int(table[:, 3].sum()), "the teacher's logits over all ranks")
     starts = pad(table[:, 2:].cumsum(0), (0, 0, 1, 0))  # (ranks + 1, 2)
     return Shards(group, starts[:, 0], starts[:, 1])
+
+
+def _described(
+    like: Tensor,  # (..., X)
+    student: Tensor | None,  # (..., V_local)
+    teacher: object,  # (..., V_local) logits, or a Support
+    **options: object,
+) -> str:
+    """A call by all that must be the same on every rank, a line each."""
+    given = [x for x in (student, *(teacher if isinstance(teacher, tuple) else (teacher,))) if isinstance(x, Tensor)]
+    if isinstance(teacher, tuple):
+        options["k"] = given[-1].shape[-1]
+    options["divergence"] = getattr(options["divergence"], "__qualname__", options["divergence"])
+    shared = {
+        "the shape of the positions": tuple(like.shape[:-1]),
+        "the kind of teacher": type(teacher).__name__,
+        "the dtypes": [str(x.dtype) for x in given],
+        "the backend": requested(),
+        **options,
+    }
+    return "\n".join(f"{name}={value}" for name, value in shared.items())
 
 
 def read_on_host(like: Tensor) -> bool:

@@ -24,7 +24,7 @@ from topk_rkl.autograd import (
     scattered,
 )
 from topk_rkl.divergence import capped
-from topk_rkl.objective import unpack
+from topk_rkl.objective import head_numbers
 from topk_rkl.parallel.collectives import (
     all_reduce,
     as_bytes,
@@ -59,11 +59,13 @@ class ShardedSelectLoss(RowLoss):
     ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
         ids, values = candidates(teacher, k, options.backend)
         ids = ids.masked_fill(ids >= student.shape[-1], -1)
-        told = as_bytes(*(x.reshape(-1, k) for x in (values.to(teacher.dtype), own_logits(student, ids), ids >= 0)))
+        told = as_bytes(
+            *(x.reshape(-1, k) for x in (values.to(teacher.dtype), own_logits(student, ids), (ids >= 0).byte()))
+        )
         received = beside(to_owners(told, group))  # (n, ranks, bytes)
-        w, z, known = from_bytes(received, teacher.dtype, student.dtype, torch.bool, columns=k)
+        w, z, known = from_bytes(received, teacher.dtype, student.dtype, torch.uint8, columns=k)
         loss, g = _owned_loss(
-            w.flatten(1), z.flatten(1), known.flatten(1), k, _owned_rows(weights, group), objective, options
+            w.flatten(1), z.flatten(1), known.flatten(1) > 0, k, _owned_rows(weights, group), objective, options
         )
         answer = torch.cat((g.unflatten(1, (-1, k)), loss[:, None, None].expand(-1, w.shape[1], 1)), 2)
         answer = from_owners(beside(answer), len(told), group)  # (N, K + 1)
@@ -139,7 +141,7 @@ class LogitsAndTail(torch.autograd.Function):
         options: Options,
         group: dist.ProcessGroup,
     ) -> Tensor:  # (..., K + 1) float64
-        tail = shard_tail(student, ids, unpack(objective).temperature, group, options.backend)
+        tail = shard_tail(student, ids, objective, group, options.backend)
         columns = torch.cat((logits_at(student, ids, group).double(), tail[..., None]), -1)
         ctx.options = options
         save(ctx, columns, ids, student, objective)
@@ -182,9 +184,9 @@ class LinearLogitsAt(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> Tensor:  # (..., K), float64 where logits are not the products as they are
         z = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group)
-        at, slope = unpack(objective), None
-        if at.logit_scale != 1 or at.softcap is not None:
-            z, slope = capped(z.double(), at.logit_scale, at.softcap)
+        slope = None
+        if objective is not None and options.capped:
+            z, slope = capped(z.double(), *head_numbers(objective))
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         ctx.group, ctx.dtype = group, hidden.dtype
         describe_head(ctx, head, bias, options)
@@ -229,10 +231,10 @@ class LinearLogitsAndTail(torch.autograd.Function):
         options: Options,
         group: dist.ProcessGroup,
     ) -> Tensor:  # (..., K + 1) float64
-        at = unpack(objective)
-        z = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group)
-        z, _ = capped(z.double(), at.logit_scale, at.softcap)
-        tail = joined(ops.linear_tail_logit(hidden, head, bias, ids, objective, options.backend), at.temperature, group)
+        z = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group).double()
+        if objective is not None and options.capped:
+            z, _ = capped(z, *head_numbers(objective))
+        tail = joined(ops.linear_tail_logit(hidden, head, bias, ids, objective, options.backend), objective, group)
         columns = torch.cat((z, tail[..., None]), -1)
         ctx.options, ctx.group = options, group
         save(ctx, columns, ids, hidden, savable(head, copy=False), bias, objective)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topk_rkl import ops
-from topk_rkl.objective import pack
+from topk_rkl.objective import temperature_of
 from topk_rkl.parallel.agreement import Shards
 from topk_rkl.parallel.collectives import all_gather, all_reduce, as_bytes, from_bytes, to_owners
 from topk_rkl.rows import result_dtype
@@ -37,8 +37,8 @@ def select(
         found: tuple[Tensor, Tensor] = ops.select(teacher, k, normalize, backend)
         return found
     ids, values = candidates(teacher, k, backend)
-    nothing = ids.new_full((*ids.shape[:-1], 1), -1)
-    total = shard_tail(teacher, nothing, 1.0, shards.group, backend) if normalize else None
+    no_ids = ids.new_full((*ids.shape[:-1], 1), -1)
+    total = shard_tail(teacher, no_ids, None, shards.group, backend) if normalize else None
     return merged(ids, values, total, teacher.dtype, shards, backend)
 
 
@@ -65,7 +65,7 @@ def linear_select(
     if vocab > 0:
         given = hidden, head, bias, min(k, vocab), chunk_rows, objective
         ids, values, total = ops.linear_select(*given, False, full, normalize, backend)
-    whole = joined(total, 1.0, shards.group) if normalize else None
+    whole = joined(total, None, shards.group) if normalize else None
     return merged(*filled(ids, values, k), whole, values.dtype, shards, backend)
 
 
@@ -83,15 +83,15 @@ def teacher_logit(
 def teacher_tail(
     teacher: Tensor,  # (..., V_local)
     ids: Tensor,  # (..., K) of the whole vocabulary
-    temperature: float,
+    objective: Tensor | None,  # (numbers,)
     backend: str,
     shards: Shards | None,
 ) -> Tensor:  # (...) float64
     if shards is None:
-        tail: Tensor = ops.tail_logit(teacher, ids, pack(temperature), backend)
+        tail: Tensor = ops.tail_logit(teacher, ids, objective, backend)
         return tail
     local = local_ids(ids, shards.teacher, teacher.shape[-1], shards.group)
-    return shard_tail(teacher, local, temperature, shards.group, backend)
+    return shard_tail(teacher, local, objective, shards.group, backend)
 
 
 def candidates(
@@ -190,7 +190,7 @@ def own_logits(
 def shard_tail(
     logits: Tensor,  # (..., V_local)
     local: Tensor,  # (..., K)
-    temperature: float,
+    objective: Tensor | None,  # (numbers,)
     group: dist.ProcessGroup,
     backend: str,
 ) -> Tensor:  # (...) float64 on every rank
@@ -198,15 +198,16 @@ def shard_tail(
     if logits.shape[-1] == 0:
         own = logits.new_full(logits.shape[:-1], -torch.inf, dtype=torch.float64)
     else:
-        own = ops.tail_logit(logits, local, pack(temperature), backend)
-    return joined(own, temperature, group)
+        own = ops.tail_logit(logits, local, objective, backend)
+    return joined(own, objective, group)
 
 
 def joined(
     own: Tensor,  # (...) float64: the tail of this rank's shard
-    temperature: float,
+    objective: Tensor | None,  # (numbers,)
     group: dist.ProcessGroup,
 ) -> Tensor:  # (...) float64 on every rank
     if own.numel() == 0:
         return own
+    temperature = temperature_of(objective)
     return (all_gather(own, group) / temperature).logsumexp(0) * temperature

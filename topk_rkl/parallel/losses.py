@@ -5,7 +5,6 @@ from torch import Tensor
 
 from topk_rkl.autograd import MassLoss, Options, SupportLoss
 from topk_rkl.mass import classes
-from topk_rkl.objective import unpack
 from topk_rkl.parallel.agreement import Shards, require_begin_alike
 from topk_rkl.parallel.autograd import LinearLogitsAndTail, LinearLogitsAt, LogitsAndTail, LogitsAt, ShardedSelectLoss
 from topk_rkl.parallel.logits import local_ids, select
@@ -17,22 +16,24 @@ def logits_loss(
     student: Tensor,  # (..., V_local)
     teacher: Tensor | Support,  # (..., V_local) logits, or a Support of (..., K)
     k: int | None,
+    mass: str,
+    temperature: float,
     sampled_ids: Tensor | None,  # (...)
     weights: Tensor | None,  # (...)
     objective: Tensor | None,  # (numbers,)
     options: Options,
     shards: Shards,
 ) -> Tensor:  # (...)
-    group, vocab, at = shards.group, student.shape[-1], unpack(objective)
-    if at.mass == "renormalized" and isinstance(teacher, Tensor):
+    group, vocab = shards.group, student.shape[-1]
+    if mass == "renormalized" and isinstance(teacher, Tensor):
         alike = require_begin_alike(shards)
         loss: Tensor
         loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, group)
         return torch.where(alike, loss, torch.nan)
-    if at.mass == "renormalized":
+    if mass == "renormalized":
         z = LogitsAt.apply(student, local_ids(teacher.ids, shards.student, vocab, group), options, group)
         return _on_slots(z, *teacher, weights, objective, options, student, shards)
-    ids, log_probs, tail = classes(teacher, k, shards.student[-1], at.temperature, sampled_ids, options.backend, shards)
+    ids, log_probs, tail = classes(teacher, k, shards.student[-1], temperature, sampled_ids, options.backend, shards)
     columns = LogitsAndTail.apply(student, local_ids(ids, shards.student, vocab, group), objective, options, group)
     return _on_classes(columns, ids, log_probs, tail, weights, objective, options, student)
 
@@ -43,21 +44,23 @@ def linear_loss(
     bias: Tensor | None,  # (V_local,)
     teacher: Tensor | Support,  # (..., V_local) logits, or a Support of (..., K)
     k: int | None,
+    mass: str,
+    temperature: float,
     sampled_ids: Tensor | None,  # (...)
     weights: Tensor | None,  # (...)
     objective: Tensor | None,  # (numbers,)
     options: Options,
     shards: Shards,
 ) -> Tensor:  # (...)
-    group, at = shards.group, unpack(objective)
-    if at.mass == "renormalized":
+    group = shards.group
+    if mass == "renormalized":
         if isinstance(teacher, Tensor):
             assert k is not None
             teacher = Support(*select(teacher, k, False, options.backend, shards))
         local = local_ids(teacher.ids, shards.student, len(head), group)
         z = LinearLogitsAt.apply(hidden, head, bias, local, objective, options, group)
         return _on_slots(z, *teacher, weights, objective, options, hidden, shards)
-    ids, log_probs, tail = classes(teacher, k, shards.student[-1], at.temperature, sampled_ids, options.backend, shards)
+    ids, log_probs, tail = classes(teacher, k, shards.student[-1], temperature, sampled_ids, options.backend, shards)
     local = local_ids(ids, shards.student, len(head), group)
     columns = LinearLogitsAndTail.apply(hidden, head, bias, local, objective, options, group)
     return _on_classes(columns, ids, log_probs, tail, weights, objective, options, hidden)

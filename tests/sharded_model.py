@@ -1,0 +1,73 @@
+"""A tiny transformer, and the ways in which a head gives its loss: for the tests of sharded training."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCAB, WIDTH, LENGTH = 67, 32, 6
+
+
+class Tiny(nn.Module):
+    """Gives hidden states, or what its head makes of them."""
+
+    def __init__(self, seed: int = 0, tied: bool = False, bias: bool = False, layers: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=bias)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        through_head: bool = False,
+    ) -> Tensor:  # (B, T, H), or (B, T, V)
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        return 2 * self.head(x) if through_head else x  # as a model that scales its logits
+
+
+class LoRA(nn.Module):
+    """A linear layer with an adapter, of the structure that peft gives one."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3, scaling: float = 2.0) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+        self.scaling = {"default": scaling}
+
+    def forward(
+        self,
+        x: Tensor,  # (..., H)
+    ) -> Tensor:  # (..., V)
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x)) * self.scaling["default"]
+
+    def merged(self, everywhere: Callable[[Any], Any] = lambda x: x) -> Any:  # (V, H)
+        a, b = everywhere(self.lora_A["default"].weight), self.lora_B["default"].weight
+        return self.base_layer.weight + (b @ a) * self.scaling["default"]
+
+
+@contextlib.contextmanager
+def loss_in_head(head: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Within, the head's forward gives loss(hidden, head.weight), which the list then holds."""
+    taken: list[Tensor] = []
+    forward = head.forward
+    head.forward = lambda hidden: loss(hidden, head.weight)
+    handle = head.register_forward_hook(lambda module, args, output: taken.append(output))
+    try:
+        yield taken
+    finally:
+        head.forward = forward
+        handle.remove()
