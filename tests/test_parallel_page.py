@@ -309,3 +309,36 @@ def with_bits(group: Any, dtype: torch.dtype) -> dict[str, bool]:
 def test_a_split_vocabulary_has_the_bits_of_one_process(world: int, dtype: torch.dtype) -> None:
     for found in on_ranks(world, with_bits, dtype):
         assert found == dict.fromkeys(found, True)
+
+
+def compiled(group: Any) -> dict[str, bool]:
+    """Whether the compiled call has the bits of the eager one, in the loss and in the gradient of its first argument."""
+    torch.manual_seed(1)
+    z, w, hidden, head = (torch.randn(shape) for shape in ((6, V), (6, V), (6, H), (V, H)))
+    support = teacher_topk(w, K)
+
+    def shard(x: Tensor, dim: int) -> Tensor:
+        return x.tensor_split(group.size(), dim)[group.rank()]
+
+    def both(call: Any, *given: Tensor) -> bool:
+        torch._dynamo.reset()
+        found = []
+        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+            leaf = given[0].clone().requires_grad_()
+            loss = function(leaf, *given[1:])
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    local, teacher = shard(z, -1), shard(w, -1)
+    return {
+        "teacher logits": both(lambda z, w: topk_reverse_kl(z, w, k=K, group=group), local, teacher),
+        "a Support": both(lambda z: topk_reverse_kl(z, support, group=group), local),
+        "the rest": both(lambda z, w: topk_divergence(z, w, k=K, mass="tail", group=group), local, teacher),
+        "hidden states": both(lambda x: linear_topk_reverse_kl(x, shard(head, 0), support, group=group), hidden),
+    }
+
+
+@pytest.mark.slow
+def test_a_split_vocabulary_compiles() -> None:
+    for found in on_ranks(3, compiled):
+        assert found == dict.fromkeys(found, True)
