@@ -312,7 +312,7 @@ def test_a_split_vocabulary_has_the_bits_of_one_process(world: int, dtype: torch
 
 
 def compiled(group: Any) -> dict[str, bool]:
-    """Whether the compiled call has the bits of the eager one, in the loss and in the gradient of its first argument."""
+    """Whether the compiled call has the bits of the eager one: loss, and gradient of its first argument."""
     torch.manual_seed(1)
     z, w, hidden, head = (torch.randn(shape) for shape in ((6, V), (6, V), (6, H), (V, H)))
     support = teacher_topk(w, K)

@@ -1,5 +1,6 @@
 """DTensor logits and heads, heads of FSDP, ZeRO-3 and adapters: the loss and the gradients of one process."""
 
+import copy
 import re
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import WIDTH
-from topk_rkl import Support, linear_topk_reverse_kl
+from tests.sharded_model import LENGTH, VOCAB, WIDTH, LoRA, Tiny, loss_in_head
+from topk_rkl import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl
 from topk_rkl.parallel import heads
 
 pytestmark = together
