@@ -154,6 +154,53 @@ def test_the_loss_inside_the_head_fires_the_hooks(how: str) -> None:
             torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
 
 
+def from_own_rows(group: Any, hidden: Tensor, head: Tensor, support: Support, weights: Tensor) -> list[Any]:
+    """Gradients of this rank's hidden states, and of a head that all ranks share, (V, H)."""
+    page, row = blocks(), slice(group.rank(), group.rank() + 1)
+    module = nn.Linear(H, len(head), bias=False).double()
+    module.weight.data.copy_(head)
+    fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"))
+    mine = hidden[row].clone().requires_grad_()
+    denominator = page["global_count"](weights[row], group, averaged=True)
+    part = Support(support.ids[row], support.log_probs[row])
+    page["from_fsdp"](mine, module.weight, part, weights[row], denominator).backward()
+    return [mine.grad / group.size(), module.weight.grad.full_tensor()]  # the body's gradients would be averaged
+
+
+@pytest.mark.parametrize("vocab", [V, 200])  # the head is gathered, or its rows are fetched
+def test_a_head_of_fsdp2_is_passed_as_it_is(vocab: int) -> None:
+    hidden, support, mask = batch()
+    leaves = [hidden.requires_grad_(), torch.randn(vocab, H).double().requires_grad_()]
+    linear_topk_reverse_kl(*leaves, support, weights=mask).backward()
+    results = on_ranks(B, from_own_rows, *(x.detach() for x in leaves), support, mask)
+    for rank, (dhidden, dhead) in enumerate(results):
+        torch.testing.assert_close(dhidden, leaves[0].grad[rank : rank + 1], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(dhead, leaves[1].grad, rtol=1e-12, atol=1e-15)
+
+
+def refused(group: Any, case: str, z: Tensor, support: Support) -> str:
+    """What this rank says where rank 1 alone is called in another way."""
+    other = group.rank() == 1
+    options: dict[str, Any] = {"weights": torch.ones(3)} if case == "shape" and other else {}
+    options |= {"temperature": 2.0} if case == "temperature" and other else {}
+    try:
+        topk_reverse_kl(z, support, group=group, **options)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_ranks_on_a_cpu_raise_together() -> None:
+    given = torch.randn(2, V), Support(torch.rand(2, V).topk(K).indices, torch.randn(2, K))
+    first, wrong, last = on_ranks(3, refused, "shape", *given)
+    assert wrong.startswith("ValueError: weights has shape (3,)")
+    assert first == last == f"RuntimeError: rank 1 of the group refused its arguments: {wrong}"
+    for said in on_ranks(3, refused, "temperature", *given):
+        assert said.startswith(
+            "ValueError: temperature is 2.0 on rank 1 of the group and 1.0 on rank 0; call all ranks"
+        )
+
+
 def test_weights_that_add_up_to_1_give_the_mean_of_the_sequences() -> None:
     hidden, support, mask = batch()
     logits = hidden @ torch.randn(H, V).double()
