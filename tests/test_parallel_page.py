@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
@@ -118,11 +118,22 @@ class Scaled(nn.Module):
         return 2 * self.head(self.body(x).tanh())
 
 
+def gradients(model: nn.Module) -> list[Tensor]:
+    if not isinstance(model, FullyShardedDataParallel):
+        return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        return [p.grad.clone() for p in model.parameters()]
+
+
 def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights: Tensor) -> list[Tensor]:
     """The gradients of this rank, which has row `rank` of the batch."""
     page, model, row = blocks(), Scaled(), slice(group.rank(), group.rank() + 1)
     head, mesh = model.head, DeviceMesh.from_group(group, "cpu")
     wrapped = DistributedDataParallel(model, process_group=group) if how == "DDP" else model
+    if how == "FSDP1":
+        wrapped = FullyShardedDataParallel(
+            model, process_group=group, use_orig_params=True, device_id=torch.device("cpu")
+        )
     if how == "FSDP2":
         fully_shard(model.head, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -137,12 +148,12 @@ def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights:
     with page["loss_in_head"](head, loss) as taken:
         wrapped(hidden[row])
     taken[0].backward()
-    grads = [p.grad.full_tensor() if how == "FSDP2" else p.grad for p in model.parameters()]
+    grads = gradients(wrapped)
     assert wrapped(hidden[row]).shape == (1, T, V)  # the head is as it was
     return grads
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
 def test_the_loss_inside_the_head_fires_the_hooks(how: str) -> None:
     hidden, support, mask = batch()
     results = on_ranks(B, in_the_head, how, hidden, support, mask)
