@@ -1,8 +1,8 @@
 """Functions on several ranks: four processes with gloo, started once, of which a test takes the first 1 to 4.
 
-    def halves(group, x): ...            # at the top of a test's file; runs on every rank
+def halves(group, x): ...            # at the top of a test's file; runs on every rank
 
-    results = on_ranks(2, halves, x)     # a result per rank, in the order of the ranks
+results = on_ranks(2, halves, x)     # a result per rank, in the order of the ranks
 """
 
 import atexit

@@ -1,6 +1,5 @@
 """DTensor logits and heads, heads of FSDP, ZeRO-3 and adapters: the loss and the gradients of one process."""
 
-import copy
 import re
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import LENGTH, VOCAB, WIDTH, LoRA, Tiny, loss_in_head
-from topk_rkl import Support, linear_topk_reverse_kl, teacher_topk, topk_reverse_kl
+from tests.sharded_model import WIDTH
+from topk_rkl import Support, linear_topk_reverse_kl
 from topk_rkl.parallel import heads
 
 pytestmark = together
@@ -192,14 +191,21 @@ def refused_heads(group: Any) -> None:
     known = refused("student_bias is a DTensor with", everywhere, shared[0], whole_bias, None)
     assert len(heads.unwrap_head(everywhere, shared[0], known, None)[2]) == len(shared[0].to_local())
     split_bias = distribute_tensor(bias, mesh, [Shard(0)])
-    known = refused("student_bias is a DTensor and student_weight is none", hidden, shared[0].to_local(), split_bias, group)
+    known = refused(
+        "student_bias is a DTensor and student_weight is none", hidden, shared[0].to_local(), split_bias, group
+    )
     assert heads.unwrap_head(hidden, shared[0].to_local(), known, group)[2] is known
     every_weight = distribute_tensor(weight, mesh, [Replicate()])
     known = refused("student_weight is a DTensor with placements .*nothing else", hidden, every_weight, None, group)
     assert torch.equal(heads.unwrap_head(hidden, known, None, group)[1], shared[0].to_local())
     other = DeviceMesh("cpu", torch.arange(2), mesh_dim_names=("other",))
-    known = refused("student_weight is a DTensor of .* and student_hidden one of", everywhere,
-                    distribute_tensor(weight, other, [Shard(0)]), None, None)
+    known = refused(
+        "student_weight is a DTensor of .* and student_hidden one of",
+        everywhere,
+        distribute_tensor(weight, other, [Shard(0)]),
+        None,
+        None,
+    )
     assert torch.equal(heads.unwrap_head(known, shared[0], None, group)[0], hidden)
 
 
@@ -231,7 +237,7 @@ def fetched(group: Any, vocab: int, sizes: tuple[int, ...], by_rows: bool, froze
     if not frozen:
         w.register_post_accumulate_grad_hook(fired.append)
     x = hidden[mine].clone().requires_grad_()
-    rows, few, places = heads.gathered_head(w, b, ids[mine])
+    rows, few, places = heads.whole_head(w, b, ids[mine])
     assert (len(rows) < vocab) == by_rows and type(rows) is Tensor
     loss = linear_topk_reverse_kl(
         x, rows, Support(places, log_probs[mine]), student_bias=few, reduction="sum"

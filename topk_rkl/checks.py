@@ -143,15 +143,16 @@ def require_list(name: str, x: object, items: str) -> None:
         raise ValueError(f"{name} is empty; it must hold at least one of the {items}")
 
 
-def require_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def require_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], of_head: bool = False) -> None:
+    """Of a head that is a DTensor, the numbers are gathered later."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {kind_of(x)}; it must be a torch.Tensor")
-    if hasattr(x, "full_tensor"):
+    if hasattr(x, "full_tensor") and not of_head:
         raise TypeError(f"{name} is a DTensor; pass {name}.full_tensor(), which every rank then has whole")
     if x.is_nested:
         rows = f"{name}.values()" if x.layout == torch.jagged else f"torch.cat({name}.unbind())"
         raise TypeError(f"{name} is a nested tensor; pass {rows}, its positions in a row, and every other argument so")
-    if _without_memory(x):
+    if _without_memory(x) and not hasattr(x, "full_tensor"):
         raise TypeError(
             f"{name} is {kind_of(x)}, which keeps its numbers in other tensors; pass a plain tensor, such as "
             f"{name}.dequantize() of a quantised one"
@@ -309,7 +310,7 @@ def require_head(
             f"{weight_name} is {kind}; a quantised head must be given dequantised, (V, H) floats, or its module's "
             "logits to topk_reverse_kl"
         )
-    require_tensor(weight_name, weight, FLOATS)
+    require_tensor(weight_name, weight, FLOATS, of_head=True)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{weight_name} has shape {shape_of(weight)} and {hidden_name} {shape_of(hidden)}; the head must be "
@@ -320,7 +321,7 @@ def require_head(
     require_same_device(weight_name, weight, hidden_name, hidden)
     if bias is None:
         return
-    require_tensor(bias_name, bias, FLOATS)
+    require_tensor(bias_name, bias, FLOATS, of_head=True)
     if bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{bias_name} has shape {shape_of(bias)}; it must be (V,), here ({weight.shape[0]},) as "

@@ -376,7 +376,7 @@ def capped(
     """
     z = raw * logit_scale
     if softcap is None:
-        return z, raw.new_full((), logit_scale)
+        return z, raw.new_ones(()) * logit_scale
     bent = (z / softcap).tanh()
     return softcap * bent, logit_scale * (1 - bent * bent)
 

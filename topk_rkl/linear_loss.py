@@ -13,6 +13,7 @@ from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
+from topk_rkl.parallel.heads import TEACHER, is_dtensor, unwrap_head, unwrap_teacher, whole_head
 from topk_rkl.parallel.logits import linear_select
 from topk_rkl.parallel.losses import linear_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -61,7 +62,8 @@ def linear_teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    group = require_group(group)
+    head = teacher_hidden, teacher_weight, bias
+    teacher_hidden, teacher_weight, bias, group = unwrap_head(*head, require_group(group), TEACHER)
     sharded = group is not None
     with refused_together(group, teacher_hidden):
         chunk_rows = checks.require_linear_teacher(teacher_hidden, teacher_weight, bias, chunk_rows, sharded)
@@ -71,6 +73,7 @@ def linear_teacher_topk(
         checks.require_flag("normalize", normalize)
         _require_logits_dtype(logits_dtype, teacher_hidden)
         logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+    teacher_weight, bias, _ = whole_head(teacher_weight, bias)
     given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
     shards = shards_of(group, teacher_hidden, None, teacher_weight.T, k, normalize=normalize, logits_dtype=logits_dtype)
     full = logits_dtype is not None
@@ -166,11 +169,13 @@ def linear_topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    group = require_group(group)
-    sharded = group is not None
-    given = student_hidden, student_weight, student_bias
+    asked, head = require_group(group), (student_hidden, student_weight, student_bias)
+    student_hidden, student_weight, student_bias, group = unwrap_head(*head, asked)
+    teacher, sharded = unwrap_teacher(teacher, "student_weight", asked, group), group is not None
     with refused_together(group, student_hidden):
-        checks.require_head("student_hidden", given[0], "student_weight", given[1], "student_bias", given[2], sharded)
+        checks.require_head(
+            "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias, sharded
+        )  # fmt: skip
         checks.require_plain(
             student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias, teacher=teacher,
             weights=weights,
@@ -192,14 +197,18 @@ def linear_topk_divergence(
     terms = None if isinstance(divergence, Divergence) else divergence
     options = Options(backend, terms, weight_grad=weight_grad, capped=logit_scale != 1 or softcap is not None)
     if shards is not None:
-        compared = teacher, k, mass, temperature, sampled_ids
-        per_token = sharded_loss(*given, *compared, weights, objective, options, shards)
+        per_token = sharded_loss(
+            student_hidden, student_weight, student_bias, teacher, k, mass, temperature, sampled_ids, weights,
+            objective, options, shards,
+        )  # fmt: skip
     elif mass != "renormalized":
         compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, backend)
-        per_token = LinearMassLoss.apply(*given, *compared, weights, objective, options)
+        weight, bias, _ = whole_head(student_weight, student_bias)
+        per_token = LinearMassLoss.apply(student_hidden, weight, bias, *compared, weights, objective, options)
     else:
-        support = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
-        per_token, *_ = LinearLoss.apply(*given, *support, weights, objective, options)
+        ids, log_probs = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
+        weight, bias, ids = whole_head(student_weight, student_bias, ids)
+        per_token, *_ = LinearLoss.apply(student_hidden, weight, bias, ids, log_probs, weights, objective, options)
     return reduce(per_token, weights, reduction, denominator)
 
 
@@ -291,6 +300,10 @@ def _require_weight_grad(
     if mass != "renormalized":
         raise ValueError(
             f"weight_grad is {value!r} with mass={mass!r}, which gives every row of the head a gradient; use 'dense'"
+        )
+    if is_dtensor(weight):
+        raise ValueError(
+            f"weight_grad is {value!r}, but student_weight is a DTensor, whose gradient is one; use 'dense'"
         )
     if weight is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.grad_fn:
         raise ValueError(

@@ -44,6 +44,7 @@ from topk_rkl.overwrite import require_overwritable
 from topk_rkl.parallel.agreement import refused_together, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
 from topk_rkl.parallel.counts import global_count
+from topk_rkl.parallel.heads import unwrap_logits, unwrap_teacher
 from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as sharded_loss
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
@@ -103,7 +104,7 @@ def teacher_topk(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    group = require_group(group)
+    teacher_logits, group = unwrap_logits("teacher_logits", teacher_logits, require_group(group))
     with refused_together(group, teacher_logits):
         k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, sharded=group is not None)
         checks.require_flag("normalize", normalize)
@@ -230,8 +231,9 @@ def topk_divergence(
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
         RuntimeError: the backend asked for by name cannot take these tensors, or has no such divergence or mass.
     """
-    group = require_group(group)
-    sharded = group is not None
+    asked = require_group(group)
+    student_logits, group = unwrap_logits("student_logits", student_logits, asked)
+    teacher, sharded = unwrap_teacher(teacher, "student_logits", asked, group), group is not None
     with refused_together(group, student_logits):
         checks.require_logits("student_logits", student_logits, sharded)
         checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
@@ -250,8 +252,9 @@ def topk_divergence(
     objective = pack(temperature, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
     if shards is not None:
-        given = student_logits, teacher, k, mass, temperature, sampled_ids
-        per_token = sharded_loss(*given, weights, objective, options, shards)
+        per_token = sharded_loss(
+            student_logits, teacher, k, mass, temperature, sampled_ids, weights, objective, options, shards
+        )
     elif mass != "renormalized":
         compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)

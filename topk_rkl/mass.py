@@ -47,7 +47,7 @@ def classes(
 def _distinct(
     ids: Tensor,  # (..., K)
     log_probs: Tensor,  # (..., K)
-    vocab: int,
+    vocab: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     live = live_slots(ids, log_probs, vocab)
     ids, slots = torch.where(live, ids, LAST).int().sort(dim=-1, stable=True)

@@ -39,7 +39,8 @@ def start_all_reduce(
     x: Tensor,  # (...)
     group: dist.ProcessGroup,
 ) -> Tensor:  # (...), to `wait` for
-    return _functional().all_reduce(x.contiguous(), "sum", group)
+    started: Tensor = _functional().all_reduce(x.contiguous(), "sum", group)
+    return started
 
 
 def all_gather(

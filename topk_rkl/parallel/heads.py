@@ -34,6 +34,34 @@ def unwrap_logits(
     return _local(x), _sharing(name, x, x.dim() - 1, group)
 
 
+def unwrap_teacher(
+    teacher: Any,  # (..., V) logits, a Support, or any argument that is refused later
+    of_student: str,
+    asked: dist.ProcessGroup | None,  # the argument
+    group: dist.ProcessGroup | None,  # that shares the student's vocabulary
+) -> Any:  # (..., V_local) logits, or the Support
+    """A plain tensor is a shard beside a group that was asked for, and whole beside a DTensor: then it is refused."""
+    if not isinstance(teacher, Tensor):
+        return teacher
+    local, own = unwrap_logits("teacher", teacher, group)
+    whole = not is_dtensor(teacher) or all(map(_is_replicate, getattr(teacher, "placements", ())))
+    if asked is None and own is not None and group is None:
+        raise ValueError(
+            f"teacher is a DTensor with {_placements(teacher)}, but {of_student} is whole; pass "
+            "teacher_topk(teacher_logits, k), which every rank has whole"
+        )
+    if asked is None and group is not None and whole:
+        raise ValueError(
+            f"teacher holds logits of the whole vocabulary, but {of_student} is a DTensor that ranks share; pass "
+            "teacher_topk(teacher_logits, k), which every rank has whole, or teacher logits sharded alike"
+        )
+    return local
+
+
+def _is_replicate(placement: Any) -> bool:
+    return bool(placement.is_replicate())
+
+
 def unwrap_head(
     hidden: Any,  # (..., H)
     weight: Any,  # (V, H)
@@ -76,18 +104,20 @@ def unwrap_head(
     return *(_local(x) if is_dtensor(x) else x for x in (hidden, weight, bias)), group
 
 
-def gathered_head(
-    weight: Any,  # (V, H) DTensor
+def whole_head(
+    weight: Any,  # (V, H), plain or a DTensor
     bias: Any,  # (V,), or None
-    ids: Tensor | None = None,  # (..., K): the only rows that are needed; None for all
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (V or fewer, H), (V or fewer,), (..., K) of those rows
-    """The head, or only the rows that ids name, for ranks that have rows of hidden states of their own.
+    ids: Any = None,  # (..., K): the only rows that are needed; None for all
+) -> tuple[Tensor, Any, Any]:  # (V or fewer, H), (V or fewer,), (..., K) of those rows
+    """A plain head as it is. A DTensor gathered, or the rows that ids name, for ranks with hidden states of their own.
 
     Rows are fetched where no rank names more than V / 2, on CPU tensors, from a head that one mesh dimension shards by
     rows: the sizes are read on the host. Otherwise every rank gathers the head, once. Gradients are averaged over the
     ranks, as FSDP2 does by default, and are DTensors with the placements of the parameters. Every rank takes part in
     every collective, whatever rows it has.
     """
+    if not is_dtensor(weight):
+        return weight, bias, ids
     if ids is not None and weight.is_cpu and not torch.compiler.is_compiling() and _by_rows(weight):
         group = weight.device_mesh.get_group()
         named, ids_of_named = _named(ids, weight.shape[0])

@@ -25,12 +25,12 @@ def logits_loss(
     shards: Shards,
 ) -> Tensor:  # (...)
     group, vocab = shards.group, student.shape[-1]
-    if mass == "renormalized" and isinstance(teacher, Tensor):
-        alike = require_begin_alike(shards)
-        loss: Tensor
-        loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, group)
-        return torch.where(alike, loss, torch.nan)
     if mass == "renormalized":
+        if isinstance(teacher, Tensor):
+            alike = require_begin_alike(shards)
+            loss: Tensor
+            loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, group)
+            return torch.where(alike, loss, torch.nan)
         z = LogitsAt.apply(student, local_ids(teacher.ids, shards.student, vocab, group), options, group)
         return _on_slots(z, *teacher, weights, objective, options, student, shards)
     ids, log_probs, tail = classes(teacher, k, shards.student[-1], temperature, sampled_ids, options.backend, shards)
