@@ -132,8 +132,9 @@ def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights:
     wrapped = DistributedDataParallel(model, process_group=group) if how == "DDP" else model
     if how == "FSDP1":
         wrapped = FullyShardedDataParallel(
-            model, process_group=group, use_orig_params=True, device_id=torch.device("cpu")
-        )
+            model, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is head,
+        )  # fmt: skip
     if how == "FSDP2":
         fully_shard(model.head, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -145,9 +146,7 @@ def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights:
             x, weight, teacher, weights=weights[row], denominator=denominator, logit_scale=2.0
         )
 
-    with page["loss_in_head"](head, loss) as taken:
-        wrapped(hidden[row])
-    taken[0].backward()
+    page["from_model"](wrapped, head, hidden[row], loss).backward()
     grads = gradients(wrapped)
     assert wrapped(hidden[row]).shape == (1, T, V)  # the head is as it was
     return grads
