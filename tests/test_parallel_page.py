@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import on_ranks, together
 from topk_rkl.loss import Support, linear_topk_reverse_kl, teacher_topk, topk_divergence, topk_reverse_kl
@@ -102,6 +104,111 @@ def test_the_step_of_the_page_gives_the_gradient_of_one_process(averaged: bool) 
     for *grads, p in zip(*results, model.parameters(), strict=True):
         got = sum(grads) / (2 if averaged else 1)  # as DDP and FSDP average them
         torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
+
+
+class Scaled(nn.Module):
+    """As a model that scales the logits of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(H, H), nn.Linear(H, V, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.head(self.body(x).tanh())
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    if not isinstance(model, FullyShardedDataParallel):
+        return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        return [p.grad.clone() for p in model.parameters()]
+
+
+def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights: Tensor) -> list[Tensor]:
+    """The gradients of this rank, which has row `rank` of the batch."""
+    page, model, row = blocks(), Scaled(), slice(group.rank(), group.rank() + 1)
+    head, mesh = model.head, DeviceMesh.from_group(group, "cpu")
+    wrapped = DistributedDataParallel(model, process_group=group) if how == "DDP" else model
+    if how == "FSDP1":
+        wrapped = FullyShardedDataParallel(
+            model, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is head,
+        )  # fmt: skip
+    if how == "FSDP2":
+        fully_shard(model.head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    denominator = page["global_count"](weights[row], group, averaged=True)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        teacher = Support(support.ids[row], support.log_probs[row])
+        return linear_topk_reverse_kl(
+            x, weight, teacher, weights=weights[row], denominator=denominator, logit_scale=2.0
+        )
+
+    page["from_model"](wrapped, head, hidden[row], loss).backward()
+    grads = gradients(wrapped)
+    assert wrapped(hidden[row]).shape == (1, T, V)  # the head is as it was
+    return grads
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
+def test_the_loss_inside_the_head_fires_the_hooks(how: str) -> None:
+    hidden, support, mask = batch()
+    results = on_ranks(B, in_the_head, how, hidden, support, mask)
+    torch.manual_seed(torch.initial_seed())
+    model = Scaled()
+    topk_reverse_kl(model(hidden), support, weights=mask).backward()
+    for grads in results:
+        for got, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
+
+
+def from_own_rows(group: Any, hidden: Tensor, head: Tensor, support: Support, weights: Tensor) -> list[Any]:
+    """Gradients of this rank's hidden states, and of a head that all ranks share, (V, H)."""
+    page, row = blocks(), slice(group.rank(), group.rank() + 1)
+    module = nn.Linear(H, len(head), bias=False).double()
+    module.weight.data.copy_(head)
+    fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"))
+    mine = hidden[row].clone().requires_grad_()
+    denominator = page["global_count"](weights[row], group, averaged=True)
+    part = Support(support.ids[row], support.log_probs[row])
+    page["from_fsdp"](mine, module.weight, part, weights[row], denominator).backward()
+    return [mine.grad / group.size(), module.weight.grad.full_tensor()]  # the body's gradients would be averaged
+
+
+@pytest.mark.parametrize("vocab", [V, 200])  # the head is gathered, or its rows are fetched
+def test_a_head_of_fsdp2_is_passed_as_it_is(vocab: int) -> None:
+    hidden, support, mask = batch()
+    leaves = [hidden.requires_grad_(), torch.randn(vocab, H).double().requires_grad_()]
+    linear_topk_reverse_kl(*leaves, support, weights=mask).backward()
+    results = on_ranks(B, from_own_rows, *(x.detach() for x in leaves), support, mask)
+    for rank, (dhidden, dhead) in enumerate(results):
+        torch.testing.assert_close(dhidden, leaves[0].grad[rank : rank + 1], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(dhead, leaves[1].grad, rtol=1e-12, atol=1e-15)
+
+
+def refused(group: Any, case: str, z: Tensor, support: Support) -> str:
+    """What this rank says where rank 1 alone is called in another way."""
+    other = group.rank() == 1
+    options: dict[str, Any] = {"weights": torch.ones(3)} if case == "shape" and other else {}
+    options |= {"temperature": 2.0} if case == "temperature" and other else {}
+    try:
+        topk_reverse_kl(z, support, group=group, **options)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_ranks_on_a_cpu_raise_together() -> None:
+    given = torch.randn(2, V), Support(torch.rand(2, V).topk(K).indices, torch.randn(2, K))
+    first, wrong, last = on_ranks(3, refused, "shape", *given)
+    assert wrong.startswith("ValueError: weights has shape (3,)")
+    assert first == last == f"RuntimeError: rank 1 of the group refused its arguments: {wrong}"
+    for said in on_ranks(3, refused, "temperature", *given):
+        assert said.startswith(
+            "ValueError: temperature is 2.0 on rank 1 of the group and 1.0 on rank 0; call all ranks"
+        )
 
 
 def test_weights_that_add_up_to_1_give_the_mean_of_the_sequences() -> None:
@@ -258,4 +365,37 @@ def with_bits(group: Any, dtype: torch.dtype) -> dict[str, bool]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_split_vocabulary_has_the_bits_of_one_process(world: int, dtype: torch.dtype) -> None:
     for found in on_ranks(world, with_bits, dtype):
+        assert found == dict.fromkeys(found, True)
+
+
+def compiled(group: Any) -> dict[str, bool]:
+    """Whether the compiled call has the bits of the eager one: loss, and gradient of its first argument."""
+    torch.manual_seed(1)
+    z, w, hidden, head = (torch.randn(shape) for shape in ((6, V), (6, V), (6, H), (V, H)))
+    support = teacher_topk(w, K)
+
+    def shard(x: Tensor, dim: int) -> Tensor:
+        return x.tensor_split(group.size(), dim)[group.rank()]
+
+    def both(call: Any, *given: Tensor) -> bool:
+        torch._dynamo.reset()
+        found = []
+        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+            leaf = given[0].clone().requires_grad_()
+            loss = function(leaf, *given[1:])
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    local, teacher = shard(z, -1), shard(w, -1)
+    return {
+        "teacher logits": both(lambda z, w: topk_reverse_kl(z, w, k=K, group=group), local, teacher),
+        "a Support": both(lambda z: topk_reverse_kl(z, support, group=group), local),
+        "the rest": both(lambda z, w: topk_divergence(z, w, k=K, mass="tail", group=group), local, teacher),
+        "hidden states": both(lambda x: linear_topk_reverse_kl(x, shard(head, 0), support, group=group), hidden),
+    }
+
+
+@pytest.mark.slow
+def test_a_split_vocabulary_compiles() -> None:
+    for found in on_ranks(3, compiled):
         assert found == dict.fromkeys(found, True)
