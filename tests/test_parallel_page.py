@@ -188,29 +188,6 @@ def test_a_head_of_fsdp2_is_passed_as_it_is(vocab: int) -> None:
         torch.testing.assert_close(dhead, leaves[1].grad, rtol=1e-12, atol=1e-15)
 
 
-def refused(group: Any, case: str, z: Tensor, support: Support) -> str:
-    """What this rank says where rank 1 alone is called in another way."""
-    other = group.rank() == 1
-    options: dict[str, Any] = {"weights": torch.ones(3)} if case == "shape" and other else {}
-    options |= {"temperature": 2.0} if case == "temperature" and other else {}
-    try:
-        topk_reverse_kl(z, support, group=group, **options)
-    except (RuntimeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def test_ranks_on_a_cpu_raise_together() -> None:
-    given = torch.randn(2, V), Support(torch.rand(2, V).topk(K).indices, torch.randn(2, K))
-    first, wrong, last = on_ranks(3, refused, "shape", *given)
-    assert wrong.startswith("ValueError: weights has shape (3,)")
-    assert first == last == f"RuntimeError: rank 1 of the group refused its arguments: {wrong}"
-    for said in on_ranks(3, refused, "temperature", *given):
-        assert said.startswith(
-            "ValueError: temperature is 2.0 on rank 1 of the group and 1.0 on rank 0; call all ranks"
-        )
-
-
 def test_weights_that_add_up_to_1_give_the_mean_of_the_sequences() -> None:
     hidden, support, mask = batch()
     logits = hidden @ torch.randn(H, V).double()
@@ -365,37 +342,4 @@ def with_bits(group: Any, dtype: torch.dtype) -> dict[str, bool]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_split_vocabulary_has_the_bits_of_one_process(world: int, dtype: torch.dtype) -> None:
     for found in on_ranks(world, with_bits, dtype):
-        assert found == dict.fromkeys(found, True)
-
-
-def compiled(group: Any) -> dict[str, bool]:
-    """Whether the compiled call has the bits of the eager one: loss, and gradient of its first argument."""
-    torch.manual_seed(1)
-    z, w, hidden, head = (torch.randn(shape) for shape in ((6, V), (6, V), (6, H), (V, H)))
-    support = teacher_topk(w, K)
-
-    def shard(x: Tensor, dim: int) -> Tensor:
-        return x.tensor_split(group.size(), dim)[group.rank()]
-
-    def both(call: Any, *given: Tensor) -> bool:
-        torch._dynamo.reset()
-        found = []
-        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
-            leaf = given[0].clone().requires_grad_()
-            loss = function(leaf, *given[1:])
-            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
-        return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-    local, teacher = shard(z, -1), shard(w, -1)
-    return {
-        "teacher logits": both(lambda z, w: topk_reverse_kl(z, w, k=K, group=group), local, teacher),
-        "a Support": both(lambda z: topk_reverse_kl(z, support, group=group), local),
-        "the rest": both(lambda z, w: topk_divergence(z, w, k=K, mass="tail", group=group), local, teacher),
-        "hidden states": both(lambda x: linear_topk_reverse_kl(x, shard(head, 0), support, group=group), hidden),
-    }
-
-
-@pytest.mark.slow
-def test_a_split_vocabulary_compiles() -> None:
-    for found in on_ranks(3, compiled):
         assert found == dict.fromkeys(found, True)
