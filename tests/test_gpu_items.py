@@ -133,7 +133,7 @@ def test_an_override_that_lost_its_object_is_an_error() -> None:
         pass
     x, ids = torch.ones(16, 16), torch.zeros(16, 16, dtype=torch.int32)
     with experiments.weight_grad(colour=3), pytest.raises(TypeError, match="colour"):
-        ops.linear_weight_grad(x, ids, x, torch.zeros(4, 16), None, "triton")
+        ops.linear_weight_grad(x, ids, x, torch.zeros(4, 16), None, False, "triton")
 
 
 SMALL_ITEMS = registry.registry(Inputs(SMALL, "cpu"))

@@ -311,6 +311,7 @@ def head_grads(
     g: Any,  # (..., K) times grad_output, or None if neither head nor bias has a gradient
     ids: Any,  # (..., K), as g
     hidden: Any,  # (..., H), as g
+    gathered: bool = False,  # of a shard, which has few of the K ids
 ) -> Gradients:  # (V, H), (V,)
     """Of the inputs 1 and 2 of a Function, as sums over all rows."""
     _, of_head, of_bias = ctx.needs_input_grad[:3]
@@ -320,7 +321,7 @@ def head_grads(
     if of_head and options.weight_grad == "dense":
         dhead = hidden.new_empty(ctx.head_shape, dtype=ctx.head_dtype)
     if dhead is not None or dbias is not None:
-        ops.linear_weight_grad(g, ids, hidden, dhead, dbias, options.backend)
+        ops.linear_weight_grad(g, ids, hidden, dhead, dbias, gathered, options.backend)
     if of_head and options.weight_grad == "sparse":
         dhead = _row_sparse(g, ids, hidden, ctx.head_shape, ctx.head_dtype, options.backend)
     return dhead, dbias
@@ -339,5 +340,5 @@ def _row_sparse(
     touched, places = ids[live].long().unique(return_inverse=True)  # how many is read on the host
     place = torch.full_like(ids, -1, dtype=torch.long).masked_scatter(live, places)
     values = hidden.new_empty((len(touched), shape[1]), dtype=dtype)
-    ops.linear_weight_grad(g, place, hidden, values, None, backend)
+    ops.linear_weight_grad(g, place, hidden, values, None, False, backend)
     return torch.sparse_coo_tensor(touched[None], values, shape, is_coalesced=True, check_invariants=False)

@@ -196,7 +196,7 @@ def head_trial(inputs: Inputs, k: int, hot: bool) -> Item:
 def summed_head(inputs: Inputs, k: int, hot: bool) -> ByName:
     def call(name: str) -> None:
         ids = (inputs.hot_ids if hot else inputs.ids)(k)
-        ops.linear_weight_grad(inputs.values(k), ids, inputs.hidden, inputs.dhead, None, name)
+        ops.linear_weight_grad(inputs.values(k), ids, inputs.hidden, inputs.dhead, None, False, name)
 
     return call
 

@@ -127,12 +127,14 @@ def linear_weight_grad(
     hidden: Tensor,  # (..., H)
     dhead: Tensor | None,  # (V, H), overwritten
     dbias: Tensor | None,  # (V,), overwritten
+    gathered: bool,  # never by a dense product, whatever the size of the head here
     backend: str,
 ) -> Iterator[None]:
     yield
     vocab = next(len(out) for out in (dhead, dbias) if out is not None)
     if vocab > 0:  # else no row of the head was touched
-        module = choose_linear(backend, ids.shape[-1], hidden, vocab)
+        k = ids.shape[-1]
+        module = choose(backend, k, hidden, linear=True) if gathered else choose_linear(backend, k, hidden, vocab)
         module.linear_weight_grad(*(x.reshape(-1, x.shape[-1]).contiguous() for x in (g, ids, hidden)), dhead, dbias)
 
 

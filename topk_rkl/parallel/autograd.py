@@ -69,7 +69,7 @@ class ShardedSelectLoss(RowLoss):
         )
         answer = torch.cat((g.unflatten(1, (-1, k)), loss[:, None, None].expand(-1, w.shape[1], 1)), 2)
         answer = from_owners(beside(answer), len(told), group)  # (N, K + 1)
-        g, loss = answer[:, :k].reshape(ids.shape), answer[:, k].reshape(ids.shape[:-1])
+        g, loss = answer[:, :k].reshape(ids.shape), answer[:, k].contiguous().view(ids.shape[:-1])
         keep_row(ctx, student, options, g, ids, unique=True)
         return loss, g
 
@@ -213,7 +213,7 @@ class LinearLogitsAt(torch.autograd.Function):
             dhidden = g.new_empty((*g.shape[:-1], ctx.head_shape[1]))
             ops.linear_hidden_grad(g, ids, head, dhidden, ctx.options.backend)
             dhidden = start_all_reduce(dhidden, ctx.group)
-        of_head = head_grads(ctx, g, ids, hidden)  # while the sum is under way
+        of_head = head_grads(ctx, g, ids, hidden, gathered=True)  # while the sum is under way
         return None if dhidden is None else wait(dhidden).to(ctx.dtype), *of_head, None, None, None, None
 
 
