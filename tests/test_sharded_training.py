@@ -64,13 +64,14 @@ def assert_follows(model: nn.Module, one: nn.Module, by: float = 1e-5) -> None:
 
 
 def fsdp(group: Any, own_group: bool, tied: bool, bias: bool) -> None:
-    teacher, model, ranks = Tiny(1), Tiny(0, tied, bias), dist.get_world_size(group)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0, tied, bias), dist.get_world_size(group)
     one = copy.deepcopy(model)
     shard(model, mesh_of(group), own_group)
     fired = []
     if not tied:
         model.head.weight.register_post_accumulate_grad_hook(lambda p: fired.append(p.grad.placements))
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9) for m in (model, one)]
+    lr = 0.03 if tied else 0.3  # more, and the training of a tied head is chaotic
+    optimizers = [torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9) for m in (model, one)]
     for step in range(STEPS):
         mine, tokens, support, weights = batch(step, group, teacher)
         total = weights.sum()
@@ -105,7 +106,7 @@ def test_training_with_fsdp2_follows_one_process(world: int, case: str) -> None:
 def hybrid(group: Any) -> None:
     """Replicas of shards, a 2-D mesh."""
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replica", "shard"))
-    teacher, model = Tiny(1), Tiny(0)
+    teacher, model = Tiny(1).requires_grad_(False), Tiny(0)
     one = copy.deepcopy(model)
     shard(model, mesh, True)
     mine, tokens, support, weights = batch(0, group, teacher)
@@ -128,7 +129,7 @@ def test_replicas_of_shards_give_the_gradient_of_one_process() -> None:
 
 def mixed_precision(group: Any, reduced_in: str) -> None:
     """The head alone, its gradient against that of all ranks' own 16-bit hidden states."""
-    teacher, model, ranks = Tiny(1), Tiny(0), dist.get_world_size(group)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard(model, mesh_of(group), True, mp_policy=policy)
     mine, tokens, support, weights = batch(0, group, teacher)
@@ -156,7 +157,7 @@ def test_a_head_under_mixed_precision(reduced_in: str) -> None:
 
 def divided_otherwise(group: Any) -> None:
     """set_gradient_divide_factor(1) sums over ranks: so does the full tensor that is asked for sums."""
-    teacher, model = Tiny(1), Tiny(0)
+    teacher, model = Tiny(1).requires_grad_(False), Tiny(0)
     one = copy.deepcopy(model)
     shard(model, mesh_of(group), True)
     for module in (model, model.head, *model.layers):
@@ -181,8 +182,8 @@ def test_gradients_that_fsdp2_is_told_to_sum() -> None:
 
 
 def inside(group: Any, wrapper: str) -> None:
-    teacher, model, ranks = Tiny(1), Tiny(0), dist.get_world_size(group)
-    one = copy.deepcopy(model)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
+    one, head = copy.deepcopy(model), model.head
     mine, tokens, support, weights = batch(0, group, teacher)
     wrapped: Any = model
     if wrapper == "DDP":
@@ -190,7 +191,7 @@ def inside(group: Any, wrapper: str) -> None:
     elif wrapper == "FSDP1":
         wrapped = FullyShardedDataParallel(
             model, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
-            auto_wrap_policy=lambda module, recurse, **_: recurse or module is model.head,
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is head,
         )  # fmt: skip
     else:
         shard(model, mesh_of(group), wrapper == "FSDP2, head alone")
@@ -201,10 +202,9 @@ def inside(group: Any, wrapper: str) -> None:
             hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / ranks
         )
 
-    with loss_in_head(model.head, loss_of) as taken:
-        wrapped(tokens[mine], through_head=True)
-    (loss,) = taken
-    loss.backward()
+    with loss_in_head(head, loss_of) as taken:
+        output = wrapped(tokens[mine], through_head=True)
+    (taken[0] + 0 * output.sum()).backward()  # through the output, on which wrappers wait
     linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
     if wrapper == "FSDP1":
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
@@ -242,7 +242,7 @@ def test_a_head_with_an_adapter_is_merged() -> None:
 
 
 def sharded_adapter(group: Any) -> None:
-    teacher, model, ranks = Tiny(1), Tiny(0), dist.get_world_size(group)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
     model.head = LoRA(model.head)
     one = copy.deepcopy(model)
     shard(model, mesh_of(group), True)
@@ -268,7 +268,7 @@ def test_a_sharded_head_with_an_adapter_is_merged(world: int) -> None:
 
 
 def tensor_parallel(group: Any, entry: str) -> None:
-    mesh, teacher, model = mesh_of(group), Tiny(1), Tiny(0)
+    mesh, teacher, model = mesh_of(group), Tiny(1).requires_grad_(False), Tiny(0)
     one = copy.deepcopy(model)
     plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     parallelize_module(model, mesh, {"head": plan})
