@@ -1,4 +1,4 @@
-"""`python -m benchmarks run` measures, `collect` takes in what a GPU measured, `report` makes tables and plots."""
+"""`python -m benchmarks run` and `scaling` measure, `collect` takes in a GPU's results, `report` tells."""
 
 import argparse
 import os
@@ -26,6 +26,11 @@ def main() -> None:
     )
     collect = commands.add_parser("collect", help="results of the GPU kit into benchmarks/results")
     collect.add_argument("folder", type=Path, help="what the kit calls OUT")
+    scaling = commands.add_parser("scaling", help="the model of docs/scaling.md beside 1 to 4 processes with gloo")
+    scaling.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], choices=range(1, 5))
+    scaling.add_argument("--rounds", type=int, default=15)
+    scaling.add_argument("--tiny", action="store_true", help="small sizes, to check the harness")
+    scaling.add_argument("--out", type=Path, help="the file that is written anew")
     options = parser.parse_args()
     # Imported when asked for: the process that measures starts anew first.
     if options.command == "run":
@@ -35,6 +40,8 @@ def main() -> None:
         from benchmarks.run import run as command
     elif options.command == "collect":
         from benchmarks.collect import collect as command
+    elif options.command == "scaling":
+        from benchmarks.scaling.gloo import measure as command
     else:
         from benchmarks.report import report as command
     command(options)

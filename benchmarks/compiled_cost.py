@@ -49,6 +49,7 @@ FAMILIES = {
 MASSES = ("tail_logit", "mass_loss", "mass_grad")
 kernels = Direct(backend)
 HEADS = ("linear_loss", "linear_weight_grad")
+HALVES = ("linear_logits", "linear_hidden_grad")  # of linear_loss
 # Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
 # may start at any address.
 ROW_KERNELS = [
@@ -73,6 +74,7 @@ CASES = {
         ((*SLOTS, *MASSES), (BF16,), (151936,), (64,)),
         (HEADS, (BF16,), (151936,), (64,), (4096,)),
         (HEADS, (FP32,), (151936,), (1024,), (4096,)),
+        (HALVES, (BF16,), (151936,), (64,), (4096,)),
     ],
     "table": [
         (SELECTS, (BF16, FP16, FP32), (151936,), (16, 64, 256, 1024)),
@@ -82,6 +84,7 @@ CASES = {
         (tuple(FAMILIES), (BF16,), (151936,), (64, 1024)),
         (HEADS, (BF16, FP16, FP32), (151936,), (64, 1024), (4096,)),
         (HEADS, (BF16,), (151936,), (32,), (4096,)),
+        (HALVES, (BF16, FP32), (151936,), (64,), (4096,)),
     ],
     "full": [
         (SELECTS, (BF16, FP16, FP32), (4099, 32000, 49152, 151936, 262144), (1, 16, 64, 256, 1024)),
@@ -202,7 +205,7 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def call_launcher(case: Case) -> None:
-    if case.kernel in HEADS:
+    if case.kernel in (*HEADS, *HALVES):
         call_head_launcher(case)
         return
     logits = torch.empty((ROWS, case.vocab), dtype=case.dtype)
@@ -235,6 +238,10 @@ def call_head_launcher(case: Case) -> None:
         kernels.linear_loss(
             hidden, head, head[:, 0].contiguous(), ids, slots, slots[:, 0].contiguous(), 1.0, 1.0, 30.0, True
         )
+    elif case.kernel == "linear_logits":
+        kernels.linear_logits(hidden, head, head[:, 0].contiguous(), ids)
+    elif case.kernel == "linear_hidden_grad":
+        kernels.linear_hidden_grad(slots, ids, head)
     else:
         kernels.linear_weight_grad(slots, ids, hidden, head, None)
 

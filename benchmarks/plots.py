@@ -8,6 +8,7 @@
 Equal results give equal files under one version of matplotlib.
 """
 
+from collections.abc import Callable
 from io import BytesIO
 
 from matplotlib import rc_context
@@ -41,9 +42,14 @@ def draw(suite: str) -> None:
 
 
 def svg(suite: str) -> bytes:
+    return saved(lambda: beside_others(suite))
+
+
+def saved(figure: Callable[[], Figure]) -> bytes:
+    """As SVG; what it draws falls under the settings above."""
     file = BytesIO()
     with rc_context(SVG):
-        beside_others(suite).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 

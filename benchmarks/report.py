@@ -10,6 +10,7 @@ A mark is a pair of Markdown comments, <!-- KIND ARGUMENTS --> and <!-- end -->.
     demo scores, demo answers   the tables of examples/distill.py
     gpu targets                 what was measured on a GPU beside what is aimed at
     gpu items, gpu decisions    every timed item, and the constants that the items decide
+    scaling NAME                a table of scaling/tables.py: the model of ranks that share a vocabulary
 
 Several runs of a case are one contest: the median of their medians and of their ratios is printed.
 """
@@ -25,6 +26,7 @@ from benchmarks import predict
 from benchmarks.fit import exponents
 from benchmarks.gpu_report import gpu
 from benchmarks.records import FOLDER, Line, load
+from benchmarks.scaling import tables as scaling
 from benchmarks.summaries import (
     NAMES,
     SIZES,
@@ -42,10 +44,13 @@ from benchmarks.summaries import (
 )
 
 ROOT = Path(__file__).parent.parent
-FILES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/compiled.md", "examples/README.md"))
+FILES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/benchmarks.md", "docs/compiled.md", "docs/scaling.md", "examples/README.md")
+)
 UNPUBLISHED = "tiny"  # the case that checks the harness
 MARK = re.compile(
-    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -201,7 +206,7 @@ def demo(arguments: str) -> str:
 
 KINDS: dict[str, Callable[[str], str]] = {
     "picture": shown, "cases": cases, "exponents": growth, "compiled": compiled, "held": held, "demo": demo,
-    "gpu": gpu,
+    "gpu": gpu, "scaling": scaling.written,
 }  # fmt: skip
 
 
@@ -263,6 +268,9 @@ def report(options: Namespace) -> None:
 
     for suite in suites():
         plots.draw(suite)
+    from benchmarks.scaling import picture
+
+    picture.draw()
 
 
 def page() -> str:

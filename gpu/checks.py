@@ -136,6 +136,9 @@ def head(backend: str, small: bool) -> Iterator[Check]:
             size = f"{dtype} N {n} K {k} V {vocab} H {width}"
             yield f"linear_loss {size}", partial(linear_problem.assert_equals_the_reference, module, problem)
             yield f"weight_grad {size}", partial(assert_weight_grad, module, problem)
+            if hasattr(module.module, "linear_logits"):  # "cuda" has no halves
+                compared = linear_problem.assert_halves_equal_the_reference
+                yield f"halves of linear_loss {size}", partial(compared, module, problem)
     if not small:
         ids = torch.randint(0, 50, (5_000, 4), device=DEVICE)
         ids[:, 0] = 7  # in every row

@@ -11,8 +11,8 @@ from gpu.steps import Step
 
 # Ordered so that what takes longest begins first.
 TESTED = (
-    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "cuda", "divergence", "mass", "supports",
-    "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
+    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "linear_logits", "cuda", "divergence", "mass",
+    "supports", "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
     "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
@@ -45,6 +45,7 @@ UNTESTED = {
     "reference": "the reference in float64 on CPU tensors",
     "rewards": "plain PyTorch on CPU tensors",
     "rollout": "plain PyTorch on CPU tensors",
+    "scaling": "the model of ranks, by hand and beside gloo on CPU tensors",
     "sequence_parallel": "sums over gloo ranks, of CPU tensors",
     "sharded_heads": "gloo ranks, on CPU tensors",
     "sharded_training": "gloo ranks, on CPU tensors",

@@ -94,6 +94,22 @@ class Direct:
         )
         return loss, g, dhidden if want_dhidden else dhidden[:0]
 
+    def linear_logits(
+        self,
+        hidden: Tensor,  # (N, H)
+        head: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        ids: Tensor,  # (N, K)
+    ) -> Tensor:  # (N, K)
+        out = _new(hidden, ids.shape[1])
+        self.module.linear_logits(hidden, head, bias, ids, out)
+        return out
+
+    def linear_hidden_grad(self, g: Tensor, ids: Tensor, head: Tensor) -> Tensor:  # (N, H)
+        out = _new(g, head.shape[1])
+        self.module.linear_hidden_grad(g, ids, head, out)
+        return out
+
 
 def _new(
     like: Tensor,  # (N, X), or slabs of rows (S, R, X) with S R = N

@@ -111,6 +111,26 @@ def assert_equals_the_reference(module: Any, problem: Problem) -> tuple[Tensor, 
     return results
 
 
+def assert_halves_equal_the_reference(module: Any, problem: Problem) -> tuple[Tensor, Tensor]:  # (N, K), (N, H)
+    """linear_logits and linear_hidden_grad, with the values as gradients: float32 sums, the same bits every time."""
+    x, given = problem.double(), (problem.hidden, problem.head, problem.bias, problem.ids)
+    raw, dhidden = module.linear_logits(*given), module.linear_hidden_grad(problem.values, problem.ids, problem.head)
+    known = (x.ids >= 0) & (x.ids < len(x.head))
+    columns = x.ids.where(known, 0).long()
+    rows = x.head[columns]  # (N, K, H)
+    terms = rows * x.hidden[:, None]
+    want, size = terms.sum(-1), (terms**2).sum(-1)
+    if x.bias is not None:
+        want, size = want + x.bias[columns], size + x.bias[columns] ** 2
+    assert raw.dtype == dhidden.dtype == FP32
+    assert_within(raw, want.where(known, 0), (16 * U * size.sqrt()).where(known, 0))
+    terms = rows * x.values.where(known, 0)[..., None]
+    assert_within(dhidden, terms.sum(1), 16 * U * (terms**2).sum(1).sqrt())
+    assert torch.equal(module.linear_logits(*given), raw)
+    assert torch.equal(module.linear_hidden_grad(problem.values, problem.ids, problem.head), dhidden)
+    return raw, dhidden
+
+
 def weight_grad(module: Any, g: Tensor, ids: Tensor, hidden: Tensor, vocab: int, dtype: torch.dtype) -> list[Tensor]:
     """[dhead, dbias]"""
     outs = [torch.full(shape, 99.0, dtype=dtype, device=DEVICE) for shape in ((vocab, hidden.shape[1]), (vocab,))]

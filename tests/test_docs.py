@@ -33,11 +33,12 @@ MARKS = {
     "README.md": ["picture"],
     "docs/benchmarks.md": ["cases", "cases", "exponents", "held", "gpu"],
     "docs/compiled.md": ["compiled"],
+    "docs/scaling.md": ["scaling"] * 18,
     "examples/README.md": ["demo", "demo"],
 }
 FOREIGN = {  # names of Triton, torch and trainers
-    "num_stages", "fp32_precision", "num_items_in_batch", "calculate_per_token_loss", "tensor_parallel_output_grad",
-    "gather_from_sequence_parallel_region",
+    "num_stages", "fp32_precision", "loss_parallel", "num_items_in_batch", "calculate_per_token_loss",
+    "tensor_parallel_output_grad", "gather_from_sequence_parallel_region",
 }  # fmt: skip
 EXAMPLES = api.examples()
 PUBLIC = {

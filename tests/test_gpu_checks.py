@@ -26,7 +26,7 @@ FAULTS = {
     "selection float32": "select",
     "loss": "select_loss support_loss",
     "scatter": "scatter",
-    "head": "linear_loss linear_weight_grad",
+    "head": "linear_loss linear_weight_grad linear_logits linear_hidden_grad",
     "mass": "tail_logit mass_loss mass_grad",
     "stress": "select_loss scatter",
     "slabs": "select select_loss scatter",

@@ -30,6 +30,11 @@ for vocab, k in ((1, 1), (33, 33), (507, 16), (2049, 65)):
         backend.mass_grad(g, ascending, outside, loss, None, 1.0, student.clone())
         for unique in (True, False):
             backend.scatter(g, ids, loss, torch.empty_like(student), unique)
+    ids = torch.tensor([[0, vocab - 1, vocab, -1, vocab + 7] * 4] * 2)
+    for width in (1, 33):
+        hidden, head = torch.randn(2, width).bfloat16(), torch.randn(vocab, width).bfloat16()
+        g = backend.linear_logits(hidden, head, torch.randn(vocab), ids)
+        backend.linear_hidden_grad(g + 1, ids, head)
 print("done")
 """
 PLANTED = """

@@ -19,6 +19,8 @@ OUTPUTS = {
     "tail_logit": ("out",),
     "mass_loss": ("loss", "g", "outside"),
     "linear_loss": ("loss", "g", "dhidden"),
+    "linear_logits": ("out",),
+    "linear_hidden_grad": ("out",),
 }
 FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
     "shape": (lambda x: torch.cat((x, x[:1])), ValueError, r"{} has shape \(4"),
@@ -30,6 +32,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
 
 def arguments(function: Callable[..., None]) -> dict[str, Any]:
     """Of three rows, two slots, nine tokens and width five, by the names that the function has for them."""
+    outs = {"linear_logits": torch.zeros(3, 2, device=DEVICE), "linear_hidden_grad": torch.zeros(3, 5, device=DEVICE)}
     values = {
         **{name: torch.randn(3, 9, device=DEVICE) for name in ("logits", "student", "teacher")},
         **{name: torch.zeros(3, device=DEVICE) for name in ("tail", "loss")},
@@ -39,7 +42,7 @@ def arguments(function: Callable[..., None]) -> dict[str, Any]:
         "head": torch.randn(9, 5, device=DEVICE),
         "dhidden": torch.zeros(3, 5, device=DEVICE),
         "outside": torch.zeros(3, 2, dtype=torch.float64, device=DEVICE),
-        "out": torch.zeros(3, dtype=torch.float64, device=DEVICE),
+        "out": outs.get(function.__name__, torch.zeros(3, dtype=torch.float64, device=DEVICE)),
         "objective": Objective(),
         "normalize": False,
         "temperature": 1.0,

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import on_ranks, together
 from topk_rkl.loss import Support, linear_topk_reverse_kl, teacher_topk, topk_divergence, topk_reverse_kl
@@ -102,6 +104,88 @@ def test_the_step_of_the_page_gives_the_gradient_of_one_process(averaged: bool) 
     for *grads, p in zip(*results, model.parameters(), strict=True):
         got = sum(grads) / (2 if averaged else 1)  # as DDP and FSDP average them
         torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
+
+
+class Scaled(nn.Module):
+    """As a model that scales the logits of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(H, H), nn.Linear(H, V, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.head(self.body(x).tanh())
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    if not isinstance(model, FullyShardedDataParallel):
+        return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        return [p.grad.clone() for p in model.parameters()]
+
+
+def in_the_head(group: Any, how: str, hidden: Tensor, support: Support, weights: Tensor) -> list[Tensor]:
+    """The gradients of this rank, which has row `rank` of the batch."""
+    page, model, row = blocks(), Scaled(), slice(group.rank(), group.rank() + 1)
+    head, mesh = model.head, DeviceMesh.from_group(group, "cpu")
+    wrapped = DistributedDataParallel(model, process_group=group) if how == "DDP" else model
+    if how == "FSDP1":
+        wrapped = FullyShardedDataParallel(
+            model, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is head,
+        )  # fmt: skip
+    if how == "FSDP2":
+        fully_shard(model.head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    denominator = page["global_count"](weights[row], group, averaged=True)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        teacher = Support(support.ids[row], support.log_probs[row])
+        return linear_topk_reverse_kl(
+            x, weight, teacher, weights=weights[row], denominator=denominator, logit_scale=2.0
+        )
+
+    page["from_model"](wrapped, head, hidden[row], loss).backward()
+    grads = gradients(wrapped)
+    assert wrapped(hidden[row]).shape == (1, T, V)  # the head is as it was
+    return grads
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
+def test_the_loss_inside_the_head_fires_the_hooks(how: str) -> None:
+    hidden, support, mask = batch()
+    results = on_ranks(B, in_the_head, how, hidden, support, mask)
+    torch.manual_seed(torch.initial_seed())
+    model = Scaled()
+    topk_reverse_kl(model(hidden), support, weights=mask).backward()
+    for grads in results:
+        for got, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-15)
+
+
+def from_own_rows(group: Any, hidden: Tensor, head: Tensor, support: Support, weights: Tensor) -> list[Any]:
+    """Gradients of this rank's hidden states, and of a head that all ranks share, (V, H)."""
+    page, row = blocks(), slice(group.rank(), group.rank() + 1)
+    module = nn.Linear(H, len(head), bias=False).double()
+    module.weight.data.copy_(head)
+    fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"))
+    mine = hidden[row].clone().requires_grad_()
+    denominator = page["global_count"](weights[row], group, averaged=True)
+    part = Support(support.ids[row], support.log_probs[row])
+    page["from_fsdp"](mine, module.weight, part, weights[row], denominator).backward()
+    return [mine.grad / group.size(), module.weight.grad.full_tensor()]  # the body's gradients would be averaged
+
+
+@pytest.mark.parametrize("vocab", [V, 200])  # the head is gathered, or its rows are fetched
+def test_a_head_of_fsdp2_is_passed_as_it_is(vocab: int) -> None:
+    hidden, support, mask = batch()
+    leaves = [hidden.requires_grad_(), torch.randn(vocab, H).double().requires_grad_()]
+    linear_topk_reverse_kl(*leaves, support, weights=mask).backward()
+    results = on_ranks(B, from_own_rows, *(x.detach() for x in leaves), support, mask)
+    for rank, (dhidden, dhead) in enumerate(results):
+        torch.testing.assert_close(dhidden, leaves[0].grad[rank : rank + 1], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(dhead, leaves[1].grad, rtol=1e-12, atol=1e-15)
 
 
 def test_weights_that_add_up_to_1_give_the_mean_of_the_sequences() -> None:

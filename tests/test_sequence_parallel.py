@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,6 +70,10 @@ def step(
     student: nn.Module = Student()
     if how == "DDP":
         student = DistributedDataParallel(student, process_group=group)
+    if how == "FSDP1":
+        student = FullyShardedDataParallel(
+            student, process_group=group, use_orig_params=True, device_id=torch.device("cpu")
+        )
     if how == "FSDP2":
         fully_shard(student, mesh=DeviceMesh.from_group(group, "cpu"))
     bounds = torch.tensor([0, *(n for each in rows for n in each)]).cumsum(0).tolist()
@@ -88,7 +92,11 @@ def step(
         with nullcontext() if last or how != "DDP" else student.no_sync():
             loss.backward()
         total += loss.detach()
-    grads = [whole(p.grad) for p in student.parameters()]
+    if how == "FSDP1":
+        with FullyShardedDataParallel.summon_full_params(student, with_grads=True):
+            grads = [p.grad.clone() for p in student.parameters()]
+    else:
+        grads = [whole(p.grad) for p in student.parameters()]
     if how == "by hand":
         for grad in grads:
             dist.all_reduce(grad, group=group)
@@ -120,7 +128,7 @@ def assert_equals_one_process(world: int, how: str, entry: str, spread: str, red
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("how", ["by hand", "DDP", "FSDP2"])
+@pytest.mark.parametrize("how", ["by hand", "DDP", "FSDP1", "FSDP2"])
 @pytest.mark.parametrize("entry", ["logits", "linear"])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_accumulated_micro_batches_give_the_gradient_of_one_process(

@@ -75,7 +75,8 @@ def linear_teacher_topk(
         logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
     teacher_weight, bias, _ = whole_head(teacher_weight, bias)
     given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
-    shards = shards_of(group, teacher_hidden, None, teacher_weight.T, k, normalize=normalize, logits_dtype=logits_dtype)
+    asked_for: dict[str, object] = {"normalize": normalize, "logits_dtype": logits_dtype}
+    shards = shards_of(group, given, 0, len(teacher_weight), k, asked_for)
     full = logits_dtype is not None
     return Support(*linear_select(*given, k, chunk_rows, objective, normalize, full, requested(), shards))
 
@@ -188,10 +189,12 @@ def linear_topk_divergence(
         require_objective(divergence, mass)
         checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
         k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden", sharded)
-    shards = shards_of(
-        group, student_hidden, student_weight.T, teacher, k, divergence, mass, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, backward=torch.is_grad_enabled() and student_hidden.requires_grad,
-    )  # fmt: skip
+    vocabs = len(student_weight), teacher.shape[-1] if isinstance(teacher, Tensor) else None
+    asked_for: dict[str, object] = {
+        "divergence": divergence, "mass": mass, "temperature": temperature, "logit_scale": logit_scale,
+        "softcap": softcap, "a backward pass": torch.is_grad_enabled() and student_hidden.requires_grad,
+    }  # fmt: skip
+    shards = shards_of(group, (student_hidden, teacher), *vocabs, k, asked_for)
     weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
     objective = pack(temperature, divergence, mass, logit_scale, softcap)
     terms = None if isinstance(divergence, Divergence) else divergence

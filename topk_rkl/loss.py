@@ -108,7 +108,7 @@ def teacher_topk(
     with refused_together(group, teacher_logits):
         k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, sharded=group is not None)
         checks.require_flag("normalize", normalize)
-    shards = shards_of(group, teacher_logits, None, teacher_logits, k, normalize=normalize)
+    shards = shards_of(group, (teacher_logits,), 0, teacher_logits.shape[-1], k, {"normalize": normalize})
     return Support(*select(teacher_logits, k, normalize, requested(), shards))
 
 
@@ -249,7 +249,9 @@ def topk_divergence(
         if overwrite_student_logits:
             require_overwritable(student_logits)
         k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
-    shards = shards_of(group, student_logits, student_logits, teacher, k, divergence, mass, temperature=temperature)
+    vocabs = student_logits.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else None
+    asked_for: dict[str, object] = {"divergence": divergence, "mass": mass, "temperature": temperature}
+    shards = shards_of(group, (student_logits, teacher), *vocabs, k, asked_for)
     weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
     objective = pack(temperature, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)

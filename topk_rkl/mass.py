@@ -33,7 +33,7 @@ def classes(
         bad = (teacher.ids >= 0) & ~(teacher.log_probs < torch.inf)  # dropped ones too
         return ids, log_probs, _log_tail(log_probs).masked_fill(bad.any(-1), torch.nan)
     assert k is not None
-    teacher_vocab = teacher.shape[-1] if shards is None else shards.teacher[-1]
+    teacher_vocab = teacher.shape[-1] if shards is None else shards.teacher()[-1]
     ids, log_probs = _distinct(*select(teacher, k, False, backend, shards), student_vocab)
     if sampled_ids is not None:
         y = sampled_ids[..., None]

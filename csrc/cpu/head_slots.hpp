@@ -68,9 +68,9 @@ class HeadSlots {
   const Isa& isa_;
   int64_t count_ = 0, used_ = 0;
   std::vector<float> x_, sum_;
-  std::vector<const void*> rows_;      // of the head, in the order they were added
-  std::vector<float> factors_;         // of those used
-  std::vector<char> state_, copies_;   // of the hidden state and of those rows, where columns are apart
+  std::vector<const void*> rows_;     // of the head, in the order they were added
+  std::vector<float> factors_;        // of those used
+  std::vector<char> state_, copies_;  // of the hidden state and of those rows, where columns are apart
 };
 
 }  // namespace topk_rkl

@@ -79,6 +79,9 @@ Divergence divergence_of(const Case& c) {
   }
 }
 
+// NaN is itself.
+bool same(float a, float b) { return a == b || (a != a && b != b); }
+
 const Vector NONE{nullptr, Kind::float32, 0, 0};
 
 template <class T>
@@ -159,6 +162,25 @@ void check_mass(const Case& c, int threads) {
   }
 }
 
+// The matrix as a head of which a rank has the first rows: their products are those of the whole head, all others 0.
+// The gradient of the hidden states is that of linear_loss.
+void check_shards(const Case& c, Table<int32_t>& ids, Table<float>& g, const Table<float>& dhidden, int threads) {
+  const Matrix head = c.matrix();
+  const int64_t n = ids.n, k = ids.columns, first = c.k % c.n;
+  Table<float> whole(n, k, NAN), own(n, k, NAN), again(n, c.vocab, NAN);
+  linear_logits({head, head, NONE, ids.matrix(), whole.rows()}, threads);
+  Matrix part = head;
+  part.rows = first;
+  linear_logits({head, part, NONE, ids.matrix(), own.rows()}, threads);
+  for (int64_t i = 0; i < n * k; ++i) {
+    const bool known = ids.all[i] >= 0 && ids.all[i] < c.n, there = known && ids.all[i] < first;
+    require(known || whole.all[i] == 0, "product outside", c);
+    require(same(own.all[i], there ? whole.all[i] : 0), "product of a shard", c);
+  }
+  linear_hidden_grad({{g.all.data(), k}, ids.matrix(), head, again.rows()}, threads);
+  require(std::equal(again.all.begin(), again.all.end(), dhidden.all.begin(), same), "gradient of hidden states", c);
+}
+
 // The matrix as a head of n rows, its first rows as hidden states, K slots each.
 void check_head(const Case& c, int threads) {
   const Matrix head = c.matrix();
@@ -170,6 +192,7 @@ void check_head(const Case& c, int threads) {
   linear_loss({head, head, NONE, ids.matrix(), log_probs.matrix(), NONE,
                {1, divergence_of(c), Mass::renormalized, 1, softcap}, loss.all.data(), g.rows(), dhidden.rows()},
               threads);
+  check_shards(c, ids, g, dhidden, threads);
   for (int64_t i = 0; i < n * k; ++i) g.all[i] = float(i % 4);
   if (c.column_stride != 1) return;  // hidden states come with contiguous columns
   const Gradient dhead(c);

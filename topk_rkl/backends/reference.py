@@ -236,15 +236,12 @@ def linear_loss(
     vocab = len(head)
     raw = torch.empty_like(g)
     linear_logits(hidden, head, bias, torch.where(live_slots(ids, log_probs, vocab), ids, -1), raw)
-    of_hidden = torch.empty_like(g, dtype=torch.float64)
     for rows in chunks(len(ids), bytes_per_row=GATHERED * ids.shape[1]):
         of_rows = None if weights is None else weights[rows]
-        loss[rows], of_hidden[rows] = raw_slots_loss(
-            raw[rows].double(), ids[rows], log_probs[rows], of_rows, vocab, objective
-        )
-    g.copy_(of_hidden)
+        given = raw[rows].double(), ids[rows], log_probs[rows], of_rows
+        loss[rows], g[rows] = raw_slots_loss(*given, vocab, objective)
     if dhidden is not None:
-        linear_hidden_grad(of_hidden, ids, head, dhidden)
+        linear_hidden_grad(g, ids, head, dhidden)
 
 
 def linear_logits(

@@ -7,7 +7,7 @@ GPU and under torch.compile nothing is read on the host: there the other ranks s
 import contextlib
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from topk_rkl import checks
 from topk_rkl.backends import requested
-from topk_rkl.parallel.collectives import all_gather
+from topk_rkl.parallel.collectives import all_gather, start_all_gather, wait
 
 TEXT = 2048  # bytes of a message
 
@@ -25,10 +25,16 @@ class Shards(NamedTuple):
     """Where the ids of each rank lie in the vocabularies that the ranks share."""
 
     group: dist.ProcessGroup
-    student: Tensor
-    """(ranks + 1,) int64: the first id of each rank, and V."""
-    teacher: Tensor
-    """(ranks + 1,) int64, as above: all 0 where the teacher is a Support."""
+    table: Tensor
+    """(ranks, 4) int64, to wait for: what each rank has sent, its two vocabularies last."""
+
+    def student(self) -> Tensor:  # (ranks + 1,) int64
+        """The first id of each rank, and V."""
+        return pad(wait(self.table)[:, 2].cumsum(0), (1, 0))
+
+    def teacher(self) -> Tensor:  # (ranks + 1,) int64
+        """As `student`; all 0 of a Support."""
+        return pad(wait(self.table)[:, 3].cumsum(0), (1, 0))
 
 
 def refused_together(
@@ -47,7 +53,7 @@ def _refused_together(group: dist.ProcessGroup, like: object) -> Iterator[None]:
         yield
     except Exception as error:
         device = like.device if isinstance(like, Tensor) else _device_of(group)
-        _exchange(group, device, True, 0, 0, 0)
+        wait(_exchange(group, device, 1, 0, 0, 0))
         if device.type == "cpu":
             _texts(group, f"{type(error).__name__}: {error}")
         raise
@@ -55,13 +61,11 @@ def _refused_together(group: dist.ProcessGroup, like: object) -> Iterator[None]:
 
 def shards_of(
     group: dist.ProcessGroup | None,
-    like: Tensor,  # (..., X) with the positions and the device of the call
-    student: Tensor | None,  # (..., V_local)
-    teacher: object,  # (..., V_local) logits, or a Support
+    given: tuple[Any, ...],  # logits (..., X) or hidden states first; then others, a Support, None
+    student_vocab: int,  # of this rank's shard
+    teacher_vocab: int | None,  # None of a Support
     k: int | None,
-    divergence: object = None,
-    mass: str | None = None,
-    **others: object,
+    asked: dict[str, object],  # by name: what else must be alike
 ) -> Shards | None:
     """The shards of all ranks, which have been called alike; None without a group.
 
@@ -71,40 +75,29 @@ def shards_of(
     """
     if group is None:
         return None
-    text = ""
-    if not torch.compiler.is_compiling():
-        text = _described(like, student, teacher, k=k, divergence=divergence, mass=mass, **others)
-    vocabs = [x.shape[-1] if isinstance(x, Tensor) else 0 for x in (student, teacher)]
-    table = _exchange(group, like.device, False, zlib.crc32(text.encode()) if text else 0, *vocabs)
+    like, text = given[0], "" if torch.compiler.is_compiling() else _described(given, {"k": k, **asked})
+    digest = zlib.crc32(text.encode()) if text else 0
+    table = _exchange(group, like.device, 0, digest, student_vocab, teacher_vocab or 0)
     if read_on_host(like):
-        failed, digests = table[:, 0].tolist(), table[:, 1].tolist()
+        failed, digests, _, teacher = wait(table).T.tolist()
         if any(failed) or len(set(digests)) > 1:
             _refuse(_texts(group, text), failed)
-        if isinstance(teacher, Tensor):
-            checks.require_k(k, int(table[:, 3].sum()), "the teacher's logits over all ranks")
-    starts = pad(table[:, 2:].cumsum(0), (0, 0, 1, 0))  # (ranks + 1, 2)
-    return Shards(group, starts[:, 0], starts[:, 1])
+        if teacher_vocab is not None:
+            checks.require_k(k, sum(teacher), "the teacher's logits over all ranks")
+    return Shards(group, table)
 
 
-def _described(
-    like: Tensor,  # (..., X)
-    student: Tensor | None,  # (..., V_local)
-    teacher: object,  # (..., V_local) logits, or a Support
-    **options: object,
-) -> str:
+def _described(given: tuple[Any, ...], asked: dict[str, object]) -> str:
     """A call by all that must be the same on every rank, a line each."""
-    given = [x for x in (student, *(teacher if isinstance(teacher, tuple) else (teacher,))) if isinstance(x, Tensor)]
-    if isinstance(teacher, tuple):
-        options["k"] = given[-1].shape[-1]
-    options["divergence"] = getattr(options["divergence"], "__qualname__", options["divergence"])
-    shared = {
-        "the shape of the positions": tuple(like.shape[:-1]),
-        "the kind of teacher": type(teacher).__name__,
-        "the dtypes": [str(x.dtype) for x in given],
-        "the backend": requested(),
-        **options,
-    }
-    return "\n".join(f"{name}={value}" for name, value in shared.items())
+    kinds = [
+        f"a Support of K = {x[0].shape[-1]} and {x[1].dtype}" if isinstance(x, tuple) else str(x.dtype)
+        for x in given
+        if x is not None
+    ]
+    asked |= {name: x.__qualname__ for name, x in asked.items() if hasattr(x, "__qualname__")}  # without an address
+    asked |= {"the shape of the positions": tuple(given[0].shape[:-1]), "the kind of tensors": kinds}
+    asked["the backend"] = requested()
+    return "\n".join(f"{name}={value}" for name, value in asked.items())
 
 
 def read_on_host(like: Tensor) -> bool:
@@ -112,23 +105,28 @@ def read_on_host(like: Tensor) -> bool:
     return like.is_cpu and not torch.compiler.is_compiling()
 
 
-def require_begin_alike(shards: Shards) -> Tensor:  # () bool
-    """Whether the ids of each rank begin for the student where they do for the teacher, unless a rank has none.
-
-    Refused where it may be read.
-    """
-    begins, ends = shards.teacher[:-1], shards.teacher[1:]
-    alike = ((shards.student[:-1] == begins) | (begins == ends)).all()
-    if read_on_host(alike) and not alike:
+def require_begin_alike(shards: Shards) -> None:
+    if not begin_alike(shards):
         raise ValueError(
-            f"the shards of teacher begin at ids {begins.tolist()} and those of student_logits at "
-            f"{shards.student[:-1].tolist()}; select first, with teacher_topk(teacher_logits, k, group=group)"
+            f"the shards of teacher begin at ids {shards.teacher()[:-1].tolist()} and those of student_logits at "
+            f"{shards.student()[:-1].tolist()}; select first, with teacher_topk(teacher_logits, k, group=group)"
         )
-    return alike
 
 
-def _exchange(group: dist.ProcessGroup, device: torch.device, *numbers: int) -> Tensor:  # (ranks, 4)
-    return all_gather(torch.tensor(numbers, dtype=torch.int64, device=device), group)
+def begin_alike(shards: Shards) -> Tensor:  # () bool
+    """Whether the ids of each rank begin for the student where they do for the teacher, unless a rank has none."""
+    teacher, student = shards.teacher(), shards.student()
+    return ((student[:-1] == teacher[:-1]) | (teacher[:-1] == teacher[1:])).all()
+
+
+def _exchange(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *numbers: int,  # failed, digest, and the two vocabularies
+) -> Tensor:  # (ranks, 4), to wait for
+    # Filled on the device, since a copy from the host would be waited for.
+    row = torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in numbers])
+    return start_all_gather(row, group)
 
 
 def _texts(group: dist.ProcessGroup, text: str) -> list[str]:

@@ -47,12 +47,18 @@ def all_gather(
     x: Tensor,  # (...)
     group: dist.ProcessGroup,
 ) -> Tensor:  # (ranks, ...)
-    if x.numel() == 0:
-        return x.expand(dist.get_world_size(group), *x.shape)
+    return wait(start_all_gather(x, group)) if x.numel() else x.expand(dist.get_world_size(group), *x.shape)
+
+
+def start_all_gather(
+    x: Tensor,  # (...)
+    group: dist.ProcessGroup,
+) -> Tensor:  # (ranks, ...), to `wait` for
     functional = _functional()
     # The older name warns from torch 2.13 on.
     gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-    return wait(gather(x[None].contiguous(), 0, group))
+    started: Tensor = gather(x[None].contiguous(), 0, group)
+    return started
 
 
 def all_to_all(
@@ -114,4 +120,7 @@ def from_bytes(
     columns: int,
 ) -> list[Tensor]:  # (..., columns) each
     sizes = [columns * dtype.itemsize for dtype in dtypes]
-    return [part.contiguous().view(dtype) for part, dtype in zip(x.split(sizes, -1), dtypes)]
+    # A copy, since contiguous() keeps the strides of dimensions of size 1, which no wider dtype may have.
+    return [
+        part.clone(memory_format=torch.contiguous_format).view(dtype) for part, dtype in zip(x.split(sizes, -1), dtypes)
+    ]

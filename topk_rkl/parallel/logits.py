@@ -76,7 +76,7 @@ def teacher_logit(
 ) -> Tensor:  # (..., 1), anything at ids of no rank
     if shards is None:
         return teacher.gather(-1, ids.clamp(min=0).long())
-    local = local_ids(ids, shards.teacher, teacher.shape[-1], shards.group)
+    local = local_ids(ids, shards.teacher(), teacher.shape[-1], shards.group)
     return logits_at(teacher, local, shards.group)
 
 
@@ -90,7 +90,7 @@ def teacher_tail(
     if shards is None:
         tail: Tensor = ops.tail_logit(teacher, ids, objective, backend)
         return tail
-    local = local_ids(ids, shards.teacher, teacher.shape[-1], shards.group)
+    local = local_ids(ids, shards.teacher(), teacher.shape[-1], shards.group)
     return shard_tail(teacher, local, objective, shards.group, backend)
 
 
@@ -137,7 +137,7 @@ def merged(
 ) -> tuple[Tensor, Tensor]:  # (..., K) int32 of the whole vocabulary, (..., K)
     """The K best of all ranks' candidates. From 3 ranks on each row is merged by one rank, which sends less."""
     lead, k, group = ids.shape[:-1], ids.shape[-1], shards.group
-    ids = torch.where(ids < 0, -1, ids + shards.teacher[dist.get_rank(group)]).int()
+    ids = torch.where(ids < 0, -1, ids + shards.teacher()[dist.get_rank(group)]).int()
     own = as_bytes(ids.view(-1, k), values.reshape(-1, k).to(dtype))
     if dist.get_world_size(group) <= 2:
         ids, values = _best(all_gather(own, group), k, dtype, backend)

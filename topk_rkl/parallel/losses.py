@@ -5,7 +5,7 @@ from torch import Tensor
 
 from topk_rkl.autograd import MassLoss, Options, SupportLoss
 from topk_rkl.mass import classes
-from topk_rkl.parallel.agreement import Shards, require_begin_alike
+from topk_rkl.parallel.agreement import Shards, begin_alike, read_on_host, require_begin_alike
 from topk_rkl.parallel.autograd import LinearLogitsAndTail, LinearLogitsAt, LogitsAndTail, LogitsAt, ShardedSelectLoss
 from topk_rkl.parallel.logits import local_ids, select
 from topk_rkl.rows import result_dtype
@@ -27,14 +27,16 @@ def logits_loss(
     group, vocab = shards.group, student.shape[-1]
     if mass == "renormalized":
         if isinstance(teacher, Tensor):
-            alike = require_begin_alike(shards)
+            readable = read_on_host(student)
+            if readable:
+                require_begin_alike(shards)
             loss: Tensor
             loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, group)
-            return torch.where(alike, loss, torch.nan)
-        z = LogitsAt.apply(student, local_ids(teacher.ids, shards.student, vocab, group), options, group)
+            return loss if readable else torch.where(begin_alike(shards), loss, torch.nan)
+        z = LogitsAt.apply(student, local_ids(teacher.ids, shards.student(), vocab, group), options, group)
         return _on_slots(z, *teacher, weights, objective, options, student, shards)
-    ids, log_probs, tail = classes(teacher, k, shards.student[-1], temperature, sampled_ids, options.backend, shards)
-    columns = LogitsAndTail.apply(student, local_ids(ids, shards.student, vocab, group), objective, options, group)
+    ids, log_probs, tail = classes(teacher, k, shards.student()[-1], temperature, sampled_ids, options.backend, shards)
+    columns = LogitsAndTail.apply(student, local_ids(ids, shards.student(), vocab, group), objective, options, group)
     return _on_classes(columns, ids, log_probs, tail, weights, objective, options, student)
 
 
@@ -57,11 +59,11 @@ def linear_loss(
         if isinstance(teacher, Tensor):
             assert k is not None
             teacher = Support(*select(teacher, k, False, options.backend, shards))
-        local = local_ids(teacher.ids, shards.student, len(head), group)
+        local = local_ids(teacher.ids, shards.student(), len(head), group)
         z = LinearLogitsAt.apply(hidden, head, bias, local, objective, options, group)
         return _on_slots(z, *teacher, weights, objective, options, hidden, shards)
-    ids, log_probs, tail = classes(teacher, k, shards.student[-1], temperature, sampled_ids, options.backend, shards)
-    local = local_ids(ids, shards.student, len(head), group)
+    ids, log_probs, tail = classes(teacher, k, shards.student()[-1], temperature, sampled_ids, options.backend, shards)
+    local = local_ids(ids, shards.student(), len(head), group)
     columns = LinearLogitsAndTail.apply(hidden, head, bias, local, objective, options, group)
     return _on_classes(columns, ids, log_probs, tail, weights, objective, options, hidden)
 
@@ -79,7 +81,7 @@ def _on_slots(
     """The loss on K logits per row, whose ids are the slots' numbers; K is one that the student lacks."""
     k = z.shape[-1]
     slots = torch.arange(k, dtype=torch.int32, device=z.device)
-    slots = torch.where(ids < shards.student[-1], slots, k).masked_fill(ids < 0, -1)
+    slots = torch.where(ids < shards.student()[-1], slots, k).masked_fill(ids < 0, -1)
     loss: Tensor
     loss, _ = SupportLoss.apply(z, slots, log_probs, weights, objective, _small(options, z, student))
     return loss.to(result_dtype(student))
