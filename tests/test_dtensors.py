@@ -328,3 +328,30 @@ def awaited(group: Any) -> None:
 
 def test_logits_that_a_collective_is_still_making() -> None:
     on_ranks(2, awaited)
+
+
+def compiled(group: Any) -> None:
+    mesh, support = mesh_of(group), teacher_topk(torch.randn(3, 67), K)
+    student, hidden, head = torch.randn(3, 67), torch.randn(3, WIDTH), torch.randn(67, WIDTH)
+    z = nn.Parameter(distribute_tensor(student, mesh, [Shard(-1)]))
+    w = nn.Parameter(distribute_tensor(head, mesh, [Shard(0)]))
+    for loss_of, given, one in (
+        (topk_reverse_kl, (z,), (student,)),
+        (linear_topk_reverse_kl, (distribute_tensor(hidden, mesh, [Replicate()]), w), (hidden, head)),
+        (linear_topk_reverse_kl, (hidden, w), (hidden, head)),
+    ):
+        loss = torch.compile(lambda *x, f=loss_of: f(*x, support), fullgraph=True, backend="aot_eager")(*given)
+        leaves = [nn.Parameter(x) for x in one]
+        truth = loss_of(*leaves, support)
+        loss.backward()
+        truth.backward()
+        assert_close(loss.detach(), truth.detach())
+        assert given[-1].grad.placements == given[-1].placements
+        assert_close(whole(given[-1].grad), leaves[-1].grad)
+        given[-1].grad = None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dtensors_are_traced_whole() -> None:
+    on_ranks(2, compiled)

@@ -138,6 +138,24 @@ def test_a_head_of_any_placements_beside_rows_of_its_own(placements: tuple[Any, 
     on_ranks(4, whole_dimensions, placements)
 
 
+def same_rows(group: Any, by_rows: bool) -> None:
+    """Each rank does all: the mean of equal gradients is each of them."""
+    rows = 2 if by_rows else 30
+    hidden, weight = torch.randn(rows, WIDTH), torch.randn(67, WIDTH)
+    support = Support(torch.randint(0, 67, (rows, K)), torch.randn(rows, K))
+    w, x = (nn.Parameter(t) for t in (distribute_tensor(weight, mesh_of(group), [Shard(0)]), hidden.clone()))
+    one, y = nn.Parameter(weight.clone()), nn.Parameter(hidden.clone())
+    linear_topk_reverse_kl(x, w, support).backward()
+    linear_topk_reverse_kl(y, one, support).backward()
+    assert_close(whole(w.grad), one.grad)
+    assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_sharded_head_beside_the_same_plain_rows_on_every_rank(by_rows: bool) -> None:
+    on_ranks(3, same_rows, by_rows)
+
+
 def constants(group: Any) -> None:
     """Functions without a gradient take a sharded head too."""
     hidden, weight, bias = torch.randn(3, WIDTH), torch.randn(67, WIDTH), torch.randn(67)
