@@ -41,6 +41,7 @@ UNTESTED = {
     "parallel_page": "the blocks of docs/parallel.md on gloo ranks, of CPU tensors",
     "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",
+    "ranks": "gloo ranks, on CPU tensors",
     "readme": "the README's blocks on CPU tensors",
     "reference": "the reference in float64 on CPU tensors",
     "rewards": "plain PyTorch on CPU tensors",

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.ranks import on_ranks, together
 from tests.sharded_model import WIDTH
@@ -99,6 +100,21 @@ def test_the_head_is_gathered_where_any_rank_names_many_rows(vocab: int, sizes: 
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_a_frozen_head_is_fetched_for_the_hidden_states_alone(by_rows: bool) -> None:
     on_ranks(2, fetched, 67, (2, 1) if by_rows else (20, 1), by_rows, True)
+
+
+def counted(group: Any, by_rows: bool) -> dict[str, int]:
+    rows = 2 if by_rows else 30
+    w = nn.Parameter(distribute_tensor(torch.randn(67, WIDTH), mesh_of(group), [Shard(0)]))
+    support = Support(torch.randint(0, 67, (rows, K)), torch.randn(rows, K))
+    with CommDebugMode() as mode:
+        linear_topk_reverse_kl(torch.randn(rows, WIDTH), w, support).backward()
+    return {name.__name__: count for name, count in mode.get_comm_counts().items()}
+
+
+def test_the_collectives_of_a_head_that_is_taken_apart() -> None:
+    asked = {"all_reduce": 1}  # of ranks x ranks integers
+    assert on_ranks(3, counted, True) == [asked | {"all_to_all_single": 3}] * 3  # ids, rows, and their gradients
+    assert on_ranks(3, counted, False) == [asked | {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}] * 3
 
 
 def other_masses(group: Any) -> None:
