@@ -247,22 +247,37 @@ REFUSALS = {
     "linear: head flattened by a shard": (
         lambda: linear_topk_reverse_kl(Z, HEAD.flatten(), S),
         ValueError,
-        r"student_weight has shape \(2000,\).*a sharded one: gathered first",
+        r"student_weight has shape \(2000,\).*one that FSDP flattened is whole within the forward of its module",
     ),
     "linear: quantised head": (
         lambda: linear_topk_reverse_kl(Z, HEAD.to(torch.int8), S),
         TypeError,
         "student_weight is torch.int8; a quantised head must be given dequantised",
     ),
+    "linear: float8 head": (
+        lambda: linear_topk_reverse_kl(Z, HEAD.to(torch.float8_e4m3fn), S),
+        TypeError,
+        "student_weight is torch.float8_e4m3fn; a quantised head must be given dequantised",
+    ),
+    "linear: 4-bit head of bitsandbytes": (
+        lambda: linear_topk_reverse_kl(Z, torch.zeros(HEAD.numel() // 2, 1, dtype=torch.uint8), S),
+        TypeError,
+        "student_weight is torch.uint8; a quantised head must be given dequantised",
+    ),
+    "linear: 4-bit head of bitsandbytes stored as bfloat16": (
+        lambda: linear_topk_reverse_kl(Z, sharded(quant_state="nf4"), S),
+        TypeError,
+        "student_weight is a torch.Tensor; a quantised head must be given dequantised",
+    ),
     "linear: DTensor head": (
         lambda: linear_topk_reverse_kl(Z, sharded(full_tensor=None), S),
         TypeError,
-        r"student_weight is sharded, a DTensor; pass student_weight.full_tensor\(\)",
+        r"student_weight is a DTensor; pass student_weight.full_tensor\(\)",
     ),
     "linear: ZeRO-3 head": (
         lambda: linear_topk_reverse_kl(Z, sharded(ds_id=3), S),
         ValueError,
-        "student_weight is partitioned by DeepSpeed.*GatheredParameters",
+        "student_weight is partitioned by DeepSpeed.*take the loss within the forward of the head's module",
     ),
     "linear: mixed dtypes": (
         lambda: linear_topk_reverse_kl(Z.bfloat16(), HEAD.double(), S),

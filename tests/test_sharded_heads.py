@@ -1,6 +1,5 @@
-"""DTensor logits and heads, heads of FSDP, ZeRO-3 and adapters: the loss and the gradients of one process."""
+"""Heads of data parallelism, rows fetched or the head gathered, with the gradients of one process; quantised heads."""
 
-import re
 from typing import Any
 
 import pytest
@@ -8,12 +7,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.ranks import on_ranks, together
 from tests.sharded_model import WIDTH
-from topk_rkl import Support, linear_topk_reverse_kl
+from topk_rkl.diagnostics import NAMES, linear_topk_diagnostics
+from topk_rkl.loss import (
+    Support,
+    linear_teacher_topk,
+    linear_topk_divergence,
+    linear_topk_reverse_kl,
+    teacher_topk,
+    topk_reverse_kl,
+)
 from topk_rkl.parallel import heads
+from topk_rkl.recipe.builders import linear_fixed_ids
 
 pytestmark = together
 K = 4
@@ -34,184 +43,6 @@ def whole(x: Any) -> Any:
 
 def assert_close(a: Tensor, b: Tensor, by: float = 2e-6) -> None:
     torch.testing.assert_close(a, b, rtol=by, atol=by)
-
-
-# Logits
-
-
-def shards_of_logits(group: Any, two_dimensions: bool) -> None:
-    mesh, placements = mesh_of(group), [Shard(-1)]
-    if two_dimensions:
-        mesh, placements = square(group), [Replicate(), Shard(-1)]
-    logits, scale = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
-    x = distribute_tensor(logits, mesh, placements).requires_grad_()
-    local, own = heads.unwrap_logits("x", x, None)
-    ranks = mesh.size(mesh.ndim - 1)
-    assert own is mesh.get_group(mesh.ndim - 1)
-    first = dist.get_rank(own) * -(-7 // ranks)
-    assert torch.equal(local, logits[..., first : first + -(-7 // ranks)])
-    (local * scale[..., first : first + -(-7 // ranks)]).sum().backward()
-    assert x.grad.placements == tuple(x.placements) and torch.equal(whole(x.grad), scale)
-    assert heads.unwrap_logits("x", x, own)[1] is own
-    assert heads.unwrap_logits("x", logits, own) == (logits, own)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_sharded_logits_give_their_shard_and_take_a_sharded_gradient(world: int) -> None:
-    on_ranks(world, shards_of_logits, False)
-
-
-def test_logits_may_be_sharded_over_one_dimension_of_a_mesh() -> None:
-    on_ranks(4, shards_of_logits, True)
-
-
-def logits_everywhere(group: Any) -> None:
-    logits = torch.randn(3, 7)
-    x = distribute_tensor(logits, mesh_of(group), [Replicate()]).requires_grad_()
-    local, own = heads.unwrap_logits("x", x, None)
-    local.square().sum().backward()
-    assert own is None and torch.equal(local, logits)
-    assert x.grad.placements == (Replicate(),) and torch.equal(whole(x.grad), 2 * logits)
-
-
-def test_logits_on_every_rank_are_taken_as_they_are() -> None:
-    on_ranks(2, logits_everywhere)
-
-
-REFUSED = {
-    "rows": ([Shard(0)], False, None),
-    "positions": ([Shard(1)], False, None),
-    "partial sums": ([Partial()], False, None),
-    "rows and vocabulary": ([Shard(0), Shard(2)], True, "tp"),
-    "vocabulary twice": ([Shard(2), Shard(2)], True, None),
-    "whole beside a group": ([Replicate()], False, "group"),
-}
-
-
-def refused_logits(group: Any, case: str) -> str:
-    """The message, once its first remedy was followed."""
-    placements, two_dimensions, _ = REFUSED[case]
-    mesh, logits = square(group) if two_dimensions else mesh_of(group), torch.randn(4, 4, 7)
-    if case == "partial sums":
-        x = given = DTensor.from_local(logits / 4, mesh, placements).requires_grad_()
-    else:
-        x = given = distribute_tensor(logits, mesh, placements).requires_grad_()
-    try:
-        heads.unwrap_logits("student_logits", given, group if case == "whole beside a group" else None)
-    except ValueError as error:
-        message = str(error)
-    remedy = re.search(r"pass (student_logits\.redistribute\(placements=\[.*?\]\))", message).group(1)
-    names = {"student_logits": given, "Shard": Shard, "Replicate": Replicate}
-    local, own = heads.unwrap_logits("student_logits", eval(remedy, names), None)
-    size = -(-7 // dist.get_world_size(own))
-    first = dist.get_rank(own) * size
-    assert torch.equal(local, logits[..., first : first + size])
-    (2 * local).sum().backward()
-    assert torch.equal(whole(x.grad), torch.full_like(logits, 2.0))
-    return message
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_other_placements_are_refused_with_a_remedy_that_works(case: str) -> None:
-    messages = on_ranks(4, refused_logits, case)
-    placements, _, own = REFUSED[case]
-    for message in messages:
-        assert f"student_logits is a DTensor with placements [{', '.join(map(repr, placements))}]" in message
-        rows = case in ("rows", "positions", "rows and vocabulary")
-        assert ("student_logits.to_local() with this rank's rows" in message) == rows
-        assert ("group=mesh['tp']" in message) == (own == "tp")
-
-
-def other_groups(group: Any) -> None:
-    x = distribute_tensor(torch.randn(3, 7), mesh_of(group), [Shard(-1)])
-    with pytest.raises(ValueError, match=r"teacher is a DTensor that ranks \[0, 1\] share.* of ranks \[0, 1, 2, 3\]"):
-        heads.unwrap_logits("teacher", x, dist.group.WORLD)
-    assert heads.unwrap_logits("teacher", x, None)[1] is not None  # as the message says
-    downwards = DeviceMesh("cpu", torch.tensor([1, 0]), _init_backend=False)
-    x = DTensor.from_local(torch.randn(3, 4), downwards, [Shard(-1)], run_check=False)
-    with pytest.raises(ValueError, match="whose ranks do not ascend"):
-        heads.unwrap_logits("teacher", x, None)
-
-
-def test_logits_of_another_group_or_order_are_refused() -> None:
-    on_ranks(2, other_groups)
-
-
-# Heads of tensor parallelism
-
-
-def shards_of_head(group: Any, hidden_sharded: bool) -> None:
-    mesh, rank, ranks = mesh_of(group), dist.get_rank(group), dist.get_world_size(group)
-    data = torch.randn(3, WIDTH), torch.randn(7, WIDTH), torch.randn(7)
-    hidden = distribute_tensor(data[0], mesh, [Replicate()]).requires_grad_()
-    weight = nn.Parameter(distribute_tensor(data[1], mesh, [Shard(0)]))
-    bias = nn.Parameter(distribute_tensor(data[2], mesh, [Shard(0)]))
-    given = (hidden, weight, bias, None) if hidden_sharded else (hidden.to_local(), weight, bias, group)
-    x, w, b, own = heads.unwrap_head(*given)
-    part = slice(rank * -(-7 // ranks), (rank + 1) * -(-7 // ranks))
-    assert own is (mesh.get_group() if hidden_sharded else group)
-    assert all(type(t) is Tensor or isinstance(t, nn.Parameter) for t in (x, w, b))
-    assert torch.equal(w, data[1][part]) and torch.equal(b, data[2][part]) and torch.equal(x, data[0])
-    ((w.sum() + b.sum()) * 3 + x.square().sum()).backward()
-    for p in (weight, bias):
-        assert p.grad.placements == (Shard(0),) and torch.equal(whole(p.grad), torch.full_like(whole(p), 3.0))
-    assert hidden.grad.placements == (Replicate(),) and torch.equal(hidden.grad.to_local(), 2 * data[0])
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("hidden_sharded", [True, False])
-def test_a_head_of_tensor_parallelism_gives_its_shard(world: int, hidden_sharded: bool) -> None:
-    on_ranks(world, shards_of_head, hidden_sharded)
-
-
-def refused_heads(group: Any) -> None:
-    mesh = mesh_of(group)
-    hidden, weight, bias = torch.randn(4, WIDTH), torch.randn(7, WIDTH), torch.randn(7)
-    shared = {dim: distribute_tensor(weight, mesh, [Shard(dim)]) for dim in (0, 1)}
-    everywhere = distribute_tensor(hidden, mesh, [Replicate()])
-    rows = distribute_tensor(hidden, mesh, [Shard(0)])
-    names = {"Shard": Shard, "Replicate": Replicate}
-
-    def refused(text: str, *given: Any) -> Any:
-        """What the remedy gives of what it names."""
-        with pytest.raises(ValueError, match=text) as caught:
-            heads.unwrap_head(*given)
-        remedy = re.search(r"pass (student_\w+\.(redistribute\(.*\)|to_local\(\)))", str(caught.value)).group(1)
-        return eval(remedy, names | dict(zip(heads.STUDENT, given)))
-
-    known = refused("student_hidden is a DTensor with placements .*needs all rows", rows, shared[0], None, None)
-    assert torch.equal(heads.unwrap_head(known, shared[0], None, None)[0], hidden)
-    known = refused("student_weight is a DTensor with placements .*nothing else", everywhere, shared[1], None, None)
-    assert torch.equal(heads.unwrap_head(everywhere, known, None, None)[1], shared[0].to_local())
-    known = refused("student_hidden is a DTensor and student_weight is none", everywhere, weight, None, None)
-    assert heads.unwrap_head(known, weight, None, None) == (known, weight, None, None)
-    whole_bias = distribute_tensor(bias, mesh, [Replicate()])
-    known = refused("student_bias is a DTensor with", everywhere, shared[0], whole_bias, None)
-    assert len(heads.unwrap_head(everywhere, shared[0], known, None)[2]) == len(shared[0].to_local())
-    split_bias = distribute_tensor(bias, mesh, [Shard(0)])
-    known = refused(
-        "student_bias is a DTensor and student_weight this", hidden, shared[0].to_local(), split_bias, group
-    )
-    assert heads.unwrap_head(hidden, shared[0].to_local(), known, group)[2] is known
-    every_weight = distribute_tensor(weight, mesh, [Replicate()])
-    known = refused("student_weight is a DTensor with placements .*nothing else", hidden, every_weight, None, group)
-    assert torch.equal(heads.unwrap_head(hidden, known, None, group)[1], shared[0].to_local())
-    other = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("other",))
-    known = refused(
-        "student_weight is a DTensor of .* and student_hidden one of",
-        everywhere,
-        distribute_tensor(weight, other, [Shard(0)]),
-        None,
-        None,
-    )
-    assert torch.equal(heads.unwrap_head(known, shared[0], None, group)[0], hidden)
-
-
-def test_heads_that_are_not_shared_by_rows_are_refused_with_a_remedy_that_works() -> None:
-    on_ranks(2, refused_heads)
-
-
-# Heads of data parallelism
 
 
 def own_rows(group: Any, vocab: int, sizes: tuple[int, ...], bias: bool = True) -> tuple[Any, ...]:
@@ -269,3 +100,135 @@ def test_the_head_is_gathered_where_any_rank_names_many_rows(vocab: int, sizes: 
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_a_frozen_head_is_fetched_for_the_hidden_states_alone(by_rows: bool) -> None:
     on_ranks(2, fetched, 67, (2, 1) if by_rows else (20, 1), by_rows, True)
+
+
+def counted(group: Any, by_rows: bool) -> dict[str, int]:
+    rows = 2 if by_rows else 30
+    w = nn.Parameter(distribute_tensor(torch.randn(67, WIDTH), mesh_of(group), [Shard(0)]))
+    support = Support(torch.randint(0, 67, (rows, K)), torch.randn(rows, K))
+    with CommDebugMode() as mode:
+        linear_topk_reverse_kl(torch.randn(rows, WIDTH), w, support).backward()
+    return {name.__name__: count for name, count in mode.get_comm_counts().items()}
+
+
+def test_the_collectives_of_a_head_that_is_taken_apart() -> None:
+    asked = {"all_reduce": 1}  # of ranks x ranks integers
+    assert on_ranks(3, counted, True) == [asked | {"all_to_all_single": 3}] * 3  # ids, rows, and their gradients
+    assert on_ranks(3, counted, False) == [asked | {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}] * 3
+
+
+def other_masses(group: Any) -> None:
+    (hidden, *_), mine, weight, _ = own_rows(group, 67, (2, 0, 3))
+    mesh, ranks = mesh_of(group), dist.get_world_size(group)
+    teacher = linear_teacher_topk(hidden, weight.roll(1, 0), K, normalize=True)
+    w, x = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)])), hidden[mine].clone().requires_grad_()
+    options: dict[str, Any] = {"mass": "tail", "reduction": "sum"}
+    linear_topk_divergence(x, w, Support(*(t[mine] for t in teacher)), **options).backward()
+    one = nn.Parameter(weight)
+    linear_topk_divergence(hidden, one, teacher, **options).backward()
+    assert w.grad.placements == (Shard(0),)
+    assert_close(whole(w.grad) * ranks, one.grad)
+
+
+def test_other_masses_take_the_whole_head() -> None:
+    on_ranks(3, other_masses)
+
+
+def whole_dimensions(group: Any, placements: tuple[Any, ...]) -> None:
+    """The gradient of a head on a mesh of two dimensions, or sharded by columns."""
+    (hidden, ids, log_probs), mine, weight, _ = own_rows(group, 67, (1, 2, 0, 1))
+    mesh = square(group) if len(placements) == 2 else mesh_of(group)
+    w = nn.Parameter(distribute_tensor(weight, mesh, placements))
+    own = Support(ids[mine], log_probs[mine])
+    (linear_topk_reverse_kl(hidden[mine], w, own, reduction="sum") * 4).backward()
+    one = nn.Parameter(weight)
+    linear_topk_reverse_kl(hidden, one, Support(ids, log_probs), reduction="sum").backward()
+    assert w.grad.placements == placements
+    assert_close(whole(w.grad), one.grad)
+
+
+@pytest.mark.parametrize(
+    "placements", [(Shard(1),), (Replicate(),), (Replicate(), Shard(0)), (Shard(0), Shard(0)), (Shard(0), Shard(1))]
+)
+def test_a_head_of_any_placements_beside_rows_of_its_own(placements: tuple[Any, ...]) -> None:
+    on_ranks(4, whole_dimensions, placements)
+
+
+def same_rows(group: Any, by_rows: bool) -> None:
+    """Each rank does all: the mean of equal gradients is each of them."""
+    rows = 2 if by_rows else 30
+    hidden, weight = torch.randn(rows, WIDTH), torch.randn(67, WIDTH)
+    support = Support(torch.randint(0, 67, (rows, K)), torch.randn(rows, K))
+    w, x = (nn.Parameter(t) for t in (distribute_tensor(weight, mesh_of(group), [Shard(0)]), hidden.clone()))
+    one, y = nn.Parameter(weight.clone()), nn.Parameter(hidden.clone())
+    linear_topk_reverse_kl(x, w, support).backward()
+    linear_topk_reverse_kl(y, one, support).backward()
+    assert_close(whole(w.grad), one.grad)
+    assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_sharded_head_beside_the_same_plain_rows_on_every_rank(by_rows: bool) -> None:
+    on_ranks(3, same_rows, by_rows)
+
+
+def constants(group: Any) -> None:
+    """Functions without a gradient take a sharded head too."""
+    hidden, weight, bias = torch.randn(3, WIDTH), torch.randn(67, WIDTH), torch.randn(67)
+    w, b = (distribute_tensor(x, mesh_of(group), [Shard(0)]) for x in (weight, bias))
+    ids = torch.arange(K).expand(3, K)
+    plain, sharded = {"bias": bias}, {"bias": b}
+    pairs = [
+        (linear_teacher_topk(hidden, weight, K, **plain), linear_teacher_topk(hidden, w, K, **sharded)),
+        (linear_fixed_ids(hidden, weight, ids, **plain), linear_fixed_ids(hidden, w, ids, **sharded)),
+    ]
+    names = [name for name in NAMES if "sampled" not in name][:3]
+    one, many = (
+        linear_topk_diagnostics(hidden, head, pairs[0][0], names, student_bias=c)
+        for head, c in ((weight, bias), (w, b))
+    )
+    for a, c in (*zip(*pairs[0]), *zip(*pairs[1]), *((one[name], many[name]) for name in names)):
+        torch.testing.assert_close(a, c, rtol=0, atol=0, equal_nan=True)
+
+
+def test_heads_of_constants_are_gathered() -> None:
+    on_ranks(3, constants)
+
+
+# Quantised heads
+
+
+class Quantised(Tensor):
+    """A tensor made of others, as torchao makes one."""
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scale: Tensor) -> "Quantised":
+        made: Quantised = Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+        made.numbers, made.scale = numbers, scale
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{function}")
+
+    def dequantize(self) -> Tensor:
+        return self.numbers * self.scale
+
+
+def test_a_quantised_head_is_refused_and_taken_as_the_message_says() -> None:
+    numbers, scale = torch.randint(-127, 127, (67, WIDTH), dtype=torch.int8), torch.rand(67, 1) / 100
+    head, hidden = Quantised(numbers, scale), torch.randn(3, WIDTH)
+    support = teacher_topk(torch.randn(3, 67), K)
+    for quantised in (head, numbers):
+        with pytest.raises(TypeError, match=r"student_weight is .*; a quantised head must be given dequantised"):
+            linear_topk_reverse_kl(hidden, quantised, support)
+    dequantised = linear_topk_reverse_kl(hidden, head.dequantize(), support)
+    of_module = topk_reverse_kl(nn.functional.linear(hidden, numbers * scale), support)
+    assert_close(dequantised, of_module)
+    with pytest.raises(
+        TypeError, match=r"student_logits is .*Quantised, .*; pass a plain tensor, such as student_logits.d"
+    ):
+        topk_reverse_kl(head, support)

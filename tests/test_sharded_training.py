@@ -1,6 +1,7 @@
 """Training of a tiny transformer over ranks follows one process: FSDP, DDP, ZeRO-3, tensor parallelism, adapters."""
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -64,13 +65,14 @@ def assert_follows(model: nn.Module, one: nn.Module, by: float = 1e-5) -> None:
 
 
 def fsdp(group: Any, own_group: bool, tied: bool, bias: bool) -> None:
-    teacher, model, ranks = Tiny(1), Tiny(0, tied, bias), dist.get_world_size(group)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0, tied, bias), dist.get_world_size(group)
     one = copy.deepcopy(model)
     shard(model, mesh_of(group), own_group)
     fired = []
     if not tied:
         model.head.weight.register_post_accumulate_grad_hook(lambda p: fired.append(p.grad.placements))
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9) for m in (model, one)]
+    lr = 0.03 if tied else 0.3  # more, and the training of a tied head is chaotic
+    optimizers = [torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9) for m in (model, one)]
     for step in range(STEPS):
         mine, tokens, support, weights = batch(step, group, teacher)
         total = weights.sum()
@@ -102,10 +104,33 @@ def test_training_with_fsdp2_follows_one_process(world: int, case: str) -> None:
     on_ranks(world, fsdp, case.startswith("head alone"), case == "tied", case.endswith("bias"))
 
 
+def accumulated(group: Any) -> None:
+    """Two micro-batches, of which FSDP2 is told to reduce the second alone."""
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
+    one = copy.deepcopy(model)
+    shard(model, mesh_of(group), True)
+    batches = [batch(step, group, teacher) for step in (0, 1)]
+    total = sum(weights.sum() for *_, weights in batches)
+    for last, (mine, tokens, support, weights) in enumerate(batches):
+        model.set_requires_gradient_sync(bool(last))
+        linear_topk_reverse_kl(
+            model(tokens[mine]), model.head.weight, some(support, mine), weights=weights[mine],
+            denominator=total / ranks,
+        ).backward()  # fmt: skip
+        linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights, denominator=total).backward()
+    for p, q in zip(model.parameters(), one.parameters()):
+        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_accumulated_micro_batches_give_the_gradient_of_one_process(world: int) -> None:
+    on_ranks(world, accumulated)
+
+
 def hybrid(group: Any) -> None:
     """Replicas of shards, a 2-D mesh."""
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replica", "shard"))
-    teacher, model = Tiny(1), Tiny(0)
+    teacher, model = Tiny(1).requires_grad_(False), Tiny(0)
     one = copy.deepcopy(model)
     shard(model, mesh, True)
     mine, tokens, support, weights = batch(0, group, teacher)
@@ -128,7 +153,7 @@ def test_replicas_of_shards_give_the_gradient_of_one_process() -> None:
 
 def mixed_precision(group: Any, reduced_in: str) -> None:
     """The head alone, its gradient against that of all ranks' own 16-bit hidden states."""
-    teacher, model, ranks = Tiny(1), Tiny(0), dist.get_world_size(group)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard(model, mesh_of(group), True, mp_policy=policy)
     mine, tokens, support, weights = batch(0, group, teacher)
@@ -156,7 +181,7 @@ def test_a_head_under_mixed_precision(reduced_in: str) -> None:
 
 def divided_otherwise(group: Any) -> None:
     """set_gradient_divide_factor(1) sums over ranks: so does the full tensor that is asked for sums."""
-    teacher, model = Tiny(1), Tiny(0)
+    teacher, model = Tiny(1).requires_grad_(False), Tiny(0)
     one = copy.deepcopy(model)
     shard(model, mesh_of(group), True)
     for module in (model, model.head, *model.layers):
@@ -181,8 +206,8 @@ def test_gradients_that_fsdp2_is_told_to_sum() -> None:
 
 
 def inside(group: Any, wrapper: str) -> None:
-    teacher, model, ranks = Tiny(1), Tiny(0), dist.get_world_size(group)
-    one = copy.deepcopy(model)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
+    one, head = copy.deepcopy(model), model.head
     mine, tokens, support, weights = batch(0, group, teacher)
     wrapped: Any = model
     if wrapper == "DDP":
@@ -190,7 +215,7 @@ def inside(group: Any, wrapper: str) -> None:
     elif wrapper == "FSDP1":
         wrapped = FullyShardedDataParallel(
             model, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
-            auto_wrap_policy=lambda module, recurse, **_: recurse or module is model.head,
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is head,
         )  # fmt: skip
     else:
         shard(model, mesh_of(group), wrapper == "FSDP2, head alone")
@@ -201,10 +226,9 @@ def inside(group: Any, wrapper: str) -> None:
             hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / ranks
         )
 
-    with loss_in_head(model.head, loss_of) as taken:
-        wrapped(tokens[mine], through_head=True)
-    (loss,) = taken
-    loss.backward()
+    with loss_in_head(head, loss_of) as taken:
+        output = wrapped(tokens[mine], through_head=True)
+    (taken[0] + 0 * output.sum()).backward()  # through the output, on which wrappers wait
     linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
     if wrapper == "FSDP1":
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
@@ -219,6 +243,49 @@ def inside(group: Any, wrapper: str) -> None:
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP1", "FSDP2, head alone", "FSDP2, head in the root"])
 def test_the_loss_within_the_forward_of_the_head(wrapper: str) -> None:
     on_ranks(2, inside, wrapper)
+
+
+def zero_3(group: Any, gathered: bool) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "LOCAL_RANK": str(dist.get_rank(group))}
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    teacher, model = Tiny(1).requires_grad_(False), Tiny(0)
+    one, head = copy.deepcopy(model), model.head
+    mine, tokens, support, weights = batch(0, group, teacher)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_topk_reverse_kl(
+            hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / 4
+        )
+
+    if gathered:
+        hidden = engine(tokens[mine])
+        with pytest.raises(ValueError, match="student_weight is partitioned by DeepSpeed ZeRO-3"):
+            loss_of(hidden, head.weight)
+        with deepspeed.zero.GatheredParameters([head.weight]):
+            engine.backward(loss_of(hidden, head.weight))
+    else:
+        with loss_in_head(head, loss_of) as taken:
+            output = engine(tokens[mine], through_head=True)
+        engine.backward(taken[0] + 0 * output.sum())
+    linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
+    for p, q in zip(model.parameters(), one.parameters()):
+        torch.testing.assert_close(safe_get_full_grad(p), q.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_zero_3_holds_the_head_whole_within_its_forward(gathered: bool) -> None:
+    pytest.importorskip("deepspeed")
+    on_ranks(4, zero_3, gathered)
 
 
 # Adapters
@@ -242,7 +309,7 @@ def test_a_head_with_an_adapter_is_merged() -> None:
 
 
 def sharded_adapter(group: Any) -> None:
-    teacher, model, ranks = Tiny(1), Tiny(0), dist.get_world_size(group)
+    teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
     model.head = LoRA(model.head)
     one = copy.deepcopy(model)
     shard(model, mesh_of(group), True)
@@ -268,7 +335,7 @@ def test_a_sharded_head_with_an_adapter_is_merged(world: int) -> None:
 
 
 def tensor_parallel(group: Any, entry: str) -> None:
-    mesh, teacher, model = mesh_of(group), Tiny(1), Tiny(0)
+    mesh, teacher, model = mesh_of(group), Tiny(1).requires_grad_(False), Tiny(0)
     one = copy.deepcopy(model)
     plan = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     parallelize_module(model, mesh, {"head": plan})

@@ -105,9 +105,11 @@ def linear_topk_reverse_kl(
 
     Args:
         student_hidden: (..., H) bfloat16, float16, float32 or float64, the last hidden states.
-        student_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; whole, not sharded or quantised.
-            A frozen head costs nothing in the backward pass. Its dtype, and that of the bias, may differ from that of
-            the hidden states: neither is rounded to the other's. float64 goes with float64 alone.
+        student_weight: (V, H), the LM head as nn.Linear keeps it, on the same device; not quantised. A frozen head
+            costs nothing in the backward pass. Its dtype, and that of the bias, may differ from that of the hidden
+            states: neither is rounded to the other's. float64 goes with float64 alone. A DTensor beside plain hidden
+            states, as FSDP2 keeps a head, is gathered, and its gradient is averaged over the ranks. A DTensor with
+            Shard(0) beside hidden states that are a DTensor on every rank is taken for shards of the vocabulary.
         teacher: (..., V_teacher) logits with `k`, or a `Support`, such as of `linear_teacher_topk`. Slots whose id is
             outside the head are outside S.
         student_bias: (V,).

@@ -153,7 +153,7 @@ def topk_reverse_kl(
         group: the ranks that share the vocabulary, as a ProcessGroup or a DeviceMesh of one dimension. Logits are then
             this rank's shard, (..., V_local): shards follow one another in the order of the ranks, may differ in
             length, and may be empty. Ids are those of the whole vocabulary. All other arguments are the same on every
-            rank, and so is the result. None: the vocabulary is whole.
+            rank, and so is the result. None: the vocabulary is whole, or DTensors with Shard(-1) tell who shares it.
 
     Returns:
         float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN
