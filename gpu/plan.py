@@ -36,6 +36,7 @@ UNTESTED = {
     "native": "the extension of CPUs",
     "native_sanitized": "the extension of CPUs",
     "objectives": "formulas in float64 on CPU tensors",
+    "parallel": "gloo ranks, on CPU tensors",
     "parallel_defects": "gloo ranks, on CPU tensors",
     "parallel_example": "gloo ranks, on CPU tensors",
     "parallel_page": "the blocks of docs/parallel.md on gloo ranks, of CPU tensors",

@@ -48,12 +48,12 @@ def some(support: Support, rows: slice) -> Support:
     return Support(*(x[rows] for x in support))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, own_group: bool, **options: Any) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, own_group: bool, resharded: bool = False, **options: Any) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, **options)
     if own_group:
         fully_shard(model.head, mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, reshard_after_forward=resharded, **options)
 
 
 def assert_follows(model: nn.Module, one: nn.Module, by: float = 1e-5) -> None:
@@ -64,10 +64,10 @@ def assert_follows(model: nn.Module, one: nn.Module, by: float = 1e-5) -> None:
         )
 
 
-def fsdp(group: Any, own_group: bool, tied: bool, bias: bool) -> None:
+def fsdp(group: Any, own_group: bool, tied: bool, bias: bool, resharded: bool) -> None:
     teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0, tied, bias), dist.get_world_size(group)
     one = copy.deepcopy(model)
-    shard(model, mesh_of(group), own_group)
+    shard(model, mesh_of(group), own_group, resharded)
     fired = []
     if not tied:
         model.head.weight.register_post_accumulate_grad_hook(lambda p: fired.append(p.grad.placements))
@@ -77,7 +77,7 @@ def fsdp(group: Any, own_group: bool, tied: bool, bias: bool) -> None:
         mine, tokens, support, weights = batch(step, group, teacher)
         total = weights.sum()
         hidden = model(tokens[mine])
-        assert isinstance(model.head.weight, DTensor) == own_group
+        assert isinstance(model.head.weight, DTensor) == (own_group or resharded)
         loss = linear_topk_reverse_kl(
             hidden, model.head.weight, some(support, mine), student_bias=model.head.bias, weights=weights[mine],
             denominator=total / ranks,
@@ -98,10 +98,15 @@ def fsdp(group: Any, own_group: bool, tied: bool, bias: bool) -> None:
     assert not torch.allclose(one.head.weight, Tiny(0, tied, bias).head.weight, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("case", ["head alone", "head alone, bias", "head in the root", "tied"])
+@pytest.mark.parametrize(
+    "case",
+    ["head alone", "head alone, bias", "head in the root", "head in the root, resharded", "tied", "tied, resharded"],
+)
 def test_training_with_fsdp2_follows_one_process(world: int, case: str) -> None:
-    on_ranks(world, fsdp, case.startswith("head alone"), case == "tied", case.endswith("bias"))
+    asked = (word in case for word in ("alone", "tied", "bias", "resharded"))
+    on_ranks(world, fsdp, *asked)
 
 
 def accumulated(group: Any) -> None:
@@ -369,6 +374,7 @@ def tensor_parallel(group: Any, entry: str) -> None:
     assert_follows(model, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("entry", ["logits", "hidden states", "group"])
 def test_training_with_tensor_parallelism_follows_one_process(world: int, entry: str) -> None:
