@@ -113,7 +113,7 @@ def test_an_override_of_the_head_changes_its_launch(label: str) -> None:
 def test_an_override_of_the_head_gradient_changes_its_launches(label: str) -> None:
     hidden, dhead = torch.zeros(64, FULL.h), torch.zeros(50, FULL.h)
     ids = torch.randint(50, (64, 32), dtype=torch.int32)
-    call = partial(ops.linear_weight_grad, torch.ones(64, 32), ids, hidden, dhead, None, "triton")
+    call = partial(ops.linear_weight_grad, torch.ones(64, 32), ids, hidden, dhead, None, False, "triton")
     planned, trial = (launches_of(call, experiments.WEIGHT_GRADS[name]) for name in (AS_PLANNED, label))
     assert (
         [x.kernel for x in planned] == [x.kernel for x in trial] == ["window_sums_kernel", "linear_weight_grad_kernel"]

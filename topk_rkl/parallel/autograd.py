@@ -58,7 +58,8 @@ class ShardedSelectLoss(RowLoss):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:  # (...), and (..., K) for the backward pass
         ids, values = candidates(teacher, k, options.backend)
-        ids = ids.masked_fill(ids >= student.shape[-1], -1)
+        if student.shape[-1] < teacher.shape[-1]:
+            ids = ids.masked_fill(ids >= student.shape[-1], -1)
         told = as_bytes(
             *(x.reshape(-1, k) for x in (values.to(teacher.dtype), own_logits(student, ids), (ids >= 0).byte()))
         )

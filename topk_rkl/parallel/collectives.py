@@ -93,7 +93,8 @@ def to_owners(
     group: dist.ProcessGroup,
 ) -> Tensor:  # (ranks, n, X) every rank's numbers of the n rows that this rank owns: those from rank * n on
     ranks = dist.get_world_size(group)
-    return all_to_all(pad(x, (0, 0, 0, owned(len(x), group) * ranks - len(x))).view(ranks, -1, x.shape[1]), group)
+    missing = owned(len(x), group) * ranks - len(x)
+    return all_to_all((pad(x, (0, 0, 0, missing)) if missing else x).view(ranks, -1, x.shape[1]), group)
 
 
 def from_owners(

@@ -123,6 +123,8 @@ def filled(
     values: Tensor,  # (..., fewer)
     k: int,
 ) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
+    if ids.shape[-1] == k:
+        return ids, values
     missing = (0, k - ids.shape[-1])
     return pad(ids, missing, value=-1), pad(values, missing, value=-torch.inf)
 
