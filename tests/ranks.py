@@ -115,6 +115,6 @@ def _serve(rank: int, pipe: Any, folder: str) -> None:
         try:
             function = getattr(importlib.import_module(module), name)
             answer = True, function(groups[world], *args) if rank < world else None
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:  # the latter of pytest.raises
             answer = False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         pipe.send(answer)

@@ -1,7 +1,11 @@
 """A vocabulary split over the ranks of a group: how it is split, and what each rank holds."""
 
+from collections.abc import Callable
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing import assert_close
 
 # The lengths of the shards of 1 to 4 ranks, V = 23 in each.
 SPLITS = {
@@ -10,6 +14,8 @@ SPLITS = {
     "empty shards": {1: (23,), 2: (0, 23), 3: (11, 0, 12), 4: (0, 12, 11, 0)},
 }
 VOCAB = 23
+ROWS = 5, 2
+ACCURACY = 2e-6  # of loss and gradient, for log-ratios of about 1
 
 
 def mine(split: str, group: dist.ProcessGroup) -> slice:
@@ -21,9 +27,33 @@ def mine(split: str, group: dist.ProcessGroup) -> slice:
 
 def same_everywhere(x: Tensor, group: dist.ProcessGroup) -> None:
     """The tensor has the same bits on every rank."""
-    import torch
-
     found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, x.contiguous(), group=group)
     for other in found:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=0, equal_nan=True)
+        assert_close(other, found[0], rtol=0, atol=0, equal_nan=True)
+
+
+def exactly(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype
+    assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def within(a: Tensor, b: Tensor, bound: float) -> None:
+    assert a.dtype == b.dtype
+    assert_close(a, b, rtol=0, atol=bound, equal_nan=True)
+
+
+def with_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The loss of every position, and the gradients for a gradient that differs from one to the next."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    found = loss(*leaves)
+    found.backward(torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape))
+    return found.detach(), *(x.grad for x in leaves)
+
+
+def problem(dtype: torch.dtype, ties: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of both sides (5, 2, V), and weights (5, 2) of which some are 0."""
+    student, teacher = torch.randn(*ROWS, VOCAB), torch.randn(*ROWS, VOCAB)
+    if ties:
+        teacher = teacher.round()
+    return student.to(dtype), teacher.to(dtype), torch.tensor([[1, 0.5], [0, 2], [1, 1], [0, 0], [3, 1]])

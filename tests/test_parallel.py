@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from tests.formulas import FORMULAS
 from tests.probes import NoHostSync
 from tests.ranks import on_ranks, together
-from tests.shards import SPLITS, VOCAB, mine, same_everywhere
+from tests.shards import ACCURACY, ROWS, SPLITS, VOCAB, exactly, mine, problem, same_everywhere, with_gradients, within
 from topk_rkl import backends
 from topk_rkl.loss import (
     Support,
@@ -34,34 +34,6 @@ pytestmark = together
 each_world = pytest.mark.parametrize("world", [1, 2, 3, 4])
 each_split = pytest.mark.parametrize("split", SPLITS)
 DTYPES = torch.bfloat16, torch.float32, torch.float64
-ACCURACY = 2e-6  # of loss and gradient, for log-ratios of about 1
-ROWS = 5, 2
-
-
-def exactly(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def within(a: Tensor, b: Tensor, bound: float) -> None:
-    assert a.dtype == b.dtype
-    assert_close(a, b, rtol=0, atol=bound, equal_nan=True)
-
-
-def with_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The loss of every position, and the gradients for a gradient that differs from one to the next."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    found = loss(*leaves)
-    found.backward(torch.linspace(-1, 2, found.numel(), dtype=found.dtype).view(found.shape))
-    return found.detach(), *(x.grad for x in leaves)
-
-
-def problem(dtype: torch.dtype, ties: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of both sides (5, 2, V), and weights (5, 2) of which some are 0."""
-    student, teacher = torch.randn(*ROWS, VOCAB), torch.randn(*ROWS, VOCAB)
-    if ties:
-        teacher = teacher.round()
-    return student.to(dtype), teacher.to(dtype), torch.tensor([[1, 0.5], [0, 2], [1, 1], [0, 0], [3, 1]])
 
 
 @each_world
@@ -303,16 +275,15 @@ def _vocabularies(group: dist.ProcessGroup) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_modules_and_meshes(world: int) -> None:
+def test_modules_take_a_group(world: int) -> None:
     on_ranks(world, _modules)
 
 
 def _modules(group: dist.ProcessGroup) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)) if group.size() == 4 else group
     own = mine("unequal", group)
     student, teacher, _ = problem(torch.float32)
     want = topk_reverse_kl(student, teacher, k=5)
-    exactly(TopKReverseKLLoss(5, group=mesh)(student[..., own], teacher[..., own]), want)
+    exactly(TopKReverseKLLoss(5, group=group)(student[..., own], teacher[..., own]), want)
     exactly(TopKDivergenceLoss(5, group=group)(student[..., own], teacher[..., own]), want)
 
 
