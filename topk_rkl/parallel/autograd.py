@@ -28,9 +28,9 @@ from topk_rkl.objective import head_numbers
 from topk_rkl.parallel.collectives import (
     all_reduce,
     as_bytes,
+    dealt,
     from_bytes,
     from_owners,
-    owned,
     start_all_reduce,
     to_owners,
     wait,
@@ -97,12 +97,7 @@ def _owned_rows(
     weights: Tensor | None,  # (...)
     group: dist.ProcessGroup,
 ) -> Tensor | None:  # (n,), 0 behind the last row
-    if weights is None:
-        return None
-    flat, rank = weights.reshape(-1), dist.get_rank(group)
-    n = owned(len(flat), group)
-    mine = flat[rank * n : (rank + 1) * n]
-    return torch.nn.functional.pad(mine, (0, n - len(mine)))
+    return None if weights is None else dealt(weights.reshape(-1), group)[dist.get_rank(group)]
 
 
 class LogitsAt(torch.autograd.Function):

@@ -92,9 +92,18 @@ def to_owners(
     x: Tensor,  # (N, X) this rank's numbers of all rows
     group: dist.ProcessGroup,
 ) -> Tensor:  # (ranks, n, X) every rank's numbers of the n rows that this rank owns: those from rank * n on
+    return all_to_all(dealt(x, group), group)
+
+
+def dealt(
+    x: Tensor,  # (N, ...)
+    group: dist.ProcessGroup,
+) -> Tensor:  # (ranks, n, ...) by the rank that owns a row, zeros behind the last row
     ranks = dist.get_world_size(group)
     missing = owned(len(x), group) * ranks - len(x)
-    return all_to_all((pad(x, (0, 0, 0, missing)) if missing else x).view(ranks, -1, x.shape[1]), group)
+    if torch.compiler.is_compiling() or missing:  # a graph that did not pad would serve some N alone
+        x = pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+    return x.view(ranks, -1, *x.shape[1:])
 
 
 def from_owners(
