@@ -38,6 +38,7 @@ UNTESTED = {
     "objectives": "formulas in float64 on CPU tensors",
     "parallel": "gloo ranks, on CPU tensors",
     "parallel_defects": "gloo ranks, on CPU tensors",
+    "parallel_edges": "gloo ranks, on CPU tensors",
     "parallel_example": "gloo ranks, on CPU tensors",
     "parallel_page": "the blocks of docs/parallel.md on gloo ranks, of CPU tensors",
     "predict": "the model of a card, by hand",

@@ -11,7 +11,7 @@ from topk_rkl.backends import requested
 from topk_rkl.divergence import REVERSE_KL, Divergence, Mass, Terms
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
-from topk_rkl.parallel.agreement import refused_together, shards_of
+from topk_rkl.parallel.agreement import refused_together, require_backend, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
 from topk_rkl.parallel.heads import TEACHER, is_dtensor, unwrap_head, unwrap_teacher, whole_head
 from topk_rkl.parallel.logits import linear_select
@@ -73,6 +73,7 @@ def linear_teacher_topk(
         checks.require_flag("normalize", normalize)
         _require_logits_dtype(logits_dtype, teacher_hidden)
         logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
+        require_backend(group, k, "renormalized", teacher_hidden)
     teacher_weight, bias, _ = whole_head(teacher_weight, bias)
     given, objective = (teacher_hidden, teacher_weight, bias), pack(logit_scale=logit_scale, softcap=softcap)
     asked_for: dict[str, object] = {"normalize": normalize, "logits_dtype": logits_dtype}
@@ -191,6 +192,7 @@ def linear_topk_divergence(
         require_objective(divergence, mass)
         checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
         k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden", sharded)
+        require_backend(group, k, mass, teacher)
     vocabs = len(student_weight), teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {
         "divergence": divergence, "mass": mass, "temperature": temperature, "logit_scale": logit_scale,

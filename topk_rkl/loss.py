@@ -41,7 +41,7 @@ from topk_rkl.linear_loss import (
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
 from topk_rkl.overwrite import require_overwritable
-from topk_rkl.parallel.agreement import refused_together, shards_of
+from topk_rkl.parallel.agreement import refused_together, require_backend, shards_of
 from topk_rkl.parallel.collectives import Group, require_group
 from topk_rkl.parallel.counts import global_count
 from topk_rkl.parallel.heads import is_dtensor, unwrap_logits, unwrap_teacher
@@ -108,6 +108,7 @@ def teacher_topk(
     with refused_together(group, teacher_logits):
         k = checks.require_teacher_logits("teacher_logits", teacher_logits, k, sharded=group is not None)
         checks.require_flag("normalize", normalize)
+        require_backend(group, k, "renormalized", teacher_logits)
     shards = shards_of(group, (teacher_logits,), 0, teacher_logits.shape[-1], k, {"normalize": normalize})
     return Support(*select(teacher_logits, k, normalize, requested(), shards))
 
@@ -249,6 +250,7 @@ def topk_divergence(
         if overwrite_student_logits:
             require_overwritable(student_logits)
         k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
+        require_backend(group, k, mass, student_logits, teacher)
     vocabs = student_logits.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {"divergence": divergence, "mass": mass, "temperature": temperature}
     shards = shards_of(group, (student_logits, teacher), *vocabs, k, asked_for)

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topk_rkl import checks
-from topk_rkl.backends import requested
+from topk_rkl.backends import choose, requested
+from topk_rkl.divergence import Divergence
 from topk_rkl.parallel.collectives import all_gather, start_all_gather, wait
 
 TEXT = 2048  # bytes of a message
+FIRST = 8  # slots of a Support that ranks compare
 
 
 class Shards(NamedTuple):
@@ -41,7 +43,7 @@ def refused_together(
     group: dist.ProcessGroup | None,
     like: object,  # a tensor on the device of the group, but for hostile arguments
 ) -> contextlib.AbstractContextManager[None]:
-    """Around the checks of a call: what they raise on this rank, `agree` raises on the others."""
+    """Around the checks of a call: what they raise on this rank, `shards_of` raises on the others."""
     if group is None or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     return _refused_together(group, like)
@@ -57,6 +59,19 @@ def _refused_together(group: dist.ProcessGroup, like: object) -> Iterator[None]:
         if device.type == "cpu":
             _texts(group, f"{type(error).__name__}: {error}")
         raise
+
+
+def require_backend(
+    group: dist.ProcessGroup | None,
+    k: int | None,  # None of a Support
+    mass: str,
+    *given: Any,  # logits (..., X), a Support
+) -> None:
+    """Refuses, on all ranks, what a backend asked for by name cannot take: an empty shard would never ask it."""
+    logits = [x for x in given if isinstance(x, Tensor)]
+    if group is not None and logits and not torch.compiler.is_compiling():
+        slots = k or next(x[0].shape[-1] for x in given if isinstance(x, tuple))
+        choose(requested(), slots, *logits, mass=mass)
 
 
 def shards_of(
@@ -94,9 +109,14 @@ def _described(given: tuple[Any, ...], asked: dict[str, object]) -> str:
         for x in given
         if x is not None
     ]
-    asked |= {name: x.__qualname__ for name, x in asked.items() if hasattr(x, "__qualname__")}  # without an address
+    for name, x in asked.items():
+        if callable(x) and not isinstance(x, Divergence):  # whose repr may hold an address
+            asked[name] = getattr(x, "__qualname__", type(x).__qualname__)
     asked |= {"the shape of the positions": tuple(given[0].shape[:-1]), "the kind of tensors": kinds}
     asked["the backend"] = requested()
+    for x in given:
+        if isinstance(x, tuple) and read_on_host(x[0]):  # a support of this shard alone would differ here
+            asked["the first ids of teacher"] = x[0].flatten()[:FIRST].tolist()
     return "\n".join(f"{name}={value}" for name, value in asked.items())
 
 
