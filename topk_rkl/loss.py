@@ -154,7 +154,8 @@ def topk_reverse_kl(
         group: the ranks that share the vocabulary, as a ProcessGroup or a DeviceMesh of one dimension. Logits are then
             this rank's shard, (..., V_local): shards follow one another in the order of the ranks, may differ in
             length, and may be empty. Ids are those of the whole vocabulary. All other arguments are the same on every
-            rank, and so is the result. None: the vocabulary is whole, or DTensors with Shard(-1) tell who shares it.
+            rank, and so is the result. Whole logits on every rank need no group, and would be taken for shards. None:
+            the vocabulary is whole, or DTensors with Shard(-1) tell who shares it.
 
     Returns:
         float32, or float64 from float64 student logits. A position without a usable slot has loss and gradient 0. A NaN
@@ -162,7 +163,7 @@ def topk_reverse_kl(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
-        RuntimeError: the backend asked for by name cannot take these tensors.
+        RuntimeError: the backend asked for by name cannot take these tensors, or another rank refused its arguments.
         NotImplementedError: a tensor is under torch.func, vmap or forward mode.
     """
     return topk_divergence(
