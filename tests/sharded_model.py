@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 VOCAB, WIDTH, LENGTH = 67, 32, 6
 
@@ -71,3 +73,19 @@ def loss_in_head(head: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> I
     finally:
         head.forward = forward
         handle.remove()
+
+
+def mesh_of(group: Any) -> DeviceMesh:
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def square() -> DeviceMesh:
+    return DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
+
+
+def whole(x: Any) -> Any:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def assert_close(a: Tensor, b: Tensor, by: float = 2e-6) -> None:
+    torch.testing.assert_close(a, b, rtol=by, atol=by)

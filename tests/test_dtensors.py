@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import WIDTH
+from tests.sharded_model import WIDTH, assert_close, mesh_of, square, whole
 from topk_rkl.loss import (
     Support,
     global_count,
@@ -30,29 +30,13 @@ K = 4
 WORLDS = (1, 2, 3, 4)
 
 
-def mesh_of(group: Any) -> DeviceMesh:
-    return DeviceMesh.from_group(group, "cpu")
-
-
-def square(group: Any) -> DeviceMesh:
-    return DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
-
-
-def whole(x: Any) -> Any:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def assert_close(a: Tensor, b: Tensor, by: float = 2e-6) -> None:
-    torch.testing.assert_close(a, b, rtol=by, atol=by)
-
-
 # Logits
 
 
 def shards_of_logits(group: Any, two_dimensions: bool) -> None:
     mesh, placements = mesh_of(group), [Shard(-1)]
     if two_dimensions:
-        mesh, placements = square(group), [Replicate(), Shard(-1)]
+        mesh, placements = square(), [Replicate(), Shard(-1)]
     logits, scale = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     x = distribute_tensor(logits, mesh, placements).requires_grad_()
     local, own = heads.unwrap_logits("x", x, None)
@@ -101,7 +85,7 @@ REFUSED = {
 def refused_logits(group: Any, case: str) -> str:
     """The message, once its first remedy was followed."""
     placements, two_dimensions, _ = REFUSED[case]
-    mesh, logits = square(group) if two_dimensions else mesh_of(group), torch.randn(4, 4, 7)
+    mesh, logits = square() if two_dimensions else mesh_of(group), torch.randn(4, 4, 7)
     if case == "partial sums":
         x = given = DTensor.from_local(logits / 4, mesh, placements).requires_grad_()
     else:

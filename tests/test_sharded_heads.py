@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import WIDTH
+from tests.sharded_model import WIDTH, assert_close, mesh_of, square, whole
 from topk_rkl.diagnostics import NAMES, linear_topk_diagnostics
 from topk_rkl.loss import (
     Support,
@@ -26,33 +25,16 @@ from topk_rkl.recipe.builders import linear_fixed_ids
 
 pytestmark = together
 K = 4
-WORLDS = (1, 2, 3, 4)
 
 
-def mesh_of(group: Any) -> DeviceMesh:
-    return DeviceMesh.from_group(group, "cpu")
-
-
-def square(group: Any) -> DeviceMesh:
-    return DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
-
-
-def whole(x: Any) -> Any:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def assert_close(a: Tensor, b: Tensor, by: float = 2e-6) -> None:
-    torch.testing.assert_close(a, b, rtol=by, atol=by)
-
-
-def own_rows(group: Any, vocab: int, sizes: tuple[int, ...], bias: bool = True) -> tuple[Any, ...]:
-    """The rows of all ranks, those of this rank, a head, and its DTensors."""
+def own_rows(group: Any, vocab: int, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    """The rows of all ranks, which of them this rank has, a head and its bias."""
     n, rank = sum(sizes), dist.get_rank(group)
     hidden, ids = torch.randn(n, WIDTH), torch.randint(-1, vocab + 3, (n, K))
     log_probs, weight = torch.randn(n, K), torch.randn(vocab, WIDTH)
-    b = torch.randn(vocab) if bias else None
+    bias = torch.randn(vocab)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    return (hidden, ids, log_probs), mine, weight, b
+    return (hidden, ids, log_probs), mine, weight, bias
 
 
 def fetched(group: Any, vocab: int, sizes: tuple[int, ...], by_rows: bool, frozen: bool = False) -> None:
@@ -137,7 +119,7 @@ def test_other_masses_take_the_whole_head() -> None:
 def whole_dimensions(group: Any, placements: tuple[Any, ...]) -> None:
     """The gradient of a head on a mesh of two dimensions, or sharded by columns."""
     (hidden, ids, log_probs), mine, weight, _ = own_rows(group, 67, (1, 2, 0, 1))
-    mesh = square(group) if len(placements) == 2 else mesh_of(group)
+    mesh = square() if len(placements) == 2 else mesh_of(group)
     w = nn.Parameter(distribute_tensor(weight, mesh, placements))
     own = Support(ids[mine], log_probs[mine])
     (linear_topk_reverse_kl(hidden[mine], w, own, reduction="sum") * 4).backward()

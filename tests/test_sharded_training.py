@@ -9,25 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import LENGTH, VOCAB, LoRA, Tiny, loss_in_head
+from tests.sharded_model import LENGTH, VOCAB, LoRA, Tiny, loss_in_head, mesh_of, whole
 from topk_rkl import Support, linear_teacher_topk, linear_topk_reverse_kl, topk_reverse_kl
 
 pytestmark = together
 K, STEPS = 4, 20
 SIZES = {2: ((3, 1), (1, 2), (9, 0)), 3: ((2, 1, 1), (1, 0, 3), (9, 2, 1)), 4: ((1, 2, 1, 0),)}
-
-
-def mesh_of(group: Any) -> DeviceMesh:
-    return DeviceMesh.from_group(group, "cpu")
-
-
-def whole(x: Any) -> Any:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def batch(step: int, group: Any, teacher: Tiny) -> tuple[slice, Tensor, Support, Tensor]:
@@ -207,23 +199,14 @@ def test_gradients_that_fsdp2_is_told_to_sum() -> None:
     on_ranks(2, divided_otherwise)
 
 
-# The loss within the head's forward, whatever wraps the model
+# The loss within the head's forward
 
 
-def inside(group: Any, wrapper: str) -> None:
+def inside(group: Any, head_alone: bool) -> None:
     teacher, model, ranks = Tiny(1).requires_grad_(False), Tiny(0), dist.get_world_size(group)
-    one, head = copy.deepcopy(model), model.head
+    one = copy.deepcopy(model)
     mine, tokens, support, weights = batch(0, group, teacher)
-    wrapped: Any = model
-    if wrapper == "DDP":
-        wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
-    elif wrapper == "FSDP1":
-        wrapped = FullyShardedDataParallel(
-            model, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
-            auto_wrap_policy=lambda module, recurse, **_: recurse or module is head,
-        )  # fmt: skip
-    else:
-        shard(model, mesh_of(group), wrapper == "FSDP2, head alone")
+    shard(model, mesh_of(group), head_alone)
 
     def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         assert not isinstance(weight, DTensor) and weight.shape == one.head.weight.shape
@@ -231,23 +214,18 @@ def inside(group: Any, wrapper: str) -> None:
             hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / ranks
         )
 
-    with loss_in_head(head, loss_of) as taken:
-        output = wrapped(tokens[mine], through_head=True)
+    with loss_in_head(model.head, loss_of) as taken:
+        output = model(tokens[mine], through_head=True)
     (taken[0] + 0 * output.sum()).backward()  # through the output, on which wrappers wait
     linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
-    if wrapper == "FSDP1":
-        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
-            gradients = [p.grad.clone() for p in wrapped.parameters()]
-    else:
-        gradients = [whole(p.grad) for p in wrapped.parameters()]
-    for gradient, q in zip(gradients, one.parameters()):
-        torch.testing.assert_close(gradient, q.grad, rtol=1e-5, atol=1e-6)
+    for p, q in zip(model.parameters(), one.parameters()):
+        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("wrapper", ["DDP", "FSDP1", "FSDP2, head alone", "FSDP2, head in the root"])
-def test_the_loss_within_the_forward_of_the_head(wrapper: str) -> None:
-    on_ranks(2, inside, wrapper)
+@pytest.mark.parametrize("head_alone", [True, False])  # in a group of its own, or with the root
+def test_the_loss_within_the_forward_of_a_sharded_head(head_alone: bool) -> None:
+    on_ranks(2, inside, head_alone)
 
 
 def zero_3(group: Any, gathered: bool) -> None:

@@ -61,6 +61,7 @@ def linear_teacher_topk(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        RuntimeError: the backend asked for by name cannot take these tensors, or another rank refused its arguments.
     """
     head = teacher_hidden, teacher_weight, bias
     teacher_hidden, teacher_weight, bias, group = unwrap_head(*head, require_group(group), TEACHER)
@@ -131,7 +132,7 @@ def linear_topk_reverse_kl(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
-        RuntimeError: the backend asked for by name cannot take these tensors.
+        RuntimeError: the backend asked for by name cannot take these tensors, or another rank refused its arguments.
     """
     return linear_topk_divergence(
         student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,

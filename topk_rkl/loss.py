@@ -103,6 +103,7 @@ def teacher_topk(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        RuntimeError: the backend asked for by name cannot take these tensors, or another rank refused its arguments.
     """
     teacher_logits, group = unwrap_logits("teacher_logits", teacher_logits, require_group(group))
     with refused_together(group, teacher_logits):

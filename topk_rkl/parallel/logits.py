@@ -1,7 +1,7 @@
 """Selection, single logits and the tail over a vocabulary that ranks share.
 
-Every rank has the same rows, and gets the same results to the bit. The teacher's functions take no shards as well, and
-are the ops then.
+Every rank has the same rows, and gets the same results to the bit. Without shards, the functions of the teacher call
+the ops and nothing else.
 """
 
 import torch
@@ -22,8 +22,8 @@ def local_ids(
     vocab: int,  # of this rank's shard
     group: dist.ProcessGroup,
 ) -> Tensor:  # (...) int32 of this rank's shard, -1 for those of other ranks and of none
-    place = ids - starts[dist.get_rank(group)]
-    return place.masked_fill((ids < 0) | (place < 0) | (place >= vocab), -1).int()
+    place = ids - starts[dist.get_rank(group)]  # of the least ids it wraps, to numbers above every vocabulary
+    return place.masked_fill((place < 0) | (place >= vocab), -1).int()
 
 
 def select(

@@ -24,19 +24,19 @@ def logits_loss(
     options: Options,
     shards: Shards,
 ) -> Tensor:  # (...)
-    group, vocab = shards.group, student.shape[-1]
-    if mass == "renormalized":
-        if isinstance(teacher, Tensor):
-            readable = read_on_host(student)
-            if readable:
-                require_begin_alike(shards)
-            loss: Tensor
-            loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, group)
-            return loss if readable else torch.where(begin_alike(shards), loss, torch.nan)
-        z = LogitsAt.apply(student, local_ids(teacher.ids, shards.student(), vocab, group), options, group)
-        return _on_slots(z, *teacher, weights, objective, options, student, shards)
-    ids, log_probs, tail = classes(teacher, k, shards.student()[-1], temperature, sampled_ids, options.backend, shards)
-    columns = LogitsAndTail.apply(student, local_ids(ids, shards.student(), vocab, group), objective, options, group)
+    if mass == "renormalized" and isinstance(teacher, Tensor):
+        readable = read_on_host(student)
+        if readable:
+            require_begin_alike(shards)
+        loss: Tensor
+        loss, _ = ShardedSelectLoss.apply(student, teacher, k, weights, objective, options, shards.group)
+        return loss if readable else torch.where(begin_alike(shards), loss, torch.nan)
+    group, vocab, starts = shards.group, student.shape[-1], shards.student()
+    if mass == "renormalized" and isinstance(teacher, Support):
+        z = LogitsAt.apply(student, local_ids(teacher.ids, starts, vocab, group), options, group)
+        return _on_slots(z, *teacher, weights, objective, options, student, starts[-1])
+    ids, log_probs, tail = classes(teacher, k, starts[-1], temperature, sampled_ids, options.backend, shards)
+    columns = LogitsAndTail.apply(student, local_ids(ids, starts, vocab, group), objective, options, group)
     return _on_classes(columns, ids, log_probs, tail, weights, objective, options, student)
 
 
@@ -54,16 +54,16 @@ def linear_loss(
     options: Options,
     shards: Shards,
 ) -> Tensor:  # (...)
-    group = shards.group
+    group, vocab, starts = shards.group, len(head), shards.student()
     if mass == "renormalized":
         if isinstance(teacher, Tensor):
             assert k is not None
             teacher = Support(*select(teacher, k, False, options.backend, shards))
-        local = local_ids(teacher.ids, shards.student(), len(head), group)
+        local = local_ids(teacher.ids, starts, vocab, group)
         z = LinearLogitsAt.apply(hidden, head, bias, local, objective, options, group)
-        return _on_slots(z, *teacher, weights, objective, options, hidden, shards)
-    ids, log_probs, tail = classes(teacher, k, shards.student()[-1], temperature, sampled_ids, options.backend, shards)
-    local = local_ids(ids, shards.student(), len(head), group)
+        return _on_slots(z, *teacher, weights, objective, options, hidden, starts[-1])
+    ids, log_probs, tail = classes(teacher, k, starts[-1], temperature, sampled_ids, options.backend, shards)
+    local = local_ids(ids, starts, vocab, group)
     columns = LinearLogitsAndTail.apply(hidden, head, bias, local, objective, options, group)
     return _on_classes(columns, ids, log_probs, tail, weights, objective, options, hidden)
 
@@ -76,12 +76,12 @@ def _on_slots(
     objective: Tensor | None,  # (numbers,)
     options: Options,
     student: Tensor,  # (..., anything), of the dtype of the student's
-    shards: Shards,
+    vocab: Tensor,  # () of all ranks
 ) -> Tensor:  # (...)
     """The loss on K logits per row, whose ids are the slots' numbers; K is one that the student lacks."""
     k = z.shape[-1]
     slots = torch.arange(k, dtype=torch.int32, device=z.device)
-    slots = torch.where(ids < shards.student()[-1], slots, k).masked_fill(ids < 0, -1)
+    slots = torch.where(ids < vocab, slots, k).masked_fill(ids < 0, -1)
     loss: Tensor
     loss, _ = SupportLoss.apply(z, slots, log_probs, weights, objective, _small(options, z, student))
     return loss.to(result_dtype(student))
