@@ -1,5 +1,6 @@
 """A vocabulary that ranks share, with unusual inputs, modes and options: as one process, or refused on all ranks."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import on_ranks, together
 from tests.shards import ACCURACY, ROWS, SPLITS, VOCAB, exactly, mine, problem, with_gradients, within
 from topk_rkl.loss import (
+    LinearTopKReverseKLLoss,
     Support,
+    TopKReverseKLLoss,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
@@ -288,6 +292,20 @@ def _two_groups(group: dist.ProcessGroup) -> None:
         options = {"k": 4, "mass": mass, "reduction": "none"}
         from_logits(chosen, own, student, teacher, **options)
         from_hidden(chosen, own, head_of(), teacher, **options)
+
+
+def test_a_module_with_a_mesh_can_be_copied() -> None:
+    on_ranks(2, _copied)
+
+
+def _copied(group: dist.ProcessGroup) -> None:
+    own, (student, teacher, _), (hidden, head, _) = mine("unequal", group), problem(torch.float32), head_of()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    of_logits, of_hidden = copy.deepcopy((TopKReverseKLLoss(4, group=mesh), LinearTopKReverseKLLoss(4, group=mesh)))
+    exactly(of_logits(student[..., own], teacher[..., own]), topk_reverse_kl(student, teacher, k=4))
+    within(
+        of_hidden(hidden, head[own], teacher[..., own]), linear_topk_reverse_kl(hidden, head, teacher, k=4), ACCURACY
+    )
 
 
 def scaled(scale: float, log_p: Tensor, log_q: Tensor) -> Tensor:

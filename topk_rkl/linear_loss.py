@@ -244,10 +244,10 @@ class LinearTopKDivergenceLoss(nn.Module):
         checks.require_logit_options(logit_scale, softcap)
         _require_weight_grad(weight_grad, mass)
         k = checks.require_count("k", k)
+        require_group(group)  # and kept as it is, since a mesh can be copied and saved, and a ProcessGroup cannot
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad,
-            "group": require_group(group),
+            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad, "group": group,
         }  # fmt: skip
 
     def forward(

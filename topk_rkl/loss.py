@@ -294,9 +294,10 @@ class TopKDivergenceLoss(nn.Module):
         require_reduction(reduction, None)
         checks.require_flag("overwrite_student_logits", overwrite_student_logits)
         k = checks.require_count("k", k)
+        require_group(group)  # and kept as it is, since a mesh can be copied and saved, and a ProcessGroup cannot
         self.options: dict[str, Any] = {
             "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "overwrite_student_logits": overwrite_student_logits, "group": require_group(group),
+            "overwrite_student_logits": overwrite_student_logits, "group": group,
         }  # fmt: skip
 
     def forward(
