@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import on_ranks, together
@@ -19,6 +19,7 @@ from topk_rkl.loss import (
     LinearTopKReverseKLLoss,
     Support,
     TopKReverseKLLoss,
+    global_count,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
@@ -292,6 +293,33 @@ def _two_groups(group: dist.ProcessGroup) -> None:
         options = {"k": 4, "mass": mass, "reduction": "none"}
         from_logits(chosen, own, student, teacher, **options)
         from_hidden(chosen, own, head_of(), teacher, **options)
+
+
+def test_data_and_tensor_parallelism_at_once() -> None:
+    on_ranks(4, _two_dimensions)
+
+
+def _two_dimensions(group: dist.ProcessGroup) -> None:
+    """Rows are split over one dimension of the mesh, the vocabulary over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    (_, teacher, weights), leaves = problem(torch.float32), head_of()
+    first, second = slice(0, 3), slice(3, 5)
+    rows, own = (first, second)[mesh["dp"].get_local_rank()], mine("unequal", mesh["tp"].get_group())
+    of_all = with_gradients(
+        lambda x, w, b: linear_topk_reverse_kl(x, w, teacher, student_bias=b, k=4, weights=weights).expand(1), *leaves
+    )
+    loss = LinearTopKReverseKLLoss(4, group=mesh["tp"])
+    denominator = global_count(weights[rows], mesh["dp"])
+    hidden, head, bias = leaves
+    found = with_gradients(
+        lambda x, w, b: loss(x, w, teacher[rows][..., own], weights[rows], denominator, b).expand(1),
+        hidden[rows], head[own], bias[own],
+    )  # fmt: skip
+    within(found[1], of_all[1][rows], BOUND)
+    for i, part in ((0, ...), (2, own), (3, own)):
+        total = found[i].clone()
+        dist.all_reduce(total, group=mesh["dp"].get_group())
+        within(total, of_all[i][part], BOUND)
 
 
 def test_a_module_with_a_mesh_can_be_copied() -> None:
