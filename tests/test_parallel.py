@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -338,6 +339,21 @@ def _refused(group: dist.ProcessGroup) -> list[str]:
             topk_reverse_kl(student, teacher, k=3),
         )
     return heard
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_calls_ends_the_wait_of_the_others() -> None:
+    """Whatever happened to it: the others raise at the time-out of the group."""
+    on_ranks(4, _silent)
+
+
+def _silent(group: dist.ProcessGroup) -> None:
+    dist.barrier(group)
+    hasty = dist.new_group([0, 1], timeout=timedelta(seconds=10))  # for both to find each other on a busy machine
+    if dist.get_rank(group) == 0:
+        with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
+            topk_reverse_kl(torch.randn(3, 5), torch.randn(3, 5), k=2, group=hasty)
+    dist.barrier(group)  # the other stays alive until then
 
 
 def test_every_entry_tells_the_other_ranks() -> None:

@@ -126,7 +126,21 @@ def _whole(x: Any) -> Any:  # the shape of x
         return x
     from torch.distributed.tensor import Partial
 
-    return x.full_tensor(grad_placements=(Partial("avg"),) * x.device_mesh.ndim)
+    return _Averaged.apply(x.full_tensor(grad_placements=(Partial(),) * x.device_mesh.ndim), x.device_mesh.size())
+
+
+class _Averaged(torch.autograd.Function):
+    """A gradient's share of the mean over the ranks: gloo of torch 2.7 has no average."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:  # (...) -> (...)
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # (...) -> (...), and nothing for ranks
+        return gradient / ctx.ranks, None
 
 
 def _named(
