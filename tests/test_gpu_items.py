@@ -87,6 +87,15 @@ def test_an_override_of_a_selection_changes_its_launch(place: int, label: str) -
     assert in_flight[0] == in_flight[1]
 
 
+def test_a_narrow_row_has_four_warps_and_may_have_eight() -> None:
+    x = torch.zeros(2, FULL.shard, dtype=torch.bfloat16)
+    for k in FULL.ks[:2]:
+        call = partial(ops.select_loss, x, x, k, None, None, "triton")
+        (planned,), (wide,) = (launches_of(call, experiments.NARROW[name]) for name in (AS_PLANNED, "8 warps"))
+        assert (planned.keywords["num_warps"], wide.keywords["num_warps"]) == (4, 8)
+        assert (planned.keywords["BLOCK"], wide.keywords["BLOCK"]) == (4_096, 16_384)
+
+
 def test_a_place_per_row_needs_no_claim() -> None:
     x = many_rows(FULL.n)
     call = partial(ops.select_loss, x, x, 64, None, None, "triton")
@@ -155,12 +164,13 @@ def test_every_form_of_every_item_launches(item: Item) -> None:
 def test_the_registry_at_full_size() -> None:
     items = registry.registry(Inputs(FULL, "cpu"))  # nothing is allocated before a form is called
     by_name = {item.name: item for item in items}
-    assert len(by_name) == len(items) == 51
+    assert len(by_name) == len(items) == 53
     assert [item.name for item in items[:3]] == list(records.FLOORS)
     assert {item.decision for item in items} == {"", *DECISIONS}
     row, n, k, h = 151_936 * 2, 16_384, 32, 4_096
     moved = {name: (item.read, item.written) for name, item in by_name.items()}
     assert moved["select K 1,024"] == moved["select_loss K 64"] == moved["select float32 K 64"] == (n * row, 0)
+    assert moved["select_loss of a shard K 64"] == (n * 19_072 * 2, 0)
     assert moved["copy"] == moved["loss and gradient K 64"] == (n * row, n * row)
     assert moved["scatter K 64"] == (0, n * row)
     assert moved["select K 64 N 256"] == (256 * row, 0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from unittest import mock
 
@@ -14,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so there are no b
 
 from benchmarks import records
 from benchmarks.scaling import cost, gloo, tables
-from benchmarks.scaling.collectives import ENTRIES, Collective, designs, ours
+from benchmarks.scaling.collectives import AGREED, ENTRIES, Collective, designs, ours
 from benchmarks.scaling.model import (
     LINKS,
     SMALL,
@@ -30,6 +31,7 @@ from benchmarks.scaling.model import (
     seconds,
 )
 from tests.ranks import on_ranks, together
+from topk_rkl.parallel import agreement, losses
 
 NVLINK = LINKS["NVLink"]
 
@@ -94,6 +96,24 @@ def test_parts_and_efficiency(name: str) -> None:
     assert overlapped(step, 151_936, 8, 64, NVLINK) <= seconds(step, 151_936, 8, 64, NVLINK)
 
 
+def test_the_ranks_agree_while_they_select() -> None:
+    def agreed(name: str, link: Link) -> float:
+        return sum(part.seconds for part in parts(STEPS[name], 151_936, 64, 64, link) if part.what == AGREED)
+
+    of = {
+        name: sum(part.seconds for part in parts(STEPS[name], 151_936, 64, 64, NVLINK) if part.what == "selection")
+        for name in ("teacher_topk", "loss", "linear")
+    }
+    slow = Link("", 1e9, 1e12, 1e-3, 1e-3)  # a step of a ring takes longer than any selection
+    whole = slow.seconds(ours("teacher_topk", 64, 64)[0], 64)
+    assert agreed("support", slow) == pytest.approx(whole)
+    for name in ("teacher_topk", "loss"):
+        assert agreed(name, slow) == pytest.approx(whole - of[name])
+    assert agreed("linear", slow) == pytest.approx(2 * whole - of["linear"])
+    quick = Link("", 1e9, 1e12, 1e-9, 1e-9, 1e-9, 1e-9)
+    assert agreed("loss", quick) == agreed("teacher_topk", quick) == 0 < agreed("support", quick)
+
+
 def test_the_hidden_gradient_hides_behind_one_product() -> None:
     step = STEPS["heads"]
     saved = seconds(step, 151_936, 8, 64, NVLINK) - overlapped(step, 151_936, 8, 64, NVLINK)
@@ -156,7 +176,7 @@ def test_the_kernels_of_shards_are_those_of_the_committed_table() -> None:
         if (r["target"], r["dtype"]) == ("sm_90", "bfloat16")
     }
     shards = {(r["kernel"], r["vocab"], r["k"], r["width"]): r for r in json.loads(cost.FILE.read_text())}
-    assert shards.keys() == {*cost.wanted(), *cost.tried()}, "run python -m benchmarks.scaling.cost"
+    assert shards.keys() == {*cost.wanted(), *cost.compared()}, "run python -m benchmarks.scaling.cost"
     both = shards.keys() & table.keys()
     assert len(both) >= 9
     for key in both:
@@ -232,7 +252,10 @@ def test_the_bytes_stated_are_those_that_the_code_sends(case: gloo.Case, ranks: 
 class Counting(TorchDispatchMode):
     """Counts what a GPU would run a kernel for: no view, no constant, none of the package's own ops."""
 
-    FREE = ("view", "detach", "slice", "split", "transpose", "expand", "unsqueeze", "select", "scalar_tensor", "alias")
+    FREE = (
+        *("view", "detach", "slice", "split", "transpose", "expand", "unsqueeze", "select", "scalar_tensor", "alias"),
+        *("permute", "unbind"),
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,8 +268,10 @@ class Counting(TorchDispatchMode):
 
 
 def operations(group, case: gloo.Case) -> int:
+    """As on a GPU, where nothing is read on the host."""
     work = gloo.call(case, group)
-    with Counting() as mode:
+    unread = [mock.patch.object(module, "read_on_host", return_value=False) for module in (agreement, losses)]
+    with unread[0], unread[1], Counting() as mode:
         work()
     return mode.counted
 
@@ -255,8 +280,9 @@ def operations(group, case: gloo.Case) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", gloo.TINY, ids=lambda case: case.entry)
 def test_the_code_has_about_as_many_small_operations_as_the_model(case: gloo.Case) -> None:
+    case = replace(case, n=9)  # rows that 3 ranks own in equal parts
     [alone], [shared, *_] = on_ranks(1, operations, case), on_ranks(3, operations, case)
-    assert shared - alone == pytest.approx(SMALL_OPERATIONS[case.entry], rel=0.35)
+    assert shared - alone == pytest.approx(SMALL_OPERATIONS[case.entry], abs=2)  # torch versions differ
 
 
 @together

@@ -7,6 +7,7 @@ for collective in ours("topk_reverse_kl", ranks=8, k=64):
 from dataclasses import dataclass
 
 AGREEMENT = 32  # bytes that a rank tells the others before a call: four int64
+AGREED = "sizes of the shards"
 ID = 4  # bytes of an id
 SHARE = {"all-to-all": 1, "all-gather": 1, "all-reduce": 2}  # times (ranks - 1) / ranks of the tensor is sent
 ENTRIES = (
@@ -52,7 +53,7 @@ def ours(
     """Those of the forward and the backward pass of a call, in their order; none for one rank alone."""
     if ranks == 1:
         return ()
-    agreement = Collective("all-gather", 0, "sizes of the shards", call_bytes=AGREEMENT * ranks)
+    agreement = Collective("all-gather", 0, AGREED, call_bytes=AGREEMENT * ranks)
     return agreement, *_of_rows(entry, ranks, k, teacher, student, width, hidden_grad, normalize)
 
 

@@ -6,14 +6,15 @@ python -m benchmarks.scaling.cost    # writes benchmarks/results/shard_cost.json
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import cache
-from importlib import import_module
 from unittest import mock
+
+import torch
 
 from benchmarks import predict
 from benchmarks.records import FOLDER
-from topk_rkl.backends.triton.launch import SelectPlan
+from topk_rkl.backends.triton import launch
 
 FILE = FOLDER / "shard_cost.json"
 CARD = "H100"
@@ -44,18 +45,18 @@ def wanted() -> Iterator[tuple[str, int, int, int]]:
         yield "linear_loss", VOCABS[0], k, WIDTH
 
 
-TRIAL = "select, four warps"
+WIDE_PLAN = "select, eight warps"  # as the code has it for wider rows
 
 
-def halved(plan: SelectPlan) -> SelectPlan:
-    """A plan under trial, not that of the code: half the warps per row, so that twice as many rows share a core."""
-    return replace(plan, num_warps=4, registers=64, block=4096)
+def narrow_ranks() -> list[int]:
+    """By which V = 151,936 is divided into rows that four warps select from."""
+    return [ranks for ranks in RANKS if shard(VOCABS[0], ranks) * torch.bfloat16.itemsize <= launch.NARROW_BYTES]
 
 
-def tried() -> Iterator[tuple[str, int, int, int]]:
-    """The selections of `wanted` that are compiled with that plan too."""
-    for ranks in RANKS:
-        yield TRIAL, shard(VOCABS[0], ranks), 64, 0
+def compared() -> Iterator[tuple[str, int, int, int]]:
+    """The selections that are compiled with eight warps too."""
+    for ranks in narrow_ranks():
+        yield WIDE_PLAN, shard(VOCABS[0], ranks), 64, 0
 
 
 def milliseconds(kernel: str, vocab: int, k: int, rows: int, width: int = 0) -> float:
@@ -72,19 +73,15 @@ def _committed() -> dict[tuple[str, int, int, int], predict.Cost]:
 
 
 def main() -> None:
-    import torch
-
     from benchmarks.compiled_cost import Case, measure, write
     from topk_rkl.backends.triton.memory import INTERPRETED
 
     if INTERPRETED.value:
         sys.exit("TRITON_INTERPRET is set, so the kernels were built for the interpreter: unset it to compile them.")
-    select = import_module("topk_rkl.backends.triton.select")  # the name in the package is the function
-    plan_select, records = select.plan_select, []
-    for kernel, vocab, k, width in dict.fromkeys((*wanted(), *tried())):
+    records = []
+    for kernel, vocab, k, width in dict.fromkeys((*wanted(), *compared())):
         case = Case(kernel.partition(",")[0], torch.bfloat16, vocab, k, width)
-        plan = (lambda *args, **named: halved(plan_select(*args, **named))) if kernel == TRIAL else plan_select
-        with mock.patch.object(select, "plan_select", plan):
+        with mock.patch.object(launch, "NARROW_BYTES", 0) if kernel == WIDE_PLAN else nullcontext():
             [cost] = [vars(cost) for cost in measure(case, predict.CARDS[CARD].target)]
         cycles = cost["cycles"] and vars(cost["cycles"])
         records.append({field: cost[field] for field in FIELDS} | {"kernel": kernel, "cycles": cycles})

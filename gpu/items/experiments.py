@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+LAUNCH = "topk_rkl.backends.triton.launch"
 SELECT = "topk_rkl.backends.triton.select"
 LINEAR_LOSS = "topk_rkl.backends.triton.linear_loss"
 WEIGHT_GRAD = "topk_rkl.backends.triton.linear_weight_grad"
@@ -23,6 +24,8 @@ DECISIONS = {
     "topk_rkl/backends/__init__.py.",
     "backend of the head's gradient": "CUDA_LINEAR_FROM_K counts both passes together: topk_rkl/backends/__init__.py.",
     "warps and registers of a selection": "plan_select() gives this K the warps and registers of the form that wins: "
+    "topk_rkl/backends/triton/launch.py.",
+    "warps of a narrow row": "NARROW_BYTES goes, and the plan of four warps with it, if eight win: "
     "topk_rkl/backends/triton/launch.py.",
     "scratch of a selection": "Every row has scratch of its own, and no program claims a place: _launch() in "
     "topk_rkl/backends/triton/select.py.",
@@ -55,6 +58,10 @@ def selection(warps: int, registers: int) -> AbstractContextManager[object]:
     return returning(SELECT, "plan_select", plan)
 
 
+def planned_as_wide() -> AbstractContextManager[object]:
+    return mock.patch.object(importlib.import_module(LAUNCH), "NARROW_BYTES", 0)
+
+
 def place_per_row() -> AbstractContextManager[object]:
     return mock.patch.object(importlib.import_module(SELECT), "RESIDENT_WARPS", 1 << 40)
 
@@ -81,6 +88,7 @@ SELECTIONS: dict[int, dict[str, Override]] = {
     2: named([(4, 128), (8, 128), (8, 64), (16, 64)]),
     3: named([(16, 128), (16, 64)]),
 }
+NARROW: dict[str, Override] = {AS_PLANNED: nullcontext, "8 warps": planned_as_wide}
 SCRATCH: dict[str, Override] = {AS_PLANNED: nullcontext, "a place per row": place_per_row}
 HEADS: dict[str, Override] = {
     AS_PLANNED: nullcontext,

@@ -15,6 +15,7 @@ class Sizes:
     n: int = 16_384  # positions
     batch: int = 64  # responses that they are
     v: int = 151_936
+    shard: int = 19_072  # of the vocabulary, on one of eight ranks
     h: int = 4_096
     ks: tuple[int, int, int, int] = (32, 64, 256, 1_024)
     few: tuple[int, ...] = (64, 256, 1_024)  # positions, where they are few
@@ -30,7 +31,7 @@ class Sizes:
 
 FULL = Sizes()
 PROFILED = Sizes(n=2_112)  # sixteen rows per core of an H100; a profiler runs each launch many times
-SMALL = Sizes(n=2, batch=2, v=32, h=16, ks=(2, 3, 4, 8), few=(2,), read_words=16, chunk=2, host_calls=1)
+SMALL = Sizes(n=2, batch=2, v=32, shard=16, h=16, ks=(2, 3, 4, 8), few=(2,), read_words=16, chunk=2, host_calls=1)
 
 
 class Inputs:
@@ -56,6 +57,12 @@ class Inputs:
     @cached_property
     def student(self) -> Tensor:  # (N, V)
         return self.student_batch.flatten(0, 1)[: self.sizes.n]
+
+    @cached_property
+    def shards(self) -> tuple[Tensor, Tensor]:  # (N, V / 8) each, in the memory of student and teacher
+        n, columns = self.sizes.n, self.sizes.shard
+        student, teacher = (x.view(-1)[: n * columns].view(n, columns) for x in (self.student, self.teacher))
+        return student, teacher
 
     @cached_property
     def teacher_in_float32(self) -> Tensor:  # (N / 2, V): as many bytes

@@ -33,6 +33,7 @@ def registry(inputs: Inputs) -> list[Item]:
         head(inputs, usual),
         *(head_gradient(inputs, k, hot) for k, hot in ((narrow, False), (narrow, True), (usual, False))),
         *(select_trial(inputs, place) for place in (2, 3, 1)),
+        *(narrow_trial(inputs, k) for k in (narrow, usual)),
         *(scratch_trial(inputs, k) for k in (usual, wide)),
         *(head_trial(inputs, narrow, hot) for hot in (False, True)),
         *(head_gradient_trial(inputs, narrow, hot) for hot in (False, True)),
@@ -94,6 +95,14 @@ def select_trial(inputs: Inputs, place: int) -> Item:
     forms = by_override(selected_loss(inputs, k), experiments.SELECTIONS[place])
     decision = "warps and registers of a selection"
     return Item(f"select_loss K {k:,}, warps and registers", forms, "select_loss", size, sizes=sizes, decision=decision)
+
+
+def narrow_trial(inputs: Inputs, k: int) -> Item:
+    """A shard of the vocabulary on one of eight ranks."""
+    columns, decision = inputs.sizes.shard, "warps of a narrow row"
+    size, sizes = 2 * inputs.sizes.n * columns, {**of_logits(inputs, k), "v": columns}
+    forms = by_override(lambda name: ops.select_loss(*inputs.shards, k, None, None, name), experiments.NARROW)
+    return Item(f"select_loss of a shard K {k:,}", forms, "select_loss", size, sizes=sizes, decision=decision)
 
 
 def scratch_trial(inputs: Inputs, k: int) -> Item:

@@ -12,6 +12,7 @@ from topk_rkl.divergence import REVERSE
 MAX_K = 1024
 MAX_VOCAB = 1 << 20
 RESIDENT_WARPS = 64  # of one core, at most
+NARROW_BYTES = 48 << 10  # of a row that is read in less time than the rest of a selection takes
 HELD_BYTES = 1 << 16  # of the head per program: four programs on each core of an H100 fill two thirds of its L2
 FLOAT32_MAX = torch.finfo(torch.float32).max
 SCRATCH_BYTES = 48 << 20
@@ -52,15 +53,17 @@ def plan_select(vocab: int, k: int, itemsize: int, wide: bool, family: int = REV
         group *= 2
     groups_pad = max(16, triton.next_power_of_2(triton.cdiv(vocab, group)))
     keys = max(groups_pad, k_pad * group)
-    num_warps = max(8, slot_warps(k, family), keys // (32 * 64))
+    # Four warps leave a core twice as many rows: a gain by prediction alone. K = 256 and other families would spill.
+    narrow = k <= 128 and family == REVERSE and vocab * itemsize <= NARROW_BYTES
+    num_warps = max(4 if narrow else 8, slot_warps(k, family), keys // (32 * 64))
     # For four programs on a core, three, two, or one: of the committed table only bfloat16 on sm_80 spills with them.
     per_thread = keys // (32 * num_warps)
     registers = 120 if num_warps == 8 and itemsize == 2 else 128
-    if wide and per_thread <= 32 and num_warps == 8:
+    if wide and per_thread <= 32 and num_warps <= 8:
         registers = 64 if per_thread <= 16 else 72
-    # 128 bytes in flight per thread cover the latency of memory with two programs on a core. Exponentials, and rows
-    # that no 16-byte load fits, keep more numbers per element in registers.
-    in_flight = num_warps * 32 * (128 // itemsize if wide else 16)
+    # 128 bytes in flight per thread cover the latency of memory with two programs on a core, 64 with more of them.
+    # Exponentials, and rows that no 16-byte load fits, keep more numbers per element in registers.
+    in_flight = num_warps * 32 * ((64 if narrow else 128) // itemsize if wide else 16)
     block = min(in_flight, max(16 * group, triton.next_power_of_2(vocab)))
     return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps, registers)
 
