@@ -19,8 +19,8 @@ SMALL = 2e-6  # seconds of an operation on few numbers, one after the other
 SMALL_OPERATIONS = {
     "teacher_topk": 23,
     "topk_reverse_kl": 42,
-    "topk_reverse_kl with a Support": 28,
-    "linear_topk_reverse_kl with a Support": 16,
+    "topk_reverse_kl with a Support": 24,
+    "linear_topk_reverse_kl with a Support": 12,
 }
 RATE = 700e12  # operations per second of large bfloat16 products on an H100; 989e12 are nominal
 MEMORY = predict.CARDS[CARD].bytes_per_second

@@ -37,8 +37,9 @@ def select(
         found: tuple[Tensor, Tensor] = ops.select(teacher, k, normalize, backend)
         return found
     ids, values = candidates(teacher, k, backend)
-    no_ids = ids.new_full((*ids.shape[:-1], 1), -1)
-    total = shard_tail(teacher, no_ids, None, shards.group, backend) if normalize else None
+    total = None
+    if normalize:
+        total = shard_tail(teacher, ids.new_full((*ids.shape[:-1], 1), -1), None, shards.group, backend)
     return merged(ids, values, total, teacher.dtype, shards, backend)
 
 
