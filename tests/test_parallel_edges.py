@@ -358,6 +358,22 @@ def _functions(group: dist.ProcessGroup, divergence: Callable) -> None:
         from_hidden(group, own, head_of(), teacher, **options)
 
 
+def test_ranks_that_differ_beyond_the_length_of_a_message_are_refused() -> None:
+    on_ranks(2, _beyond)
+
+
+def _beyond(group: dist.ProcessGroup) -> None:
+    def long(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_p.exp() * (log_p - log_q)
+
+    long.__qualname__ = "long" * 1_000
+    own, (student, teacher, _) = mine("unequal", group), problem(torch.float32)
+    with pytest.raises(ValueError, match=r"differ in what is beyond 2048 bytes of .* call all ranks alike"):
+        topk_divergence(
+            student[..., own], teacher[..., own], k=3, divergence=long, temperature=1.0 + group.rank(), group=group
+        )
+
+
 def test_a_backend_that_cannot_take_a_call_is_refused_on_all_ranks() -> None:
     on_ranks(3, _unserved)
 

@@ -41,7 +41,7 @@ def two_places(monkeypatch) -> list[Tensor]:
         return made[-1]
 
     monkeypatch.setattr(file, "cores", lambda _device: 1)
-    monkeypatch.setattr(file, "RESIDENT_WARPS", 16)
+    monkeypatch.setattr(file, "RESIDENT_WARPS", 8)
     monkeypatch.setattr(file.torch, "zeros", kept)
     return made
 

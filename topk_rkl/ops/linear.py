@@ -196,6 +196,10 @@ def linear_mass_grad(
     backend: str,
 ) -> Iterator[None]:
     yield
+    if len(head) == 0:  # a shard of the vocabulary without a token
+        if dhidden is not None:
+            dhidden.zero_()
+        return
     at = unpack(objective)
     *slots, rows = (x.reshape(-1, x.shape[-1]) for x in (g, ids, outside, hidden))
     of_rows = None if dhidden is None else dhidden.view(rows.shape)

@@ -71,6 +71,8 @@ def scatter(
     backend: str,
 ) -> Iterator[None]:
     yield
+    if out.shape[-1] == 0:  # a shard of the vocabulary without a token
+        return
     module = choose(backend, ids.shape[-1], out)
     for inputs, outputs in rows_of(module, (*contiguous(g, ids, grad_output),), (out,)):
         module.scatter(*inputs, *outputs, unique)
@@ -128,6 +130,8 @@ def mass_grad(
     backend: str,
 ) -> Iterator[None]:
     yield
+    if out.shape[-1] == 0:  # a shard of the vocabulary without a token
+        return
     module = choose(backend, ids.shape[-1], out, mass="tail")
     for inputs, outputs in rows_of(module, (*contiguous(g, ids, outside, grad_output), student), (out,)):
         module.mass_grad(*inputs, unpack(objective).temperature, *outputs)

@@ -160,15 +160,25 @@ def _refuse(texts: list[str], failed: list[int]) -> NoReturn:
     for rank, text in enumerate(texts):
         if failed[rank]:
             raise RuntimeError(f"rank {rank} of the group refused its arguments: {text}")
-    first = dict(line.split("=", 1) for line in texts[0].splitlines())
+    first = dict(_values(texts[0]))
     for rank, text in enumerate(texts):
-        for name, value in (line.split("=", 1) for line in text.splitlines()):
+        for name, value in _values(text):
             if value != first.get(name):
                 raise ValueError(
                     f"{name} is {value} on rank {rank} of the group and {first.get(name)} on rank 0; call all ranks "
                     "alike: only the shards of the vocabulary may differ"
                 )
-    raise AssertionError("the ranks differ in nothing")
+    raise ValueError(
+        f"the ranks of the group differ in what is beyond {TEXT} bytes of {texts[0]!r}; call all ranks alike: only the "
+        "shards of the vocabulary may differ"
+    )
+
+
+def _values(text: str) -> Iterator[tuple[str, str]]:
+    """The name and the value of each line of `_described`."""
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        yield name, value
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

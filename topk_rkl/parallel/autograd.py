@@ -155,11 +155,9 @@ class LogitsAndTail(torch.autograd.Function):
     ) -> Gradients:  # (..., V_local), and nothing for the other four
         overwrite = ctx.options.overwrite_student_logits
         out = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype, device=dz.device)
-        if student.shape[-1] > 0:
-            g, outside = _of_slots_and_tail(dz, columns)
-            given = None if overwrite else student
-            ones = dz.new_ones(dz.shape[:-1])
-            ops.mass_grad(g, ids, outside, ones, given, out, objective, ctx.options.backend)
+        g, outside = _of_slots_and_tail(dz, columns)
+        given, ones = None if overwrite else student, dz.new_ones(dz.shape[:-1])
+        ops.mass_grad(g, ids, outside, ones, given, out, objective, ctx.options.backend)
         if overwrite:
             torch.autograd.graph.increment_version(student)
         return out, None, None, None, None
@@ -250,13 +248,11 @@ class LinearLogitsAndTail(torch.autograd.Function):
     ) -> Gradients:  # (..., H), (V_local, H), (V_local,), and nothing for the other four
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         g, outside = _of_slots_and_tail(dz, columns)
-        dhidden = hidden.new_zeros(hidden.shape, dtype=result_dtype(hidden)) if of_hidden else None
+        dhidden = hidden.new_empty(hidden.shape, dtype=result_dtype(hidden)) if of_hidden else None
         dhead = torch.empty_like(head) if of_head else None
         dbias = torch.empty_like(bias) if of_bias else None
-        if len(head) > 0:
-            ones = dz.new_ones(dz.shape[:-1])
-            given = g.to(result_dtype(hidden)), ids, outside, ones, hidden, head, bias
-            ops.linear_mass_grad(*given, dhidden, dhead, dbias, objective, ctx.options.backend)
+        given = g.to(result_dtype(hidden)), ids, outside, dz.new_ones(dz.shape[:-1]), hidden, head, bias
+        ops.linear_mass_grad(*given, dhidden, dhead, dbias, objective, ctx.options.backend)
         if dhidden is not None:
             dhidden = all_reduce(dhidden, ctx.group).to(hidden.dtype)
         return dhidden, dhead, dbias, None, None, None, None
