@@ -40,7 +40,6 @@ UNTESTED = {
     "parallel_defects": "gloo ranks, on CPU tensors",
     "parallel_edges": "gloo ranks, on CPU tensors",
     "parallel_example": "gloo ranks, on CPU tensors",
-    "parallel_nccl": "two GPUs or more, where a plan has one",
     "parallel_page": "the blocks of docs/parallel.md on gloo ranks, of CPU tensors",
     "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",

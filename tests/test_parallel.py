@@ -1,6 +1,7 @@
 """A vocabulary that ranks share gives what one process gives: the same ids, losses and gradients."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 
 from tests.formulas import FORMULAS
 from tests.probes import NoHostSync
-from tests.ranks import on_ranks, together
+from tests.processes import HANGS
+from tests.ranks import free_port, on_ranks, together
 from tests.shards import ACCURACY, ROWS, SPLITS, VOCAB, exactly, mine, problem, same_everywhere, with_gradients, within
 from topk_rkl import backends
 from topk_rkl.loss import (
@@ -32,6 +35,7 @@ from topk_rkl.loss import (
 from topk_rkl.parallel import agreement, losses
 
 pytestmark = together
+GPUS = torch.cuda.device_count()
 each_world = pytest.mark.parametrize("world", [1, 2, 3, 4])
 each_split = pytest.mark.parametrize("split", SPLITS)
 DTYPES = torch.bfloat16, torch.float32, torch.float64
@@ -518,3 +522,57 @@ def _inductor(group: dist.ProcessGroup) -> None:
     many = gradients(torch.compile(loss, fullgraph=True), student[..., own])
     for a, b in zip(one, many, strict=True):
         within(b, a, ACCURACY)
+
+
+@pytest.mark.parametrize("world", range(2, 5))
+@pytest.mark.gpu
+@pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and this machine has {GPUS}")
+def test_gpus_give_what_one_gpu_gives(world: int) -> None:
+    """NCCL, CUDA tensors, and nothing read on the host. One GPU cannot show what ranks send."""
+    if world > GPUS:
+        pytest.skip(f"needs {world} GPUs, and this machine has {GPUS}")
+    mp.spawn(_on_gpu, args=(world, free_port()), nprocs=world)
+
+
+def _on_gpu(rank: int, world: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    torch.set_default_device("cuda")
+    dist.init_process_group("nccl", rank=rank, world_size=world, timeout=timedelta(seconds=HANGS))
+    try:
+        group = dist.group.WORLD
+        for split in SPLITS:
+            for case in (_selects, _logits, _hidden):
+                torch.manual_seed(0)
+                case(group, split)
+        for mass in ("tail", "raw_stop_grad", "ema_pg"):
+            torch.manual_seed(0)
+            _masses(group, mass)
+        for case in (_linear_selects, _hostile, _overwritten):
+            torch.manual_seed(0)
+            case(group)
+        _without_a_host_sync(group)
+    finally:
+        dist.destroy_process_group()
+
+
+def _without_a_host_sync(group: dist.ProcessGroup) -> None:
+    torch.manual_seed(0)
+    own = mine("unequal", group)
+    student, teacher, weights = problem(torch.bfloat16)
+    hidden, head = torch.randn(*ROWS, 8), torch.randn(student.shape[-1], 8)
+
+    def step() -> None:
+        support = teacher_topk(teacher[..., own], 3, normalize=True, group=group)
+        leaves = [x.clone().requires_grad_() for x in (student[..., own], hidden, head[own])]
+        options = {"weights": weights, "group": group}
+        topk_divergence(leaves[0], teacher[..., own], k=3, **options).backward()
+        topk_divergence(leaves[0], support, mass="tail", **options).backward()
+        linear_topk_reverse_kl(leaves[1], leaves[2], support, **options).backward()
+
+    step()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
