@@ -149,6 +149,24 @@ def _large(group: dist.ProcessGroup) -> None:
         from_hidden(group, mine("unequal", group), head_of(), Support(ids, log_probs), **options)
 
 
+def test_an_infinite_logit_spoils_its_row_with_a_scale_and_without_a_cap() -> None:
+    on_ranks(2, _infinite)
+
+
+def _infinite(group: dist.ProcessGroup) -> None:
+    own, head, support = (
+        mine("unequal", group),
+        torch.ones(VOCAB, 2),
+        Support(torch.tensor([[1, 20]] * 3), torch.zeros(3, 2)),
+    )
+    head[20] = torch.tensor([torch.inf, 1])
+    hidden = torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.0, 0.0]])  # +inf, -inf, and 0 times inf
+    for options in ({"logit_scale": 0.5}, {"logit_scale": -2.0, "temperature": 3.0}, {"softcap": 5.0}):
+        one = linear_topk_reverse_kl(hidden, head, support, reduction="none", **options)
+        exactly(linear_topk_reverse_kl(hidden, head[own], support, reduction="none", group=group, **options), one)
+        assert one.isnan().any()
+
+
 def test_rows_of_weight_0_count_as_nothing_where_every_logit_counts() -> None:
     on_ranks(3, _dropped)
 

@@ -78,7 +78,8 @@ class Options:
     terms: Terms | None = None  # of a divergence that is a function
     overwrite_student_logits: bool = False
     weight_grad: str = "dense"
-    capped: bool = False  # logits are not the products with the head as they are
+    scaled: bool = False  # of the products with the head: by a logit scale
+    capped: bool = False  # by a softcap
 
 
 class RowLoss(torch.autograd.Function):

@@ -203,7 +203,8 @@ def linear_topk_divergence(
     weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
     objective = pack(temperature, divergence, mass, logit_scale, softcap)
     terms = None if isinstance(divergence, Divergence) else divergence
-    options = Options(backend, terms, weight_grad=weight_grad, capped=logit_scale != 1 or softcap is not None)
+    bent = {"scaled": logit_scale != 1, "capped": softcap is not None}
+    options = Options(backend, terms, weight_grad=weight_grad, **bent)
     if shards is not None:
         per_token = sharded_loss(
             student_hidden, student_weight, student_bias, teacher, k, mass, temperature, sampled_ids, weights,

@@ -64,8 +64,8 @@ def temperature_of(
 def head_numbers(
     packed: Tensor,  # as `pack` gives it
 ) -> tuple[Tensor, Tensor]:  # (), ()
-    """The logit scale and the softcap, one that changes nothing for none, where a trace cannot `unpack`."""
-    return packed[2], packed[3].clamp(max=checks.NO_CAP)
+    """The logit scale, and the softcap if there is one, where a trace cannot `unpack`."""
+    return packed[2], packed[3]
 
 
 def require_objective(divergence: object, mass: str) -> None:

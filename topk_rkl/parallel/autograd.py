@@ -177,10 +177,8 @@ class LinearLogitsAt(torch.autograd.Function):
         options: Options,
         group: dist.ProcessGroup,
     ) -> Tensor:  # (..., K), float64 where logits are not the products as they are
-        z = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group)
-        slope = None
-        if objective is not None and options.capped:
-            z, slope = capped(z.double(), *head_numbers(objective))
+        raw = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group)
+        z, slope = _of_products(raw, objective, options)
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
         ctx.group, ctx.dtype = group, hidden.dtype
         describe_head(ctx, head, bias, options)
@@ -225,9 +223,8 @@ class LinearLogitsAndTail(torch.autograd.Function):
         options: Options,
         group: dist.ProcessGroup,
     ) -> Tensor:  # (..., K + 1) float64
-        z = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group).double()
-        if objective is not None and options.capped:
-            z, _ = capped(z, *head_numbers(objective))
+        raw = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group)
+        z, _ = _of_products(raw.double(), objective, options)
         tail = joined(ops.linear_tail_logit(hidden, head, bias, ids, objective, options.backend), objective, group)
         columns = torch.cat((z, tail[..., None]), -1)
         ctx.options, ctx.group = options, group
@@ -256,6 +253,18 @@ class LinearLogitsAndTail(torch.autograd.Function):
         if dhidden is not None:
             dhidden = all_reduce(dhidden, ctx.group).to(hidden.dtype)
         return dhidden, dhead, dbias, None, None, None, None
+
+
+def _of_products(
+    raw: Tensor,  # (..., K)
+    objective: Tensor | None,  # (numbers,)
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:  # (..., K), and (..., K) or ()
+    """The logits, in float64 where they are not the products, and their derivative; None is 1."""
+    if objective is None or not (options.scaled or options.capped):
+        return raw, None
+    scale, softcap = head_numbers(objective)
+    return capped(raw.double(), scale, softcap if options.capped else None)
 
 
 def _of_slots_and_tail(
