@@ -66,8 +66,8 @@ class _WithinHead:
             outputs = self.model(**inputs)
         if len(taken) != 1:
             raise RuntimeError(
-                f"the model ran its head {len(taken)} times in one forward pass, not once; take the loss from its logits "
-                "with topk_reverse_kl"
+                f"the model ran its head {len(taken)} times in one forward pass, not once; take the loss from its "
+                "logits with topk_reverse_kl"
             )
         logits = _logits(outputs)
         if seen:

@@ -68,7 +68,7 @@ def head_of(model: nn.Module) -> Head:
         )
     module = _trained(unwrapped(module))
     _require_plain(module)
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     return Head(module, *_bent_by(config.get_text_config() if hasattr(config, "get_text_config") else config))
 
 
