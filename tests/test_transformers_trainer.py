@@ -1,24 +1,34 @@
 """The Trainer of transformers with our loss has, at its optimiser, the gradient of the formula in float64."""
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from tests.ranks import WORLD, on_ranks, together
+from tests.sharded_model import whole
 from tests.tiny_models import FAMILIES, K, collate, distance, formula, inputs_of, rows, tiny
 from topk_rkl.loss import ForwardKL, Support, teacher_topk
+from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK
 from topk_rkl.trainers.transformers import Distillation, distill
 
 ROUNDING = 1e-6  # of a gradient in float32, relative
+PAGES = Path(__file__).parent.parent / "docs/integrations"
 ENTRIES = ("hidden", "logits")
 ROWS = rows()
 BATCH = collate(ROWS)
@@ -375,3 +385,144 @@ def test_a_batch_without_labels_is_refused() -> None:
     distilled = distill(student, teacher_of(), k=K)
     with pytest.raises(ValueError, match="the batch has no labels"):
         distilled(student(**inputs_of(BATCH)), None)
+
+
+def trained_together(group: Any, folder: Path, entry: str, averaged: bool) -> tuple[dict[str, Tensor], str, float]:
+    """The gradients of a Trainer on this rank, which has rows `rank` and `rank + 4`, the model's wrapper, the loss."""
+    given = {
+        "RANK": group.rank(),
+        "LOCAL_RANK": group.rank(),
+        "WORLD_SIZE": WORLD,
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": 1,
+    }
+    try:
+        os.environ |= {name: str(value) for name, value in given.items()}  # as torchrun does
+        student = tiny()
+        distilled = distill(student, teacher_of(), k=K, entry=entry)
+        gradients, trainer = run(folder, student, distilled, 1, 2, average_tokens_across_devices=averaged)
+        return gradients, type(trainer.model_wrapped).__name__, logged(trainer)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in given:
+            os.environ.pop(name)
+
+
+@together
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_ranks_have_the_gradient_of_one_process(tmp_path: Path, entry: str) -> None:
+    value, want = formula(tiny(), teacher_of(), BATCH)
+    for gradients, wrapper, loss in on_ranks(WORLD, trained_together, tmp_path, entry, True):
+        assert distance(gradients, want) < ROUNDING
+        assert wrapper == "DistributedDataParallel" and loss == pytest.approx(value, rel=ROUNDING)
+
+
+@together
+@pytest.mark.slow
+def test_ranks_that_count_by_themselves_have_the_mean_of_their_means(tmp_path: Path) -> None:
+    results = on_ranks(WORLD, trained_together, tmp_path, "hidden", False)
+    parts = [formula(tiny(), teacher_of(), collate(ROWS[rank::WORLD]))[1] for rank in range(WORLD)]
+    want = {name: sum(part[name] for part in parts) / WORLD for name in parts[0]}
+    assert distance(results[0][0], want) < ROUNDING
+    assert distance(want, formula(tiny(), teacher_of(), BATCH)[1]) > 0.01
+
+
+def wrapped_gradients(group: Any, how: str, entry: str) -> dict[str, Tensor]:
+    """Of this rank, which has rows rank, rank + 2 and so on, with the loss that the Trainer multiplies by the ranks."""
+    student, mesh = tiny(), DeviceMesh.from_group(group, "cpu")
+    names = [name for name, _ in student.named_parameters()]
+    distilled = distill(student, teacher_of(), k=K, entry=entry)
+    wrapped: nn.Module = student
+    if how == "DDP":
+        wrapped = DistributedDataParallel(student, process_group=group)
+    if how == "FSDP1":
+        wrapped = FullyShardedDataParallel(
+            student, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is student.lm_head,
+        )  # fmt: skip
+    if how == "FSDP2":
+        for unit in (student.model.layers[0], student.lm_head, student):
+            fully_shard(unit, mesh=mesh)
+    batch = collate(ROWS[group.rank() :: group.size()])
+    loss = distilled(wrapped.train()(**inputs_of(batch)), batch["labels"], (BATCH["labels"][:, 1:] != -100).sum())
+    (loss * group.size()).backward()
+    if how == "FSDP1":
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            return dict(zip(names, [p.grad.clone() for p in wrapped.parameters()]))
+    return dict(zip(names, [whole(p.grad) for p in wrapped.parameters()]))
+
+
+@together
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_wrappers_have_the_gradient_of_one_process(how: str, entry: str) -> None:
+    want = formula(tiny(), teacher_of(), BATCH)[1]
+    for gradients in on_ranks(2, wrapped_gradients, how, entry):
+        assert distance(gradients, want) < ROUNDING
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
+
+
+def lines(block: str) -> int:
+    return len([line for line in block.splitlines() if line])
+
+
+def test_the_page_of_the_trainer_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"Qwen/Qwen3-0.6B": tiny("qwen3"), "Qwen/Qwen3-4B": teacher_of("qwen3")}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", models.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    first, weighted = blocks("transformers.md")
+    scope = {
+        "collator": collate,
+        "data": datasets.Dataset.from_list(ROWS),
+        "tokenizer": SimpleNamespace(eos_token_id=2),
+    }
+    exec(first, scope)
+    student, teacher = models.values()
+    value, _ = formula(student.eval(), teacher, BATCH, 32)  # whose head is as it is
+    assert value < formula(tiny("qwen3"), teacher, BATCH, 32)[0]
+    assert float(loss_of(student, scope["loss"])) == pytest.approx(value, rel=ROUNDING)
+    assert lines(first) <= 5
+    exec(weighted, scope)
+    labels = torch.where(torch.arange(BATCH["labels"].shape[1]) == 6, 2, BATCH["labels"])
+    want, _ = formula(student.eval(), teacher, BATCH | {"labels": labels}, 32, factors=labels != 2)
+    assert float(loss_of(student, scope["loss"], labels)) == pytest.approx(want, rel=ROUNDING)
+
+
+def test_the_page_of_the_loop_trains() -> None:
+    student, teacher = tiny().train(), teacher_of()
+    optimizer = torch.optim.SGD(student.parameters(), 1.0)
+    scope = {"student": student, "teacher": teacher, "batch": {**BATCH}, "optimizer": optimizer, "torch": torch}
+    first, _, from_logits = blocks("loop.md")
+    exec(first, scope)
+    want = formula(tiny(), teacher, BATCH, 32)[1]
+    assert distance({name: p.grad for name, p in student.named_parameters()}, want) < ROUNDING
+    assert lines(first) <= 5
+    before = dict(tiny().named_parameters())
+    for name, p in student.named_parameters():
+        torch.testing.assert_close(p, before[name] - p.grad)
+    exec(from_logits, scope)
+    fresh = tiny()
+    scope["from_logits"](fresh, teacher, BATCH["labels"], **inputs_of(BATCH)).backward()
+    assert distance({name: p.grad for name, p in fresh.named_parameters()}, want) < ROUNDING
+
+
+def looped(group: Any) -> dict[str, Tensor]:
+    """The gradients of the page's loop under DDP, with two micro-batches on each rank."""
+    scope: dict[str, Any] = {}
+    exec(blocks("loop.md")[1], scope)
+    student, micro_batches = tiny().train(), [collate([row]) for row in ROWS[group.rank() :: WORLD]]
+    head_loss = HeadLoss(DistributedDataParallel(student, process_group=group))
+    scope["gradients"](HeadTopK(teacher_of(), K), head_loss, micro_batches, WORLD)
+    return {name: p.grad for name, p in student.named_parameters()}
+
+
+@together
+@pytest.mark.slow
+def test_the_loop_of_the_page_has_the_gradient_of_one_process_on_every_rank() -> None:
+    for gradients in on_ranks(WORLD, looped):
+        assert distance(gradients, formula(tiny(), teacher_of(), BATCH)[1]) < ROUNDING
