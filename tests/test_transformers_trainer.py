@@ -14,15 +14,25 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
 from tests.ranks import WORLD, on_ranks, together
 from tests.sharded_model import whole
-from tests.tiny_models import FAMILIES, K, collate, distance, formula, inputs_of, rows, tiny
+from tests.tiny_models import FAMILIES, K, V, collate, distance, formula, inputs_of, rows, tiny
 from topk_rkl.loss import ForwardKL, Support, teacher_topk
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK
 from topk_rkl.trainers.transformers import Distillation, distill
@@ -156,11 +166,14 @@ def test_an_adapter_that_comes_after_the_loss_is_refused_too(train: Train) -> No
 
 
 def test_an_adapter_on_the_head_of_the_teacher_is_refused_and_the_named_call_has_it(train: Train) -> None:
-    student, teacher = tiny(), lora(target_modules=["lm_head"])
+    student, teacher, seen = tiny(), lora(target_modules=["lm_head"]), []
     with pytest.raises(TypeError, match=re.escape("distill(student, lambda inputs: teacher(**inputs).logits, k=...)")):
         distill(student, teacher, k=K)
-    gradients, _ = train(student, distill(student, lambda inputs: teacher(**inputs).logits, k=K))
+    gradients, _ = train(
+        student, distill(student, lambda inputs: seen.append([*inputs]) or teacher(**inputs).logits, k=K)
+    )
     assert distance(gradients, formula(tiny(), teacher, BATCH)[1]) < ROUNDING
+    assert seen == [[*inputs_of(BATCH)]]
 
 
 def test_evaluation_and_generation_see_the_head_as_it_is(train: Train) -> None:
@@ -168,7 +181,7 @@ def test_evaluation_and_generation_see_the_head_as_it_is(train: Train) -> None:
     teacher.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
     distilled = distill(student, teacher, k=K)
     _, trainer = train(student, distilled, 4, 2, per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=1)
-    assert asked == [False] * 3
+    assert asked == [False] * 3 and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert logged(trainer, "eval_loss") == pytest.approx(formula(student, teacher, BATCH)[0], rel=ROUNDING)
     made = trainer.predict(datasets.Dataset.from_list(ROWS))
     asked.clear()
@@ -179,6 +192,19 @@ def test_evaluation_and_generation_see_the_head_as_it_is(train: Train) -> None:
     fresh = tiny()
     fresh.load_state_dict(student.state_dict())
     assert torch.equal(found, fresh.generate(prompt, max_new_tokens=5, do_sample=False)) and asked == []
+
+
+def test_sft_trainer_of_trl_takes_the_function(tmp_path: Path) -> None:
+    words = WordLevel({str(token): token for token in range(V)}, unk_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="0", bos_token="1", eos_token="2")
+    student, teacher, data, seen = tiny(), teacher_of(), datasets.Dataset.from_list(ROWS), Gradients()
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    SFTTrainer(
+        student, SFTConfig(str(tmp_path), gradient_checkpointing=False, **options, **quiet), train_dataset=data,
+        processing_class=tokenizer, callbacks=[seen], compute_loss_func=distill(student, teacher, k=K),
+    ).train()  # fmt: skip
+    assert distance(seen.last, formula(tiny(), teacher, BATCH)[1]) < ROUNDING
 
 
 def stored(teacher: PreTrainedModel) -> list[dict[str, list]]:
@@ -380,6 +406,13 @@ def test_arguments_are_refused_before_a_trainer_starts(arguments: dict[str, Any]
         distill(tiny(), **{"teacher": teacher_of(), **arguments})
 
 
+def test_an_encoder_decoder_is_refused() -> None:
+    student = tiny()
+    student.config.is_encoder_decoder = True
+    with pytest.raises(TypeError, match="student is an encoder-decoder, whose labels are not shifted"):
+        distill(student, teacher_of(), k=K)
+
+
 def test_a_batch_without_labels_is_refused() -> None:
     student = tiny()
     distilled = distill(student, teacher_of(), k=K)
@@ -485,12 +518,12 @@ def test_the_page_of_the_trainer_trains(tmp_path: Path, monkeypatch: pytest.Monk
     student, teacher = models.values()
     value, _ = formula(student.eval(), teacher, BATCH, 32)  # whose head is as it is
     assert value < formula(tiny("qwen3"), teacher, BATCH, 32)[0]
-    assert float(loss_of(student, scope["loss"])) == pytest.approx(value, rel=ROUNDING)
+    assert loss_of(student, scope["loss"]).item() == pytest.approx(value, rel=ROUNDING)
     assert lines(first) <= 5
     exec(weighted, scope)
     labels = torch.where(torch.arange(BATCH["labels"].shape[1]) == 6, 2, BATCH["labels"])
     want, _ = formula(student.eval(), teacher, BATCH | {"labels": labels}, 32, factors=labels != 2)
-    assert float(loss_of(student, scope["loss"], labels)) == pytest.approx(want, rel=ROUNDING)
+    assert loss_of(student, scope["loss"], labels).item() == pytest.approx(want, rel=ROUNDING)
 
 
 def test_the_page_of_the_loop_trains() -> None:

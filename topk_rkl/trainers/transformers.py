@@ -19,13 +19,13 @@ from topk_rkl.objective import require_objective
 from topk_rkl.recipe.weighting import aggregate
 from topk_rkl.support import Support
 from topk_rkl.trainers.head_loss import HeadTopK, require_told, within_head
-from topk_rkl.trainers.heads import Head, head_of
+from topk_rkl.trainers.heads import Head, head_of, unwrapped
 
 Entry = Literal["hidden", "logits"]
 Inputs = dict[str, Any]  # what a model is called with, by name
 Asked = Callable[[Inputs], Support | Tensor]
 COLUMNS = "teacher_ids", "teacher_log_probs"  # of a batch with a stored teacher
-NOT_OF_A_TEACHER = *COLUMNS, "num_items_in_batch", "use_cache"
+NOT_OF_A_TEACHER = "num_items_in_batch", "use_cache", "past_key_values"
 HOOKS = "_topk_rkl_hooks"
 
 
@@ -60,6 +60,8 @@ def distill(
     checks.require_one_of("entry", entry, get_args(Entry))
     k, mass = checks.require_count("k", k), options.get("mass", "renormalized")
     require_objective(options.get("divergence", REVERSE_KL), mass)
+    if getattr(getattr(unwrapped(student), "config", None), "is_encoder_decoder", False):
+        raise TypeError("student is an encoder-decoder, whose labels are not shifted; the loss is for decoders alone")
     if entry == "hidden":
         _head_of_student(student)
     if isinstance(teacher, nn.Module):
@@ -111,10 +113,10 @@ class Distillation:
             )
         self._inputs, self._in_head = None, None
         if "labels" not in inputs:  # which the Trainer takes out
-            self._inputs = inputs
+            self._inputs = {name: x for name, x in inputs.items() if name not in NOT_OF_A_TEACHER}
             if self.entry == "hidden" and student.training and torch.is_grad_enabled():
                 head = _head_of_student(student)
-                self._in_head = _InHead(head, self.asked(inputs), self.options, probed=head != self._told)
+                self._in_head = _InHead(head, self.asked(self._inputs), self.options, probed=head != self._told)
                 self._in_head.taken = self._replaced.enter_context(within_head(head.module, self._in_head.forward))
         return args, {name: x for name, x in inputs.items() if name not in COLUMNS}
 
@@ -206,7 +208,7 @@ def _asked_of_model(teacher: nn.Module, k: int | None, normalize: bool) -> Asked
         raise TypeError(f"{error}. {remedy}") from error
 
     def asked(inputs: Inputs) -> Support:
-        given = {name: x for name, x in inputs.items() if name not in NOT_OF_A_TEACHER}
+        given = {name: x for name, x in inputs.items() if name not in COLUMNS}
         device = next(x.device for x in given.values() if isinstance(x, Tensor))
         if next(teacher.parameters()).device != device:
             teacher.to(device)
