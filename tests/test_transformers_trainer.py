@@ -347,6 +347,14 @@ def test_labels_in_the_call_leave_the_student_its_own_loss() -> None:
     assert torch.equal(student(**BATCH).loss, want)
 
 
+@pytest.mark.parametrize(("training", "grad"), [(True, False), (False, True)])
+def test_the_head_gives_logits_but_in_a_training_step(training: bool, grad: bool) -> None:
+    student = tiny()
+    distill(student, teacher_of(), k=K)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(student.train(training)(**inputs_of(BATCH)).logits, tiny()(**inputs_of(BATCH)).logits)
+
+
 def test_the_head_is_its_own_again_after_an_error() -> None:
     student = tiny().train()
     want = student(**inputs_of(BATCH)).logits
@@ -469,10 +477,11 @@ def wrapped_gradients(group: Any, how: str, entry: str) -> dict[str, Tensor]:
     wrapped: nn.Module = student
     if how == "DDP":
         wrapped = DistributedDataParallel(student, process_group=group)
-    if how == "FSDP1":
+    if how.startswith("FSDP1"):
+        unit = student.model.layers[0] if how.endswith("root") else student.lm_head
         wrapped = FullyShardedDataParallel(
             student, process_group=group, use_orig_params=True, device_id=torch.device("cpu"),
-            auto_wrap_policy=lambda module, recurse, **_: recurse or module is student.lm_head,
+            auto_wrap_policy=lambda module, recurse, **_: recurse or module is unit,
         )  # fmt: skip
     if how == "FSDP2":
         for unit in (student.model.layers[0], student.lm_head, student):
@@ -480,7 +489,7 @@ def wrapped_gradients(group: Any, how: str, entry: str) -> dict[str, Tensor]:
     batch = collate(ROWS[group.rank() :: group.size()])
     loss = distilled(wrapped.train()(**inputs_of(batch)), batch["labels"], (BATCH["labels"][:, 1:] != -100).sum())
     (loss * group.size()).backward()
-    if how == "FSDP1":
+    if how.startswith("FSDP1"):
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
             return dict(zip(names, [p.grad.clone() for p in wrapped.parameters()]))
     return dict(zip(names, [whole(p.grad) for p in wrapped.parameters()]))
@@ -488,7 +497,7 @@ def wrapped_gradients(group: Any, how: str, entry: str) -> dict[str, Tensor]:
 
 @together
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
+@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP1, head in the root", "FSDP2"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_wrappers_have_the_gradient_of_one_process(how: str, entry: str) -> None:
     want = formula(tiny(), teacher_of(), BATCH)[1]
