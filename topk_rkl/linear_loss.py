@@ -19,7 +19,7 @@ from topk_rkl.parallel.logits import linear_select
 from topk_rkl.parallel.losses import linear_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
-from topk_rkl.temperature import Temperature, require_temperatures, temperatures
+from topk_rkl.temperature import require_temperatures, temperatures
 
 WeightGrad = Literal["dense", "sparse"]
 
@@ -93,8 +93,8 @@ def linear_topk_reverse_kl(
     student_bias: Tensor | None = None,  # (V,)
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     logit_scale: float = 1.0,
@@ -154,8 +154,8 @@ def linear_topk_divergence(
     student_bias: Tensor | None = None,  # (V,)
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     logit_scale: float = 1.0,

@@ -51,7 +51,7 @@ from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
-from topk_rkl.temperature import Temperature, require_temperatures, temperatures
+from topk_rkl.temperature import require_temperatures, temperatures
 
 __all__ = [
     "AlphaBeta",
@@ -125,8 +125,8 @@ def topk_reverse_kl(
     *,
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
@@ -191,8 +191,8 @@ def topk_divergence(
     mass: Mass = "renormalized",
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
