@@ -19,7 +19,9 @@ from topk_rkl.loss import (
     Support,
     TopKDivergenceLoss as TopKDivergenceLoss,
     TopKReverseKLLoss as TopKReverseKLLoss,
+    causal_topk_reverse_kl,
     generalized_jsd,
+    linear_causal_topk_reverse_kl,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
@@ -33,7 +35,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Support",
+    "causal_topk_reverse_kl",
     "generalized_jsd",
+    "linear_causal_topk_reverse_kl",
     "linear_teacher_topk",
     "linear_topk_divergence",
     "linear_topk_reverse_kl",
