@@ -1,6 +1,6 @@
 """The losses from hidden states: the student's logits, and the teacher's, never exist all at once."""
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -306,6 +306,9 @@ class LinearTopKDivergenceLoss(nn.Module):
             student_hidden, student_weight, teacher, weights=weights, denominator=denominator,
             student_bias=student_bias, sampled_ids=sampled_ids, **self.options,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward  # which nn.Module types as Any
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -8,7 +8,7 @@ loss.backward()
 The entries from logits are here, those from hidden states in `topk_rkl.linear_loss`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -377,6 +377,9 @@ class TopKDivergenceLoss(nn.Module):
         return topk_divergence(
             student_logits, teacher, weights=weights, denominator=denominator, sampled_ids=sampled_ids, **self.options
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # which nn.Module types as Any
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
