@@ -31,6 +31,8 @@ def as_weighted(
     checks.require_tensor("labels", labels, checks.INTEGERS)
     checks.require_same_positions("labels", labels, student, value_per_position=True, student_name=student_name)
     ignore_index = checks.require_integer("ignore_index", ignore_index)
+    if abs(ignore_index) > checks.LARGEST:
+        raise ValueError(f"ignore_index is {ignore_index}; it must be an int of at most 64 bits")
     counted = labels != ignore_index  # (B, T)
     if weights is not None:
         checks.require_weights(weights, student, student_name)

@@ -201,8 +201,8 @@ def linear_topk_divergence(
         require_backend(group, k, mass, teacher)
     vocabs = len(student_weight), teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {
-        "divergence": divergence, "mass": mass, "temperature": checks.seen(temperature),
-        "teacher_temperature": checks.seen(teacher_temperature), "logit_scale": logit_scale, "softcap": softcap,
+        "divergence": divergence, "mass": mass, "temperature": temperature,
+        "teacher_temperature": teacher_temperature, "logit_scale": logit_scale, "softcap": softcap,
         "a backward pass": torch.is_grad_enabled() and student_hidden.requires_grad,
     }  # fmt: skip
     shards = shards_of(group, (student_hidden, teacher), *vocabs, k, asked_for)

@@ -268,8 +268,8 @@ def topk_divergence(
         require_backend(group, k, mass, student_logits, teacher)
     vocabs = student_logits.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {
-        "divergence": divergence, "mass": mass, "temperature": checks.seen(temperature),
-        "teacher_temperature": checks.seen(teacher_temperature),
+        "divergence": divergence, "mass": mass, "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
     }  # fmt: skip
     shards = shards_of(group, (student_logits, teacher), *vocabs, k, asked_for)
     weights, backend = as_factors(weights, student_logits), requested()
