@@ -12,6 +12,8 @@ from topk_rkl.rows import result_dtype
 from topk_rkl.support import Support
 from topk_rkl.trainers.heads import Head, head_of
 
+__all__ = ["HeadLoss", "HeadTopK", "within_head"]
+
 ROUNDINGS = 4  # of the logits' dtype, that a model's logits may differ by from those that its config tells
 
 
