@@ -475,8 +475,8 @@ def wrapped_gradients(group: Any, how: str, entry: str) -> dict[str, Tensor]:
     names = [name for name, _ in student.named_parameters()]
     distilled = distill(student, teacher_of(), k=K, entry=entry)
     wrapped: nn.Module = student
-    if how == "DDP":
-        wrapped = DistributedDataParallel(student, process_group=group)
+    if how.startswith("DDP"):
+        wrapped = DistributedDataParallel(student, process_group=group, static_graph=how.endswith("static"))
     if how.startswith("FSDP1"):
         unit = student.model.layers[0] if how.endswith("root") else student.lm_head
         wrapped = FullyShardedDataParallel(
@@ -497,7 +497,7 @@ def wrapped_gradients(group: Any, how: str, entry: str) -> dict[str, Tensor]:
 
 @together
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP1, head in the root", "FSDP2"])
+@pytest.mark.parametrize("how", ["DDP", "DDP, static", "FSDP1", "FSDP1, head in the root", "FSDP2"])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_wrappers_have_the_gradient_of_one_process(how: str, entry: str) -> None:
     want = formula(tiny(), teacher_of(), BATCH)[1]

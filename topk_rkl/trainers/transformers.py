@@ -151,7 +151,7 @@ class Distillation:
         given = as_weighted(per_token.unsqueeze(-1), "outputs", None, labels, num_items_in_batch, 1, -100, factors, {})
         loss = aggregate(per_token, given["weights"], denominator=given["denominator"])
         returned: Tensor = outputs.logits
-        return loss + 0 * returned[..., -1].sum()  # FSDP1 hangs its hooks on what the model returns
+        return loss + 0 * returned[..., -1].sum()  # whose hooks DDP with static_graph, and FSDP1, need
 
 
 class _InHead:
