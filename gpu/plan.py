@@ -12,8 +12,8 @@ from gpu.steps import Step
 # Ordered so that what takes longest begins first.
 TESTED = (
     "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "linear_logits", "cuda", "divergence", "mass",
-    "supports", "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
-    "compute_sanitizer",
+    "supports", "temperature", "composition", "properties", "weighting", "causal", "diagnostics", "backends", "slabs",
+    "outputs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {
@@ -31,6 +31,7 @@ UNTESTED = {
     "gpu_kit": "the rehearsal of the steps",
     "gpu_plan": "the plans, and how results are told",
     "gpu_results": "how results are collected and reported",
+    "head_loss": "models of transformers, on CPU tensors",
     "interpreter": "Triton's interpreter",
     "memory": "the resident memory of a process; test_gpu.py reads that of a GPU",
     "native": "the extension of CPUs",
