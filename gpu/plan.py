@@ -31,6 +31,7 @@ UNTESTED = {
     "gpu_kit": "the rehearsal of the steps",
     "gpu_plan": "the plans, and how results are told",
     "gpu_results": "how results are collected and reported",
+    "integration_pages": "the pages of trainers that need GPUs, on stand-ins and CPU tensors",
     "interpreter": "Triton's interpreter",
     "memory": "the resident memory of a process; test_gpu.py reads that of a GPU",
     "native": "the extension of CPUs",
