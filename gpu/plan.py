@@ -32,6 +32,7 @@ UNTESTED = {
     "gpu_plan": "the plans, and how results are told",
     "gpu_results": "how results are collected and reported",
     "head_loss": "models of transformers, on CPU tensors",
+    "integration_pages": "the pages of trainers that need GPUs, on stand-ins and CPU tensors",
     "interpreter": "Triton's interpreter",
     "memory": "the resident memory of a process; test_gpu.py reads that of a GPU",
     "native": "the extension of CPUs",
