@@ -1,0 +1,283 @@
+"""TRL's distillation trainers with the loss on the teacher's top K; each is made, and its TRL module read, when asked.
+
+from topk_rkl.trainers.trl import TopKGKDTrainer
+
+trainer = TopKGKDTrainer("student", teacher_model="teacher", args=GKDConfig(beta=1.0), train_dataset=dataset, k=32)
+
+The losses alone, as functions of TRL's signatures, are in `topk_rkl.trainers.trl_losses`. A trainer of your own takes a
+mix-in instead: `class Mine(TopKJSD, MyGKDTrainer)`.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_rkl.diagnostics import topk_diagnostics
+from topk_rkl.divergence import REVERSE_KL, Mass
+from topk_rkl.loss import Support, teacher_topk
+from topk_rkl.recipe.weighting import special_token_mask
+from topk_rkl.trainers import trl_losses
+from topk_rkl.trainers.trl_losses import Compared
+
+_Trainer: Any = object  # TRL's trainer, which follows the mix-in in the order of resolution
+DIAGNOSTICS = ("student_entropy", "student_mass", "overlap_count")
+
+
+class TopKMixin(_Trainer):
+    """What the trainers share: the options, and diagnostics among the logs.
+
+    Args:
+        k: how many of the teacher's tokens are compared; written over the configuration's own number where it has one.
+        divergence: see `topk_divergence`; None is reverse KL, and warns if the configuration's `beta` says another.
+            "beta" follows the configuration: forward KL at 0, reverse KL at 1, `generalized_jsd(beta)` between.
+        mass: "renormalized", "tail", "raw" or "raw_stop_grad"; see `topk_divergence`.
+        special_token_ids: ids whose first occurrence in each completion the loss leaves out, as `special_token_mask`.
+        diagnostics: names of `topk_rkl.diagnostics`, logged as "topk_rkl/student_mass" and so on: means over the tokens
+            that count. They read the student's logits once more; () costs nothing.
+        The other arguments: those of TRL's trainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        k: int = 32,
+        divergence: Compared | None = None,
+        mass: Mass = "renormalized",
+        special_token_ids: Iterable[int] = (),
+        diagnostics: Sequence[str] = DIAGNOSTICS,
+        **kwargs: Any,
+    ) -> None:
+        self.k, self.mass, self.diagnostics = k, mass, tuple(diagnostics)
+        self.divergence: Compared = REVERSE_KL if divergence is None else divergence
+        self.special_token_ids = tuple(special_token_ids)
+        super().__init__(*args, **kwargs)
+        beta = self._beta()
+        if divergence is None and beta not in (None, 1):
+            warnings.warn(
+                f"beta is {beta}, but this loss is reverse KL, which is beta=1.0; pass beta=1.0 in the configuration, "
+                'or divergence="beta" to follow it',
+                stacklevel=2,
+            )
+
+    def _beta(self) -> float | None:
+        """TRL's coefficient, None where TRL allows one value alone."""
+        return float(self.args.beta)
+
+    def _kept(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T) bool
+        """Where no special token stands."""
+        if not self.special_token_ids:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return special_token_mask(ids, self.special_token_ids)
+
+    def _log_diagnostics(self, sums: dict[str, Tensor], count: Tensor) -> None:
+        """The means over all ranks, among the trainer's own metrics. Every rank calls this."""
+        if not sums:
+            return
+        values = torch.stack([x.double() for x in (*sums.values(), count)])  # (names + 1,)
+        *totals, n = self.accelerator.gather(values[None]).sum(0).tolist()
+        if n > 0:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name, total in zip(sums, totals):
+                metrics[f"topk_rkl/{name}"].append(total / n)
+
+    def _watch(
+        self,
+        student_logits: Tensor,  # (B, T, V)
+        teacher: Tensor | Support,  # (B, T, V), or (B, T, K)
+        kept: Tensor,  # (B, T) bool
+        temperature: float,
+    ) -> None:
+        """Logs the diagnostics of the tokens that count."""
+        k = None if isinstance(teacher, Support) else self.k
+        if self.diagnostics:
+            watched = topk_diagnostics(student_logits, teacher, self.diagnostics, k=k, temperature=temperature)
+            self._log_diagnostics({name: x[kept].sum() for name, x in watched.items()}, kept.sum())
+
+
+class TopKJSD(TopKMixin):
+    """For GKDTrainer, GOLDTrainer and IWOPDTrainer: replaces their public `generalized_jsd_loss`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.args, "use_uld_loss", False):
+            raise ValueError("use_uld_loss is True, and that loss has no top K; leave it out of GOLDConfig")
+        if getattr(self.args, "distillation_objective", "jsd") != "jsd":
+            raise ValueError(
+                f"distillation_objective is {self.args.distillation_objective!r}, a loss of sampled tokens; pass "
+                'distillation_objective="jsd" in IWOPDConfig'
+            )
+        if getattr(self, "use_teacher_server", False):
+            raise ValueError("use_teacher_server is True; use TopKServerDistillationTrainer for a teacher on a server")
+        self._loss = trl_losses.generalized_jsd_loss(self.k, divergence=self.divergence, mass=self.mass)
+        if hasattr(self.args, "loss_top_k"):  # of IW-OPD, which goes another way where it is 1
+            self.args.loss_top_k = self.loss_top_k = self.k
+
+    def generalized_jsd_loss(
+        self,
+        student_logits: Tensor,  # (B, T, V)
+        teacher_logits: Tensor,  # (B, T, V)
+        labels: Tensor,  # (B, T)
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        **options: Any,
+    ) -> Tensor:  # ()
+        labels = labels.masked_fill(~self._kept(labels), -100)
+        selected = self.mass == "renormalized"  # once for loss and diagnostics
+        teacher = teacher_topk(teacher_logits, self.k) if selected else teacher_logits
+        self._watch(student_logits, teacher, labels != -100, temperature)
+        return self._loss(student_logits, teacher, labels, beta, temperature, reduction, **options)
+
+
+class TopKGKD(TopKJSD):
+    """For GKDTrainer, which samples with top_p = 1 whatever its configuration says.
+
+    Args:
+        top_p: of the student's rollouts. The other trainers have it in their configuration.
+    """
+
+    def __init__(self, *args: Any, top_p: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if top_p is not None:
+            self.generation_config.top_p = self.generation_kwargs["top_p"] = top_p
+
+
+class TopKDistillation(TopKMixin):
+    """For DistillationTrainer: replaces the private `_chunked_divergence_loss` for the time of a loss."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._watched: list[dict[str, Tensor]] = []
+        self._loss = trl_losses.chunked_divergence_loss(
+            self.k, divergence=self.divergence, mass=self.mass, diagnostics=self.diagnostics, watch=self._watched.append
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A special token is one that no student wrote, such as a tool's answer; TRL's count is of the others."""
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.special_token_ids:
+            batch["tool_mask"] = batch.get("tool_mask", 1) * self._kept(batch["completion_ids"])
+            count = (batch["completion_mask"] * batch["tool_mask"]).sum()
+            batch["num_items_in_batch"] = self.accelerator.gather(count).sum()
+        return batch
+
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        module = import_module("trl.trainer.distillation_trainer")
+        with _replaced(module, "_chunked_divergence_loss", self._loss):
+            return super()._compute_loss(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._watched.clear()
+        loss = super().compute_loss(*args, **kwargs)
+        for watched in self._watched:  # now that the forward of DDP or FSDP is over, where no rank may wait
+            count = torch.tensor(len(next(iter(watched.values()))), device=self.accelerator.device)
+            self._log_diagnostics({name: x.sum() for name, x in watched.items() if name != "student_entropy"}, count)
+        if "student_entropy" not in self.diagnostics:
+            self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # of NaN
+        return loss
+
+
+class TopKServer(TopKMixin):
+    """For ServerDistillationTrainer: replaces the private `_compute_server_forward_kl_loss`.
+
+    TRL asks the server for more than one token at `beta=0.0` alone, which is therefore what the configuration must say;
+    `divergence` decides all the same, and None is reverse KL.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.beta != 0:
+            raise ValueError(
+                f"beta is {self.args.beta}, for which TRL asks the server for one token; pass beta=0.0 in "
+                "ServerDistillationConfig: divergence decides what is compared"
+            )
+        self.args.loss_top_k = self.loss_top_k = self.k
+        self._loss = trl_losses.server_forward_kl_loss(divergence=self.divergence, mass=self.mass)
+
+    def _beta(self) -> None:
+        return None
+
+    def _compute_server_forward_kl_loss(
+        self,
+        teacher_result: dict[str, Tensor],  # topk_token_ids, topk_logprobs: (B, T, K)
+        student_log_probs: Tensor,  # (B, T, V)
+        labels: Tensor,  # (B, T)
+    ) -> Tensor:  # ()
+        labels = labels.masked_fill(~self._kept(labels), -100)
+        teacher = Support(teacher_result["topk_token_ids"], teacher_result["topk_logprobs"])
+        self._watch(student_log_probs, teacher, labels != -100, 1.0)
+        return self._loss(teacher_result, student_log_probs, labels)
+
+
+class TopKSDPO(TopKMixin):
+    """For SDPOTrainer: replaces `compute_topk_self_distillation_loss`, as its module sees it, for the time of a loss.
+
+    Args:
+        support: "teacher" compares the teacher's best K, "student" the student's, as TRL does.
+    """
+
+    def __init__(self, *args: Any, support: Any = "teacher", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.distillation_mode != "topk_logits" or self.args.use_teacher_server:
+            raise ValueError(
+                f"distillation_mode is {self.args.distillation_mode!r} and use_teacher_server "
+                f'{self.args.use_teacher_server}; pass distillation_mode="topk_logits" in SDPOConfig, and no server'
+            )
+        if self.mass not in ("renormalized", "tail"):
+            raise ValueError(f"mass is {self.mass!r}; SDPO has 'renormalized' and 'tail'")
+        self.args.distillation_topk, self.args.distillation_add_tail = self.k, self.mass == "tail"
+        self._loss = trl_losses.topk_self_distillation_loss(divergence=self.divergence, support=support)
+
+    def _beta(self) -> float:
+        return float(self.args.distillation_alpha)
+
+    def _compute_self_distillation_loss(self, model: Any, inputs: Any, distillation_logits: Any) -> Any:
+        logits = distillation_logits
+        logits.loss_mask = logits.loss_mask * self._kept(logits.completion_ids)
+        self._watch(logits.student_logits, logits.teacher_logits, logits.loss_mask != 0, 1.0)
+        module = import_module("trl.experimental.sdpo.sdpo_trainer")
+        with _replaced(module, "compute_topk_self_distillation_loss", self._loss):
+            return super()._compute_self_distillation_loss(model, inputs, logits)
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """The module's function of that name is `value` within: TRL has no argument for it."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+TRAINERS = {
+    "TopKDistillationTrainer": (TopKDistillation, "trl.trainer.distillation_trainer", "DistillationTrainer"),
+    "TopKGKDTrainer": (TopKGKD, "trl.experimental.gkd", "GKDTrainer"),
+    "TopKGOLDTrainer": (TopKJSD, "trl.experimental.gold", "GOLDTrainer"),
+    "TopKIWOPDTrainer": (TopKJSD, "trl.experimental.iw_opd", "IWOPDTrainer"),
+    "TopKSDPOTrainer": (TopKSDPO, "trl.experimental.sdpo", "SDPOTrainer"),
+    "TopKServerDistillationTrainer": (
+        TopKServer, "trl.experimental.server_distillation", "ServerDistillationTrainer",
+    ),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A trainer of `TRAINERS`, once it is asked for: TRL takes seconds to import, and GOLD is none of SDPO's business."""
+    if name not in TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    mixin, module, base = TRAINERS[name]
+    trainer = type(name, (mixin, getattr(import_module(module), base)), {"__module__": __name__, "__doc__": mixin.__doc__})
+    globals()[name] = trainer
+    return trainer
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *TRAINERS]
