@@ -20,6 +20,7 @@ INTEGERS = (torch.int32, torch.int64)
 LARGEST = torch.iinfo(torch.int64).max
 LARGEST_FLOAT = torch.finfo(torch.float64).max
 NUMBERS = (torch.uint8, torch.int8, torch.int16, *INTEGERS, *FLOATS)
+FACTORS = (torch.bool, *FLOATS)  # of positions: weights and masks
 TEMPERATURES = (1e-30, 1e30)
 NO_CAP = 1e30  # from here on softcap * tanh(z / softcap) is z to the last bit, for every |z| below 1e22
 
@@ -124,16 +125,17 @@ def require_number(name: str, value: Any) -> None:
 def require_denominator(
     value: float | Tensor | None,
     like: Tensor | None,  # what it divides, (...)
+    name: str = "denominator",
 ) -> None:
     if isinstance(value, Tensor):
-        require_tensor("denominator", value, NUMBERS)
+        require_tensor(name, value, NUMBERS)
         if value.dim() != 0:
-            raise ValueError(f"denominator has shape {shape_of(value)}; it must be a number or a 0-d tensor")
-        require_constant("denominator", value)
+            raise ValueError(f"{name} has shape {shape_of(value)}; it must be a number or a 0-d tensor")
+        require_constant(name, value)
         if like is not None:
-            require_same_reality("denominator", value, "the loss", like)
+            require_same_reality(name, value, "the loss", like)
     elif value is not None:
-        require_number("denominator", value)
+        require_number(name, value)
 
 
 def require_list(name: str, x: object, items: str) -> None:
@@ -188,6 +190,16 @@ def require_logits(
     require_tensor(name, x, FLOATS)
     if x.dim() == 0 or (x.shape[-1] == 0 and not sharded):
         raise ValueError(f"{name} has shape {shape_of(x)}; it must be (..., V) with V of at least 1")
+
+
+def require_positions(
+    name: str,
+    x: Any,  # (B, T, anything), plain or a DTensor
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {kind_of(x)}; it must be a torch.Tensor")
+    if x.dim() < 2:
+        raise ValueError(f"{name} has shape {shape_of(x)}; it must be (B, T, ...), with a position for each label")
 
 
 def require_constant_logits(
@@ -247,6 +259,16 @@ def require_same_positions(
     require_same_device(name, x, student_name, student)
 
 
+def require_factors(name: str, x: object) -> None:
+    """Refuses integers too: labels and ids given for a mask would train, each token by its number."""
+    if isinstance(x, Tensor) and x.dtype not in FACTORS and x.dtype in NUMBERS:
+        raise TypeError(
+            f"{name} is {x.dtype}; it must be bool or float, since integers may be labels or ids: pass {name}.bool() "
+            "for a mask of 0 and 1, or labels != -100 (an attention mask counts prompts too)"
+        )
+    require_tensor(name, x, FACTORS)
+
+
 def require_weights(
     x: Tensor | None,  # (...)
     student: Tensor,  # (..., V) or (..., H)
@@ -254,7 +276,7 @@ def require_weights(
 ) -> None:
     if x is None:
         return
-    require_tensor("weights", x, (torch.bool, *NUMBERS))
+    require_factors("weights", x)
     require_constant("weights", x)
     require_same_positions("weights", x, student, value_per_position=True, student_name=student_name)
 

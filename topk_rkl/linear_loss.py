@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from topk_rkl import checks, ops
 from topk_rkl.autograd import LinearLoss, LinearMassLoss, Options
 from topk_rkl.backends import requested
+from topk_rkl.causal import as_weighted
 from topk_rkl.divergence import REVERSE_KL, Divergence, Mass, Terms
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack, require_objective
@@ -219,6 +220,34 @@ def linear_topk_divergence(
         weight, bias, ids = whole_head(student_weight, student_bias, ids)
         per_token, *_ = LinearLoss.apply(student_hidden, weight, bias, ids, log_probs, weights, objective, options)
     return reduce(per_token, weights, reduction, denominator)
+
+
+def linear_causal_topk_reverse_kl(
+    student_hidden: Tensor,  # (B, T, H)
+    student_weight: Tensor,  # (V, H)
+    teacher: Tensor | Support,  # (B, T, V_teacher) logits, or a Support of (B, T, K) or (B, T - 1, K)
+    labels: Tensor,  # (B, T)
+    *,
+    num_items_in_batch: float | Tensor | None = None,
+    world_size: int = 1,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,  # (B, T)
+    **options: Any,
+) -> Tensor:  # () or (B, T)
+    """`causal_topk_reverse_kl` from hidden states.
+
+    Args:
+        student_hidden: (B, T, H), what the head is given for the input ids, neither shifted nor cut.
+        student_weight: (V, H), see `linear_topk_reverse_kl`.
+        teacher, labels, num_items_in_batch, world_size, ignore_index, weights: see `causal_topk_reverse_kl`.
+        **options: those of `linear_topk_divergence`: student_bias, logit_scale, softcap, k, temperature and so on.
+
+    Returns, Raises: see `causal_topk_reverse_kl`.
+    """
+    checks.require_positions("student_hidden", student_hidden)
+    labelled = labels, num_items_in_batch, world_size, ignore_index, weights, options
+    asked = as_weighted(student_hidden, "student_hidden", teacher, *labelled)
+    return linear_topk_divergence(student_hidden, student_weight, **asked)
 
 
 class LinearTopKDivergenceLoss(nn.Module):

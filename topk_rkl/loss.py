@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from topk_rkl import checks
 from topk_rkl.autograd import MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
+from topk_rkl.causal import as_weighted
 from topk_rkl.divergence import (
     REVERSE_KL,
     AlphaBeta,
@@ -34,6 +35,7 @@ from topk_rkl.linear_loss import (
     LinearTopKDivergenceLoss,
     LinearTopKReverseKLLoss,
     WeightGrad,
+    linear_causal_topk_reverse_kl,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
@@ -68,8 +70,10 @@ __all__ = [
     "TopKDivergenceLoss",
     "TopKReverseKLLoss",
     "WeightGrad",
+    "causal_topk_reverse_kl",
     "generalized_jsd",
     "global_count",
+    "linear_causal_topk_reverse_kl",
     "linear_teacher_topk",
     "linear_topk_divergence",
     "linear_topk_reverse_kl",
@@ -141,7 +145,7 @@ def topk_reverse_kl(
         teacher: (..., V_teacher) logits, of which `k` are selected as by `teacher_topk`; or a `Support`. Must not
             require grad. Slots whose id is outside the student's vocabulary are outside S.
         k: how many tokens to compare, 1 <= k <= V_teacher; only with teacher logits. k = 1 gives exactly 0, and warns.
-        weights: (...) bool, integer or float, any sign: the factor of each position; None is 1 for all. A position of
+        weights: (...) bool or float, any sign: the factor of each position; None is 1 for all. A position of
             weight 0 contributes exactly 0 whatever it holds, NaN included.
         temperature: divides both sides' logits. The loss is not multiplied by its square.
         reduction: "none" gives the weighted loss of each position, (...); "sum" their sum; "mean" that sum over
@@ -271,6 +275,48 @@ def topk_divergence(
     else:
         per_token, _ = SelectLoss.apply(student_logits, teacher, k, weights, objective, options)
     return reduce(per_token, weights, reduction, denominator)
+
+
+def causal_topk_reverse_kl(
+    student_logits: Tensor,  # (B, T, V)
+    teacher: Tensor | Support,  # (B, T, V_teacher) logits, or a Support of (B, T, K) or (B, T - 1, K)
+    labels: Tensor,  # (B, T)
+    *,
+    num_items_in_batch: float | Tensor | None = None,
+    world_size: int = 1,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,  # (B, T)
+    **options: Any,
+) -> Tensor:  # () or (B, T)
+    """`topk_reverse_kl` with labels for weights: shifted, masked and divided as causal language models do.
+
+    Position t counts where labels[:, t + 1] is no `ignore_index`, since it predicts that token. The last position
+    predicts nothing and never counts. Nothing is sliced, so no copy of the logits is made.
+
+    Args:
+        student_logits: (B, T, V), those that the model gives for the input ids, neither shifted nor cut.
+        teacher: of the same positions: (B, T, V_teacher) logits with `k`, or a `Support` of (B, T, K). A Support of
+            (B, T - 1, K) lacks the last position, which predicts nothing.
+        labels: (B, T) int64 or int32 as transformers collates them, not shifted. In packed rows the first token of each
+            sequence is an `ignore_index`, since no position of its sequence predicts it.
+        num_items_in_batch: how many labels count over all micro-batches and ranks of the step, a number or 0-d tensor,
+            as the Trainer of transformers passes it. None divides by those of this call.
+        world_size: how many ranks num_items_in_batch counts whose gradients DDP or FSDP average: multiplies the loss.
+            The Trainer multiplies by itself, so 1 is right there.
+        ignore_index: the label that does not count.
+        weights: (B, T) bool or float, a factor per label, such as of `special_token_mask`. Their sum divides where
+            num_items_in_batch is None.
+        **options: those of `topk_divergence`: k, divergence, mass, temperature, reduction and so on.
+
+    Returns:
+        () float32, or float64 from float64 logits. With reduction="none" (B, T): that of labels[:, t + 1] at t.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
+    """
+    checks.require_positions("student_logits", student_logits)
+    labelled = labels, num_items_in_batch, world_size, ignore_index, weights, options
+    return topk_divergence(student_logits, **as_weighted(student_logits, "student_logits", teacher, *labelled))
 
 
 class TopKDivergenceLoss(nn.Module):

@@ -24,7 +24,7 @@ def global_count(
     and ranks is then the mean over all positions, however unevenly they are spread.
 
     Args:
-        weights: (...) bool, integer or float: the `weights` of the losses, 1 per position where a loss has none. A
+        weights: (...) bool or float: the `weights` of the losses, 1 per position where a loss has none. A
             list holds those of all micro-batches that one optimiser step accumulates, of any shapes. A rank without
             rows passes a tensor of 0 elements.
         group: the ranks whose losses or gradients are added up: a ProcessGroup, or a DeviceMesh of one dimension such
@@ -70,7 +70,7 @@ def _require_counted(weights: object) -> Sequence[Tensor]:
     for name, x in named.items():
         if hasattr(x, "full_tensor"):
             raise TypeError(f"{name} is a DTensor; pass {name}.to_local(), the part of this rank, and their group")
-        checks.require_tensor(name, x, (torch.bool, *checks.NUMBERS))
+        checks.require_factors(name, x)
         checks.require_constant(name, x)
         checks.require_same_device(name, x, first, like)
     return [*named.values()]

@@ -123,7 +123,7 @@ def contrast(
 
 def return_to_go(
     rewards: Tensor,  # (..., T)
-    mask: Tensor | None = None,  # (..., T) bool, integer or float
+    mask: Tensor | None = None,  # (..., T) bool or float
     *,
     gamma: float = 1.0,
     cu_seqlens: Tensor | None = None,  # (sequences + 1,) int
@@ -226,7 +226,7 @@ def _require_returns(
     if rewards.dim() == 0:
         raise ValueError("rewards has no dimension; it must be (..., T)")
     if mask is not None:
-        checks.require_tensor("mask", mask, (torch.bool, *checks.NUMBERS))
+        checks.require_factors("mask", mask)
         if mask.shape != rewards.shape:
             shapes = f"mask has shape {checks.shape_of(mask)} and rewards {checks.shape_of(rewards)}"
             raise ValueError(f"{shapes}; both must be (..., T)")

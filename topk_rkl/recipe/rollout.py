@@ -131,7 +131,7 @@ def sampled_token_loss(
         teacher_logits: (..., V_teacher), where the same ids mean the same tokens; must not require grad.
         ids: (...) int32 or int64, the sampled tokens. They must be below V and V_teacher wherever the weight is not 0:
             others are refused on a CPU; on a GPU, and under torch.compile, they make their position NaN.
-        weights: (...) bool, integer or float, the factor of each position; None is 1 for all. A position of weight 0
+        weights: (...) bool or float, the factor of each position; None is 1 for all. A position of weight 0
             contributes exactly 0 whatever it holds, NaN included.
         temperature: a positive number, which divides both sides' logits; use the one that sampled `ids`.
         reduction: "none" gives the weighted value of each position, (...); "sum" their sum; "mean" that sum over

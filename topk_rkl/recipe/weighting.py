@@ -19,7 +19,7 @@ Occurrences = Literal["first", "all"]
 
 def aggregate(
     per_token: Tensor,  # (B, T), reduction="none"; any shape with cu_seqlens
-    mask: Tensor,  # as per_token; bool, integer or float
+    mask: Tensor,  # as per_token; bool or float
     mode: Mode = "token-mean",
     *,
     denominator: float | Tensor | None = None,
@@ -40,7 +40,7 @@ def aggregate(
 
     Args:
         per_token: (B, T) float, the loss of each token. Where the mask is 0 it counts as 0, even if it is NaN.
-        mask: (B, T) bool, integer or float, the weights of the tokens.
+        mask: (B, T) bool or float, the weights of the tokens.
         mode: one of the table.
         denominator: the number or 0-d tensor n, such as a count over all micro-batches and ranks.
         norm: the constant length of "seq-mean-token-sum-norm"; None takes T, and is refused with cu_seqlens.
@@ -109,7 +109,7 @@ def _require_aggregation(
     cu_seqlens: Tensor | None,  # (sequences + 1,)
 ) -> None:
     checks.require_tensor("per_token", per_token, checks.FLOATS)
-    checks.require_tensor("mask", mask, (torch.bool, *checks.NUMBERS))
+    checks.require_factors("mask", mask)
     wanted = per_token.dim() == 2 if cu_seqlens is None else per_token.dim() > 0
     if not wanted or mask.shape != per_token.shape:
         raise ValueError(
