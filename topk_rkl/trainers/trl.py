@@ -69,11 +69,10 @@ class TopKMixin(_Trainer):
         """TRL's coefficient, None where TRL allows one value alone."""
         return float(self.args.beta)
 
-    def _kept(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T) bool
-        """Where no special token stands."""
-        if not self.special_token_ids:
-            return torch.ones_like(ids, dtype=torch.bool)
-        return special_token_mask(ids, self.special_token_ids)
+    def _kept(self, labels: Tensor) -> Tensor:  # (B, T) -> (B, T) bool
+        """Which labels count: neither -100 nor a special token."""
+        kept = labels != -100
+        return kept & special_token_mask(labels, self.special_token_ids) if self.special_token_ids else kept
 
     def _log_diagnostics(self, sums: dict[str, Tensor], count: Tensor) -> None:
         """The means over all ranks, among the trainer's own metrics. Every rank calls this."""
@@ -112,11 +111,11 @@ class TopKJSD(TopKMixin):
                 f"distillation_objective is {self.args.distillation_objective!r}, a loss of sampled tokens; pass "
                 'distillation_objective="jsd" in IWOPDConfig'
             )
-        if getattr(self, "use_teacher_server", False):
-            raise ValueError("use_teacher_server is True; use TopKServerDistillationTrainer for a teacher on a server")
-        self._loss = trl_losses.generalized_jsd_loss(self.k, divergence=self.divergence, mass=self.mass)
-        if hasattr(self.args, "loss_top_k"):  # of IW-OPD, which goes another way where it is 1
+        if getattr(self.args, "use_teacher_server", False):
+            raise ValueError("use_teacher_server is True; TopKServerDistillationTrainer has a teacher on a server")
+        if hasattr(self, "loss_top_k"):  # of IW-OPD, which goes another way where it is 1
             self.args.loss_top_k = self.loss_top_k = self.k
+        self._loss = trl_losses.generalized_jsd_loss(self.k, divergence=self.divergence, mass=self.mass)
 
     def generalized_jsd_loss(
         self,
@@ -128,11 +127,29 @@ class TopKJSD(TopKMixin):
         reduction: str = "batchmean",
         **options: Any,
     ) -> Tensor:  # ()
-        labels = labels.masked_fill(~self._kept(labels), -100)
-        selected = self.mass == "renormalized"  # once for loss and diagnostics
+        kept = self._kept(labels)
+        selected = self.mass == "renormalized"  # once for the loss and the diagnostics
         teacher = teacher_topk(teacher_logits, self.k) if selected else teacher_logits
-        self._watch(student_logits, teacher, labels != -100, temperature)
+        self._watch(student_logits, teacher, kept, temperature)
+        labels = labels.masked_fill(~kept, -100)
         return self._loss(student_logits, teacher, labels, beta, temperature, reduction, **options)
+
+
+class TopKBuffered(TopKJSD):
+    """For GOLDTrainer and IWOPDTrainer, which fill a buffer with the micro-batches of an optimizer step.
+
+    Divides by the tokens of that buffer. TRL divides by those of the dataset's answers, times
+    gradient_accumulation_steps: its loss and gradient are that many times too small.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        buffered = [x.get("labels") for x in self._buffered_inputs or ()] if self.model.training else []
+        if buffered and not any(labels is None for labels in buffered):  # None: a picture model makes them later
+            count = sum(self._kept(labels[:, 1:]).sum() for labels in buffered)  # no logit predicts the first
+            num_items_in_batch = self.accelerator.gather(count).sum().clamp(min=1) / self.accelerator.num_processes
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 class TopKGKD(TopKJSD):
@@ -209,10 +226,9 @@ class TopKServer(TopKMixin):
         student_log_probs: Tensor,  # (B, T, V)
         labels: Tensor,  # (B, T)
     ) -> Tensor:  # ()
-        labels = labels.masked_fill(~self._kept(labels), -100)
-        teacher = Support(teacher_result["topk_token_ids"], teacher_result["topk_logprobs"])
-        self._watch(student_log_probs, teacher, labels != -100, 1.0)
-        return self._loss(teacher_result, student_log_probs, labels)
+        kept = self._kept(labels)
+        self._watch(student_log_probs, Support(teacher_result["topk_token_ids"], teacher_result["topk_logprobs"]), kept, 1.0)
+        return self._loss(teacher_result, student_log_probs, labels.masked_fill(~kept, -100))
 
 
 class TopKSDPO(TopKMixin):
@@ -260,8 +276,8 @@ def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 TRAINERS = {
     "TopKDistillationTrainer": (TopKDistillation, "trl.trainer.distillation_trainer", "DistillationTrainer"),
     "TopKGKDTrainer": (TopKGKD, "trl.experimental.gkd", "GKDTrainer"),
-    "TopKGOLDTrainer": (TopKJSD, "trl.experimental.gold", "GOLDTrainer"),
-    "TopKIWOPDTrainer": (TopKJSD, "trl.experimental.iw_opd", "IWOPDTrainer"),
+    "TopKGOLDTrainer": (TopKBuffered, "trl.experimental.gold", "GOLDTrainer"),
+    "TopKIWOPDTrainer": (TopKBuffered, "trl.experimental.iw_opd", "IWOPDTrainer"),
     "TopKSDPOTrainer": (TopKSDPO, "trl.experimental.sdpo", "SDPOTrainer"),
     "TopKServerDistillationTrainer": (
         TopKServer, "trl.experimental.server_distillation", "ServerDistillationTrainer",
