@@ -30,11 +30,11 @@ def require_constant(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but is a constant of this loss; pass {name}.detach()")
 
 
-def require_temperature(value: float) -> None:
-    require_number("temperature", value)
+def require_temperature(value: float, name: str = "temperature") -> None:
+    require_number(name, value)
     low, high = TEMPERATURES
     if not low <= float(value) <= high:
-        raise ValueError(f"temperature is {value}; it must be positive, between {low} and {high}")
+        raise ValueError(f"{name} is {value}; it must be positive, between {low} and {high}")
 
 
 def require_top_p(value: float, name: str = "top_p") -> None:

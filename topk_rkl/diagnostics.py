@@ -20,6 +20,7 @@ from topk_rkl.objective import Objective
 from topk_rkl.parallel.heads import whole_head
 from topk_rkl.rows import chunks, live_slots, result_dtype, row_views
 from topk_rkl.support import Support, require_teacher, require_temperature_1, true_log_probs
+from topk_rkl.temperature import Temperature, per_position, require_temperatures
 
 
 class _once:
@@ -47,10 +48,11 @@ class Block:
         ids: Tensor,  # (n, K)
         log_probs: Tensor,  # (n, K)
         sampled_ids: Tensor | None,  # (n,)
-        temperature: float,
+        temperature: Temperature,  # (n,), or a number
+        teacher_temperature: Temperature,  # the same
     ) -> None:
         dtype = result_dtype(student)
-        self.student, self.temperature = student.to(dtype), temperature
+        self.student, self.temperature, self.teacher_temperature = student.to(dtype), temperature, teacher_temperature
         self.teacher = None if teacher is None else teacher.to(dtype)
         live = live_slots(ids, log_probs, student.shape[1])  # (n, K)
         ids, log_probs = Support(ids.masked_fill(~live, -1), log_probs.to(dtype)).unique()
@@ -65,7 +67,7 @@ class Block:
     @_once
     def log_q(self) -> Tensor:  # (n, V_teacher)
         assert self.teacher is not None
-        return _log_softmax(self.teacher, self.temperature)
+        return _log_softmax(self.teacher, self.teacher_temperature)
 
     @_once
     def log_p_slots(self) -> Tensor:  # (n, K)
@@ -143,17 +145,18 @@ class Block:
 
     def max_log_ratio(self) -> Tensor:
         """The largest |log p - log q| on S with both renormalised there, 0 where S is empty. Reads K slots."""
-        both = (self.student.gather(1, self.ids), self.log_probs)
-        log_p, log_q = (_log_softmax(x.masked_fill(~self.live, -torch.inf), self.temperature) for x in both)
+        z = self.student.gather(1, self.ids).masked_fill(~self.live, -torch.inf)  # (n, K)
+        log_p, log_q = _log_softmax(z, self.temperature), _log_softmax(self.log_probs, self.teacher_temperature)
         return torch.where(self.live, (log_p - log_q).abs(), 0).amax(1)
 
 
 def _log_softmax(
     x: Tensor,  # (n, X)
-    temperature: float,
+    temperature: Temperature,  # (n,), or a number
 ) -> Tensor:  # (n, X)
     """Of x / temperature. The difference from the largest comes first, since quotients of large logits lose it."""
-    return ((x - x.amax(1, keepdim=True)) / temperature).log_softmax(1)
+    by = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    return ((x - x.amax(1, keepdim=True)) / by).log_softmax(1)
 
 
 NAMES = tuple(name for name, value in vars(Block).items() if callable(value) and not name.startswith("_"))
@@ -168,7 +171,8 @@ def topk_diagnostics(
     names: Sequence[str],
     *,
     k: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: Temperature | None = None,
     sampled_ids: Tensor | None = None,  # (...)
 ) -> dict[str, Tensor]:  # (...) each
     """The named diagnostics of each position, detached. Names that are asked together share the passes over the rows.
@@ -183,10 +187,11 @@ def topk_diagnostics(
         student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; detached here.
         teacher: (..., V_teacher) logits, of which the first K are S; or a Support. "teacher_entropy" and
             "teacher_sampled_log_prob" need logits. "teacher_mass" and "overlap_token_advantage" also take a Support of
-            true log-probs, such as of teacher_topk(..., normalize=True), at temperature 1; one of logits gives NaN.
+            true log-probs, such as of teacher_topk(..., normalize=True), if the teacher's temperature is 1; one of
+            logits gives NaN.
         names: some of `NAMES`, which are the methods of `Block`.
         k: 1 <= k <= V_teacher, with teacher logits alone.
-        temperature: a positive number, that of the loss.
+        temperature, teacher_temperature: those of the loss.
         sampled_ids: (...) int32 or int64, the tokens that the student sampled, for the names in `OF_SAMPLED`.
 
     Returns:
@@ -199,8 +204,9 @@ def topk_diagnostics(
     """
     checks.require_logits("student_logits", student_logits)
     checks.require_plain(student_logits=student_logits, teacher=teacher)
-    names, k = _require_asked(names, teacher, k, temperature, sampled_ids, student_logits, "student_logits")
-    return _measured(names, student_logits, None, student_logits.shape[-1], teacher, k, sampled_ids, float(temperature))
+    both = temperature, teacher_temperature
+    names, k = _require_asked(names, teacher, k, both, sampled_ids, student_logits, "student_logits")
+    return _measured(names, student_logits, None, student_logits.shape[-1], teacher, k, sampled_ids, both)
 
 
 def linear_topk_diagnostics(
@@ -211,7 +217,8 @@ def linear_topk_diagnostics(
     *,
     student_bias: Tensor | None = None,  # (V,)
     k: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: Temperature | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     sampled_ids: Tensor | None = None,  # (...)
@@ -220,14 +227,15 @@ def linear_topk_diagnostics(
 
     Args:
         student_hidden, student_weight, student_bias, logit_scale, softcap: see `linear_topk_reverse_kl`.
-        teacher, names, k, temperature, sampled_ids: see `topk_diagnostics`.
+        teacher, names, k, temperature, teacher_temperature, sampled_ids: see `topk_diagnostics`.
 
     Returns, Raises: see `topk_diagnostics`.
     """
     head = student_weight, student_bias
     checks.require_head("student_hidden", student_hidden, "student_weight", head[0], "student_bias", head[1])
     checks.require_plain(student_hidden=student_hidden, student_weight=head[0], student_bias=head[1], teacher=teacher)
-    names, k = _require_asked(names, teacher, k, temperature, sampled_ids, student_hidden, "student_hidden")
+    both = temperature, teacher_temperature
+    names, k = _require_asked(names, teacher, k, both, sampled_ids, student_hidden, "student_hidden")
     logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
     objective, head = Objective(logit_scale=logit_scale, softcap=softcap), whole_head(*head)[:2]
 
@@ -235,7 +243,7 @@ def linear_topk_diagnostics(
         return all_logits(hidden, *head, objective)
 
     vocab = len(student_weight)
-    return _measured(names, student_hidden, logits_of, vocab, teacher, k, sampled_ids, float(temperature))
+    return _measured(names, student_hidden, logits_of, vocab, teacher, k, sampled_ids, both)
 
 
 @torch.no_grad()
@@ -247,18 +255,21 @@ def _measured(
     teacher: Tensor | Support,  # (..., V_teacher), or (..., K)
     k: int | None,
     sampled_ids: Tensor | None,  # (...)
-    temperature: float,
+    both: tuple[Temperature, Temperature | None],
 ) -> dict[str, Tensor]:  # (...) each
     support = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, requested())
     ids, log_probs = (x.contiguous() for x in support)
     logits = None if isinstance(teacher, Support) else teacher
     y = None if sampled_ids is None else sampled_ids.contiguous()
+    numbers = [both[0] if x is None else x for x in both]
+    varying = [per_position(x, student).contiguous() if isinstance(x, Tensor) else None for x in numbers]
     parts: list[list[Tensor]] = []
-    for z, w, slot_ids, slot_log_probs, tokens in row_views(student, logits, ids, log_probs, y):
+    for z, w, slot_ids, slot_log_probs, tokens, *by in row_views(student, logits, ids, log_probs, y, *varying):
         for rows in chunks(len(z), bytes_per_row=4 * vocab, whole=torch.compiler.is_compiling()):
             block = Block(
                 z[rows] if logits_of is None else logits_of(z[rows]), None if w is None else w[rows],
-                slot_ids[rows], slot_log_probs[rows], None if tokens is None else tokens[rows], temperature,
+                slot_ids[rows], slot_log_probs[rows], None if tokens is None else tokens[rows],
+                *(float(x) if t is None else t[rows] for x, t in zip(numbers, by)),
             )  # fmt: skip
             parts.append([getattr(block, name)() for name in names])
     return {name: torch.cat(column).view(student.shape[:-1]) for name, column in zip(names, zip(*parts))}
@@ -268,13 +279,14 @@ def _require_asked(
     names: Sequence[str],
     teacher: Tensor | Support,  # (..., V_teacher), or (..., K)
     k: int | None,
-    temperature: float,
+    both: tuple[Temperature, Temperature | None],
     sampled_ids: Tensor | None,  # (...)
     student: Tensor,  # (..., V) or (..., H)
     student_name: str,
 ) -> tuple[tuple[str, ...], int | None]:
     """The names, and K of teacher logits as an int."""
-    checks.require_temperature(temperature)
+    require_temperatures(*both, "renormalized", student, student_name)
+    of_teacher = both[0] if both[1] is None else both[1]
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"names is {names!r}; it must be a sequence of names, such as ('student_mass',)")
     for name in names:
@@ -283,7 +295,7 @@ def _require_asked(
         if name in OF_TEACHER_LOGITS and isinstance(teacher, Support):
             raise ValueError(f"names has {name!r}, but teacher is a Support; pass teacher logits, and k")
         if name in OF_TRUE_LOG_PROBS and isinstance(teacher, Support):
-            require_temperature_1(f"{name!r}", temperature)
+            require_temperature_1(f"{name!r}", of_teacher)
     takers = [name for name in names if name in OF_SAMPLED]
     if takers and sampled_ids is None:
         raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
@@ -294,4 +306,4 @@ def _require_asked(
                 f"{', '.join(OF_SAMPLED)}"
             )
         checks.require_sampled_ids(sampled_ids, student, "sampled_ids", student_name)
-    return tuple(names), require_teacher(teacher, k, None, temperature, student, student_name)
+    return tuple(names), require_teacher(teacher, k, None, of_teacher, student, student_name)

@@ -16,9 +16,10 @@ from topk_rkl.parallel.agreement import refused_together, require_backend, shard
 from topk_rkl.parallel.collectives import Group, require_group
 from topk_rkl.parallel.heads import TEACHER, is_dtensor, unwrap_head, unwrap_teacher, whole_head
 from topk_rkl.parallel.logits import linear_select
-from topk_rkl.parallel.losses import linear_loss as sharded_loss
+from topk_rkl.parallel.losses import linear_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
+from topk_rkl.temperature import Temperature, require_temperatures, temperatures
 
 WeightGrad = Literal["dense", "sparse"]
 
@@ -92,7 +93,8 @@ def linear_topk_reverse_kl(
     student_bias: Tensor | None = None,  # (V,)
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: Temperature | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     logit_scale: float = 1.0,
@@ -116,7 +118,7 @@ def linear_topk_reverse_kl(
         teacher: (..., V_teacher) logits with `k`, or a `Support`, such as of `linear_teacher_topk`. Slots whose id is
             outside the head are outside S.
         student_bias: (V,).
-        k, weights, temperature, reduction, denominator: see `topk_reverse_kl`.
+        k, weights, temperature, teacher_temperature, reduction, denominator: see `topk_reverse_kl`.
         logit_scale: multiplies the logits (Cohere's logit_scale; for Granite 1 / logits_scaling); 0, or between 1e-30
             and 1e30 in size.
         softcap: bounds the scaled logits (Gemma 2), at least 1e-30; None, or 1e30 and more, for no bound.
@@ -137,8 +139,8 @@ def linear_topk_reverse_kl(
     """
     return linear_topk_divergence(
         student_hidden, student_weight, teacher, student_bias=student_bias, k=k, weights=weights,
-        temperature=temperature, reduction=reduction, denominator=denominator, logit_scale=logit_scale,
-        softcap=softcap, weight_grad=weight_grad, group=group,
+        temperature=temperature, teacher_temperature=teacher_temperature, reduction=reduction, denominator=denominator,
+        logit_scale=logit_scale, softcap=softcap, weight_grad=weight_grad, group=group,
     )  # fmt: skip
 
 
@@ -152,7 +154,8 @@ def linear_topk_divergence(
     student_bias: Tensor | None = None,  # (V,)
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: Temperature | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     logit_scale: float = 1.0,
@@ -187,36 +190,40 @@ def linear_topk_divergence(
             weights=weights,
         )  # fmt: skip
         checks.require_weights(weights, student_hidden, "student_hidden")
-        checks.require_temperature(temperature)
         require_reduction(reduction, denominator, student_hidden)
         logit_scale, softcap = checks.require_logit_options(logit_scale, softcap)
         _require_weight_grad(weight_grad, mass, student_weight)
         require_objective(divergence, mass)
+        require_temperatures(temperature, teacher_temperature, mass, student_hidden, "student_hidden")
         checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
-        k = require_teacher(teacher, k, mass, temperature, student_hidden, "student_hidden", sharded)
+        given = temperature if teacher_temperature is None else teacher_temperature
+        k = require_teacher(teacher, k, mass, given, student_hidden, "student_hidden", sharded)
         require_backend(group, k, mass, teacher)
     vocabs = len(student_weight), teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {
-        "divergence": divergence, "mass": mass, "temperature": temperature, "logit_scale": logit_scale,
-        "softcap": softcap, "a backward pass": torch.is_grad_enabled() and student_hidden.requires_grad,
+        "divergence": divergence, "mass": mass, "temperature": checks.seen(temperature),
+        "teacher_temperature": checks.seen(teacher_temperature), "logit_scale": logit_scale, "softcap": softcap,
+        "a backward pass": torch.is_grad_enabled() and student_hidden.requires_grad,
     }  # fmt: skip
     shards = shards_of(group, (student_hidden, teacher), *vocabs, k, asked_for)
-    weights, temperature, backend = as_factors(weights, student_hidden), float(temperature), requested()
-    objective = pack(temperature, divergence, mass, logit_scale, softcap)
+    weights, backend = as_factors(weights, student_hidden), requested()
+    at = temperatures(temperature, teacher_temperature, student_hidden)
+    objective = pack(at.loss, divergence, mass, logit_scale, softcap)
     terms = None if isinstance(divergence, Divergence) else divergence
     bent = {"scaled": logit_scale != 1, "capped": softcap is not None}
     options = Options(backend, terms, weight_grad=weight_grad, **bent)
-    if shards is not None:
-        per_token = sharded_loss(
-            student_hidden, student_weight, student_bias, teacher, k, mass, temperature, sampled_ids, weights,
-            objective, options, shards,
+    if shards is not None or at.student is not None:
+        per_token = loss_on_slots(
+            student_hidden, student_weight, student_bias, teacher, k, mass, at, sampled_ids, weights, objective,
+            options, shards,
         )  # fmt: skip
     elif mass != "renormalized":
-        compared = classes(teacher, k, len(student_weight), temperature, sampled_ids, backend)
+        compared = classes(teacher, k, len(student_weight), at, sampled_ids, backend)
         weight, bias, _ = whole_head(student_weight, student_bias)
         per_token = LinearMassLoss.apply(student_hidden, weight, bias, *compared, weights, objective, options)
     else:
         ids, log_probs = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
+        ids, log_probs = at.divided_teacher(ids, log_probs, len(student_weight))
         weight, bias, ids = whole_head(student_weight, student_bias, ids)
         per_token, *_ = LinearLoss.apply(student_hidden, weight, bias, ids, log_probs, weights, objective, options)
     return reduce(per_token, weights, reduction, denominator)
@@ -260,6 +267,7 @@ class LinearTopKDivergenceLoss(nn.Module):
         divergence: Divergence | Terms | None = None,  # ReverseKL()
         mass: Mass = "renormalized",
         temperature: float = 1.0,
+        teacher_temperature: float | None = None,
         reduction: Reduction = "mean",
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -270,14 +278,17 @@ class LinearTopKDivergenceLoss(nn.Module):
         divergence = REVERSE_KL if divergence is None else divergence
         require_objective(divergence, mass)
         checks.require_temperature(temperature)
+        if teacher_temperature is not None:
+            checks.require_temperature(teacher_temperature, "teacher_temperature")
         require_reduction(reduction, None)
         checks.require_logit_options(logit_scale, softcap)
         _require_weight_grad(weight_grad, mass)
         k = checks.require_count("k", k)
         require_group(group)  # and kept as it is, since a mesh can be copied and saved, and a ProcessGroup cannot
         self.options: dict[str, Any] = {
-            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
-            "logit_scale": logit_scale, "softcap": softcap, "weight_grad": weight_grad, "group": group,
+            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature,
+            "teacher_temperature": teacher_temperature, "reduction": reduction, "logit_scale": logit_scale,
+            "softcap": softcap, "weight_grad": weight_grad, "group": group,
         }  # fmt: skip
 
     def forward(
@@ -308,6 +319,7 @@ class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
         k: int | None = None,
         *,
         temperature: float = 1.0,
+        teacher_temperature: float | None = None,
         reduction: Reduction = "mean",
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -315,8 +327,8 @@ class LinearTopKReverseKLLoss(LinearTopKDivergenceLoss):
         group: Group | None = None,
     ) -> None:
         super().__init__(
-            k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction, logit_scale=logit_scale,
-            softcap=softcap, weight_grad=weight_grad, group=group,
+            k, divergence=REVERSE_KL, temperature=temperature, teacher_temperature=teacher_temperature,
+            reduction=reduction, logit_scale=logit_scale, softcap=softcap, weight_grad=weight_grad, group=group,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topk_rkl import checks
+from topk_rkl import checks, ops
 from topk_rkl.autograd import MassLoss, Options, SelectLoss, SupportLoss
 from topk_rkl.backends import requested, use_backend
 from topk_rkl.causal import as_weighted
@@ -48,9 +48,10 @@ from topk_rkl.parallel.collectives import Group, require_group
 from topk_rkl.parallel.counts import global_count
 from topk_rkl.parallel.heads import is_dtensor, unwrap_logits, unwrap_teacher
 from topk_rkl.parallel.logits import select
-from topk_rkl.parallel.losses import logits_loss as sharded_loss
+from topk_rkl.parallel.losses import logits_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
+from topk_rkl.temperature import Temperature, require_temperatures, temperatures
 
 __all__ = [
     "AlphaBeta",
@@ -124,7 +125,8 @@ def topk_reverse_kl(
     *,
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: Temperature | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
@@ -147,7 +149,10 @@ def topk_reverse_kl(
         k: how many tokens to compare, 1 <= k <= V_teacher; only with teacher logits. k = 1 gives exactly 0, and warns.
         weights: (...) bool or float, any sign: the factor of each position; None is 1 for all. A position of
             weight 0 contributes exactly 0 whatever it holds, NaN included.
-        temperature: divides both sides' logits. The loss is not multiplied by its square.
+        temperature: divides both sides' logits: a number, or a float tensor of one per position, such as (B, 1) of one
+            per sequence. The loss is not multiplied by its square. A position where a tensor is not positive is NaN.
+        teacher_temperature: divides the teacher's logits instead. None is `temperature`; 1.0 is right where a server or
+            a trainer has divided them already, which would divide twice.
         reduction: "none" gives the weighted loss of each position, (...); "sum" their sum; "mean" that sum over
             sum(weights), and 0, still attached to the graph, where sum(weights) is 0.
         denominator: a number or 0-d tensor instead of sum(weights), already global over micro-batches and ranks.
@@ -172,8 +177,9 @@ def topk_reverse_kl(
         NotImplementedError: a tensor is under torch.func, vmap or forward mode.
     """
     return topk_divergence(
-        student_logits, teacher, k=k, weights=weights, temperature=temperature, reduction=reduction,
-        denominator=denominator, overwrite_student_logits=overwrite_student_logits, group=group,
+        student_logits, teacher, k=k, weights=weights, temperature=temperature,
+        teacher_temperature=teacher_temperature, reduction=reduction, denominator=denominator,
+        overwrite_student_logits=overwrite_student_logits, group=group,
     )  # fmt: skip
 
 
@@ -185,7 +191,8 @@ def topk_divergence(
     mass: Mass = "renormalized",
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: Temperature | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
@@ -213,11 +220,12 @@ def topk_divergence(
     forward KL has the gradient of r there, where the published one has that of r - log r.
 
     Args:
-        student_logits, teacher, k, weights, temperature, reduction, denominator, overwrite_student_logits, group: see
-            `topk_reverse_kl`. A Support must hold true log-probs where mass is not "renormalized", such as of
-            teacher_topk(..., normalize=True), at temperature 1: K of them do not tell the normaliser at another. 1 - Q
-            is then at least half the epsilon of their dtype. The first slot counts of an id given twice. A position
-            whose probabilities add up to more than 1 (by 1/16 in the logarithm) holds logits, and is NaN.
+        student_logits, teacher, k, weights, temperature, teacher_temperature, reduction, denominator,
+            overwrite_student_logits, group: see `topk_reverse_kl`. Temperatures are numbers where mass is not
+            "renormalized". A Support must then hold true log-probs, such as of teacher_topk(..., normalize=True), with
+            the teacher's temperature 1: K of them do not tell the normaliser at another. 1 - Q is then at least half
+            the epsilon of their dtype. The first slot counts of an id given twice. A position whose probabilities add
+            up to more than 1 (by 1/16 in the logarithm) holds logits, and is NaN.
         divergence: `ReverseKL`, `ForwardKL`, `JensenShannon`, `Mixture`, `SkewReverseKL`, `SkewForwardKL`, `AlphaBeta`,
             each with mass="renormalized" and "tail". The raw masses are for ReverseKL without clamp, ForwardKL and
             Mixture, the last two masses for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64
@@ -247,31 +255,38 @@ def topk_divergence(
         checks.require_logits("student_logits", student_logits, sharded)
         checks.require_plain(student_logits=student_logits, teacher=teacher, weights=weights)
         checks.require_weights(weights, student_logits)
-        checks.require_temperature(temperature)
         require_reduction(reduction, denominator, student_logits)
         require_objective(divergence, mass)
+        require_temperatures(temperature, teacher_temperature, mass, student_logits)
         checks.require_flag("overwrite_student_logits", overwrite_student_logits)
         checks.require_sampled_for_mass(sampled_ids, mass, student_logits, "student_logits")
         overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
         if overwrite_student_logits:
             require_overwritable(student_logits)
-        k = require_teacher(teacher, k, mass, temperature, student_logits, "student_logits", sharded)
+        given = temperature if teacher_temperature is None else teacher_temperature
+        k = require_teacher(teacher, k, mass, given, student_logits, "student_logits", sharded)
         require_backend(group, k, mass, student_logits, teacher)
     vocabs = student_logits.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else None
-    asked_for: dict[str, object] = {"divergence": divergence, "mass": mass, "temperature": temperature}
+    asked_for: dict[str, object] = {
+        "divergence": divergence, "mass": mass, "temperature": checks.seen(temperature),
+        "teacher_temperature": checks.seen(teacher_temperature),
+    }  # fmt: skip
     shards = shards_of(group, (student_logits, teacher), *vocabs, k, asked_for)
-    weights, temperature, backend = as_factors(weights, student_logits), float(temperature), requested()
-    objective = pack(temperature, divergence, mass)
+    weights, backend = as_factors(weights, student_logits), requested()
+    at = temperatures(temperature, teacher_temperature, student_logits)
+    objective = pack(at.loss, divergence, mass)
     options = Options(backend, None if isinstance(divergence, Divergence) else divergence, overwrite_student_logits)
-    if shards is not None:
-        per_token = sharded_loss(
-            student_logits, teacher, k, mass, temperature, sampled_ids, weights, objective, options, shards
+    if shards is not None or at.student is not None:
+        per_token = loss_on_slots(
+            student_logits, teacher, k, mass, at, sampled_ids, weights, objective, options, shards
         )
     elif mass != "renormalized":
-        compared = classes(teacher, k, student_logits.shape[-1], temperature, sampled_ids, backend)
+        compared = classes(teacher, k, student_logits.shape[-1], at, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)
-    elif isinstance(teacher, Support):
-        per_token, _ = SupportLoss.apply(student_logits, *teacher, weights, objective, options)
+    elif isinstance(teacher, Support) or at.teacher is not None:
+        ids, log_probs = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
+        ids, log_probs = at.divided_teacher(ids, log_probs, student_logits.shape[-1])
+        per_token, _ = SupportLoss.apply(student_logits, ids, log_probs, weights, objective, options)
     else:
         per_token, _ = SelectLoss.apply(student_logits, teacher, k, weights, objective, options)
     return reduce(per_token, weights, reduction, denominator)
@@ -329,6 +344,7 @@ class TopKDivergenceLoss(nn.Module):
         divergence: Divergence | Terms | None = None,  # ReverseKL()
         mass: Mass = "renormalized",
         temperature: float = 1.0,
+        teacher_temperature: float | None = None,
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
         group: Group | None = None,
@@ -337,12 +353,15 @@ class TopKDivergenceLoss(nn.Module):
         divergence = REVERSE_KL if divergence is None else divergence
         require_objective(divergence, mass)
         checks.require_temperature(temperature)
+        if teacher_temperature is not None:
+            checks.require_temperature(teacher_temperature, "teacher_temperature")
         require_reduction(reduction, None)
         checks.require_flag("overwrite_student_logits", overwrite_student_logits)
         k = checks.require_count("k", k)
         require_group(group)  # and kept as it is, since a mesh can be copied and saved, and a ProcessGroup cannot
         self.options: dict[str, Any] = {
-            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature, "reduction": reduction,
+            "divergence": divergence, "mass": mass, "k": k, "temperature": temperature,
+            "teacher_temperature": teacher_temperature, "reduction": reduction,
             "overwrite_student_logits": overwrite_student_logits, "group": group,
         }  # fmt: skip
 
@@ -371,11 +390,12 @@ class TopKReverseKLLoss(TopKDivergenceLoss):
         k: int | None = None,
         *,
         temperature: float = 1.0,
+        teacher_temperature: float | None = None,
         reduction: Reduction = "mean",
         overwrite_student_logits: bool = False,
         group: Group | None = None,
     ) -> None:
         super().__init__(
-            k, divergence=REVERSE_KL, temperature=temperature, reduction=reduction,
-            overwrite_student_logits=overwrite_student_logits, group=group,
+            k, divergence=REVERSE_KL, temperature=temperature, teacher_temperature=teacher_temperature,
+            reduction=reduction, overwrite_student_logits=overwrite_student_logits, group=group,
         )  # fmt: skip

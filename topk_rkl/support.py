@@ -61,7 +61,7 @@ def require_teacher(
     teacher: object,  # (..., V_teacher) logits, or a Support of (..., K)
     k: int | None,
     mass: str | None,  # None where no loss is taken
-    temperature: float,
+    temperature: float | Tensor,  # of the teacher
     student: Tensor,  # (..., V) or (..., H)
     student_name: str,
     sharded: bool = False,
@@ -91,13 +91,13 @@ def require_teacher(
     return k
 
 
-def require_temperature_1(asked: str, temperature: float) -> None:
+def require_temperature_1(asked: str, temperature: float | Tensor) -> None:
     """Refuses a Support at another temperature where `asked` needs the teacher's probabilities among all tokens."""
-    if temperature != 1:
+    if isinstance(temperature, Tensor) or temperature != 1:
         raise ValueError(
-            f"temperature is {temperature} with {asked} and a Support, whose log-probs do not tell the teacher's "
-            "normaliser at that temperature; pass teacher logits, or divide both sides' logits beforehand, as in "
-            "teacher_topk(teacher_logits / temperature, k, normalize=True)"
+            f"temperature is {checks.seen(temperature)} with {asked} and a Support, whose log-probs do not tell the "
+            "teacher's normaliser at that temperature; pass teacher logits, or take log-probs at that temperature, as "
+            "of teacher_topk(teacher_logits / temperature, k, normalize=True), and teacher_temperature=1.0"
         )
 
 

@@ -109,7 +109,7 @@ class LogitsAt(torch.autograd.Function):
         student: Tensor,  # (..., V_local)
         ids: Tensor,  # (..., K) of this rank, -1 for those of others
         options: Options,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:  # (..., K) float32, or float64 from float64
         keep_row(ctx, student, options, ids, unique=False)
         return logits_at(student, ids, group).to(result_dtype(student))
@@ -175,7 +175,7 @@ class LinearLogitsAt(torch.autograd.Function):
         ids: Tensor,  # (..., K) of this rank, -1 for those of others
         objective: Tensor | None,  # (numbers,)
         options: Options,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:  # (..., K), float64 where logits are not the products as they are
         raw = all_reduce(ops.linear_logits(hidden, head, bias, ids, options.backend), group)
         z, slope = _of_products(raw, objective, options)
@@ -200,13 +200,15 @@ class LinearLogitsAt(torch.autograd.Function):
         # What is masked stays masked, whatever its slope is.
         g = dz if slope is None else torch.where(dz == 0, 0, dz * slope)
         g = g.to(torch.float64 if ctx.dtype == torch.float64 else torch.float32)
-        dhidden = None
+        dhidden, alone = None, ctx.group is None
         if ctx.needs_input_grad[0]:
             dhidden = g.new_empty((*g.shape[:-1], ctx.head_shape[1]))
             ops.linear_hidden_grad(g, ids, head, dhidden, ctx.options.backend)
-            dhidden = start_all_reduce(dhidden, ctx.group)
-        of_head = head_grads(ctx, g, ids, hidden, gathered=True)  # while the sum is under way
-        return None if dhidden is None else wait(dhidden).to(ctx.dtype), *of_head, None, None, None, None
+            dhidden = dhidden if alone else start_all_reduce(dhidden, ctx.group)
+        of_head = head_grads(ctx, g, ids, hidden, gathered=not alone)  # while the sum is under way
+        if dhidden is not None:
+            dhidden = (dhidden if alone else wait(dhidden)).to(ctx.dtype)
+        return dhidden, *of_head, None, None, None, None
 
 
 class LinearLogitsAndTail(torch.autograd.Function):

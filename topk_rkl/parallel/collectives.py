@@ -29,10 +29,10 @@ def require_group(group: object) -> Any:
 
 def all_reduce(
     x: Tensor,  # (...)
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:  # (...)
-    """The sum over the ranks."""
-    return wait(start_all_reduce(x, group)) if x.numel() else x
+    """The sum over the ranks, or x without a group."""
+    return wait(start_all_reduce(x, group)) if x.numel() and group is not None else x
 
 
 def start_all_reduce(

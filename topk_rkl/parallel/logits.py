@@ -4,6 +4,8 @@ Every rank has the same rows, and gets the same results to the bit. Without shar
 the ops and nothing else.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,11 +20,12 @@ from topk_rkl.rows import result_dtype
 
 def local_ids(
     ids: Tensor,  # (...) of the whole vocabulary
-    starts: Tensor,  # (ranks + 1,)
+    starts: Any,  # (ranks + 1,)
     vocab: int,  # of this rank's shard
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:  # (...) int32 of this rank's shard, -1 for those of other ranks and of none
-    place = ids - starts[dist.get_rank(group)]  # of the least ids it wraps, to numbers above every vocabulary
+    first = 0 if group is None else starts[dist.get_rank(group)]
+    place = ids - first  # of the least ids it wraps, to numbers above every vocabulary
     return place.masked_fill((place < 0) | (place >= vocab), -1).int()
 
 
@@ -175,7 +178,7 @@ def beside(
 def logits_at(
     logits: Tensor,  # (..., V_local)
     local: Tensor,  # (..., K) ids as `local_ids` gives them
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:  # (..., K) on every rank, 0 at ids of no rank
     """One rank has the logit and the others 0, so the sum is exact in any dtype."""
     return all_reduce(own_logits(logits, local), group)
