@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_rkl.diagnostics import topk_diagnostics
+from topk_rkl.diagnostics import OF_TRUE_LOG_PROBS, topk_diagnostics
 from topk_rkl.divergence import REVERSE_KL, Mass
 from topk_rkl.loss import Support, teacher_topk
 from topk_rkl.recipe.weighting import special_token_mask
@@ -53,8 +53,9 @@ class TopKMixin(_Trainer):
         diagnostics: Sequence[str] = DIAGNOSTICS,
         **kwargs: Any,
     ) -> None:
-        self.k, self.mass, self.diagnostics = k, mass, tuple(diagnostics)
         self.divergence: Compared = REVERSE_KL if divergence is None else divergence
+        trl_losses.require_options(self.divergence, mass, k, diagnostics)
+        self.k, self.mass, self.diagnostics = k, mass, tuple(diagnostics)
         self.special_token_ids = tuple(special_token_ids)
         super().__init__(*args, **kwargs)
         beta = self._beta()
@@ -128,7 +129,7 @@ class TopKJSD(TopKMixin):
         **options: Any,
     ) -> Tensor:  # ()
         kept = self._kept(labels)
-        selected = self.mass == "renormalized"  # once for the loss and the diagnostics
+        selected = self.mass == "renormalized" and not {*OF_TRUE_LOG_PROBS} & {*self.diagnostics}  # once for both
         teacher = teacher_topk(teacher_logits, self.k) if selected else teacher_logits
         self._watch(student_logits, teacher, kept, temperature)
         labels = labels.masked_fill(~kept, -100)
@@ -227,7 +228,9 @@ class TopKServer(TopKMixin):
         labels: Tensor,  # (B, T)
     ) -> Tensor:  # ()
         kept = self._kept(labels)
-        self._watch(student_log_probs, Support(teacher_result["topk_token_ids"], teacher_result["topk_logprobs"]), kept, 1.0)
+        self._watch(
+            student_log_probs, Support(teacher_result["topk_token_ids"], teacher_result["topk_logprobs"]), kept, 1.0
+        )
         return self._loss(teacher_result, student_log_probs, labels.masked_fill(~kept, -100))
 
 
@@ -286,11 +289,13 @@ TRAINERS = {
 
 
 def __getattr__(name: str) -> Any:
-    """A trainer of `TRAINERS`, once it is asked for: TRL takes seconds to import, and GOLD is none of SDPO's business."""
+    """A trainer of `TRAINERS`, made when it is asked for: TRL takes seconds to import, and a module for each."""
     if name not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     mixin, module, base = TRAINERS[name]
-    trainer = type(name, (mixin, getattr(import_module(module), base)), {"__module__": __name__, "__doc__": mixin.__doc__})
+    trainer = type(
+        name, (mixin, getattr(import_module(module), base)), {"__module__": __name__, "__doc__": mixin.__doc__}
+    )
     globals()[name] = trainer
     return trainer
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
-from topk_rkl.diagnostics import NAMES, OF_SAMPLED, OF_TEACHER_LOGITS, OF_TRUE_LOG_PROBS, linear_topk_diagnostics
+from topk_rkl.diagnostics import NAMES, OF_SAMPLED, OF_TEACHER_LOGITS, linear_topk_diagnostics
 from topk_rkl.divergence import REVERSE_KL, Divergence, Mass, Terms, generalized_jsd
 from topk_rkl.loss import Support, linear_teacher_topk, linear_topk_divergence, teacher_topk, topk_divergence
 from topk_rkl.objective import require_objective
@@ -22,9 +22,7 @@ from topk_rkl.recipe.builders import student_topk
 Compared = Divergence | Terms | Literal["beta"]
 Watch = Callable[[dict[str, Tensor]], None]
 MASSES = ("renormalized", "tail", "raw", "raw_stop_grad")  # the others need the tokens that the student sampled
-WATCHED = tuple(  # what a trainer can log: it does not always know the sampled tokens or the teacher's logits
-    name for name in NAMES if name not in OF_SAMPLED + OF_TEACHER_LOGITS + OF_TRUE_LOG_PROBS
-)
+WATCHED = tuple(name for name in NAMES if name not in OF_SAMPLED + OF_TEACHER_LOGITS)  # what every trainer can log
 
 
 def generalized_jsd_loss(
@@ -51,8 +49,7 @@ def generalized_jsd_loss(
     Raises:
         TypeError, ValueError: an argument is not as above, here or in the call.
     """
-    _require(divergence, mass)
-    checks.require_count("k", k)
+    require_options(divergence, mass, k)
 
     def loss(
         student_logits: Tensor,  # (B, T, V)
@@ -63,8 +60,8 @@ def generalized_jsd_loss(
         reduction: str = "batchmean",
         *,
         logits_are_probs: bool = False,
-        top_k: int = 0,
-        add_tail: bool = True,
+        top_k: int = 0,  # noqa: ARG001
+        add_tail: bool = True,  # noqa: ARG001
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:  # ()
         if logits_are_probs:
@@ -107,8 +104,7 @@ def chunked_divergence_loss(
     Raises:
         TypeError, ValueError: an argument is not as above, here or in the call.
     """
-    _require(divergence, mass, diagnostics)
-    checks.require_count("k", k)
+    require_options(divergence, mass, k, diagnostics)
 
     def loss(
         student_hidden_states: Tensor,  # (B, T, H)
@@ -135,7 +131,7 @@ def chunked_divergence_loss(
         )  # fmt: skip
         head: dict[str, Any] = {
             "student_bias": student_lm_head_bias, "logit_scale": student_logit_scale,
-            "softcap": student_final_logit_softcapping, "temperature": temperature,
+            "softcap": student_final_logit_softcapping, "temperature": temperature, "teacher_temperature": 1.0,
         }  # fmt: skip
         value = linear_topk_divergence(
             hidden, student_lm_head_weight, teacher, divergence=_compared(divergence, beta), mass=mass,
@@ -143,8 +139,7 @@ def chunked_divergence_loss(
         )  # fmt: skip
         entropy = value.new_full((), torch.nan)
         if diagnostics:
-            undivided = Support(teacher.ids, teacher.log_probs * temperature)  # since the diagnostics divide both sides
-            watched = linear_topk_diagnostics(hidden, student_lm_head_weight, undivided, diagnostics, **head)
+            watched = linear_topk_diagnostics(hidden, student_lm_head_weight, teacher, diagnostics, **head)
             entropy = watched["student_entropy"].sum() if "student_entropy" in watched else entropy
             if watch is not None:
                 watch(watched)
@@ -173,7 +168,7 @@ def topk_self_distillation_loss(
     Raises:
         TypeError, ValueError: an argument is not as above, here or in the call.
     """
-    _require(divergence)
+    require_options(divergence)
     checks.require_one_of("support", support, ("teacher", "student"))
 
     def loss(
@@ -214,7 +209,7 @@ def server_forward_kl_loss(
     Raises:
         TypeError, ValueError: an argument is not as above, here or in the call.
     """
-    _require(divergence, mass)
+    require_options(divergence, mass)
 
     def loss(
         teacher_result: dict[str, Tensor],  # topk_token_ids, topk_logprobs: (B, T, K)
@@ -248,7 +243,7 @@ def chunked_jsd_loss(
     Raises:
         TypeError, ValueError: an argument is not as above, here or in the call.
     """
-    _require(divergence)
+    require_options(divergence)
 
     def loss(
         hidden_valid: Tensor,  # (n, H)
@@ -264,7 +259,7 @@ def chunked_jsd_loss(
         add_tail_bucket: bool,
         teacher_id_idx: Tensor | None,  # (n,)
         num_teachers: int,
-        chunk_size: int,
+        chunk_size: int,  # noqa: ARG001
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # () each, and (3 num_teachers,)
         teacher = Support(
             target_ids.masked_fill(~valid_candidate_mask, -1),
@@ -272,11 +267,11 @@ def chunked_jsd_loss(
         )
         head: dict[str, Any] = {
             "student_bias": lm_head_bias, "logit_scale": logit_scale, "softcap": final_logit_softcapping,
-            "temperature": temperature,
+            "temperature": temperature, "teacher_temperature": 1.0,
         }  # fmt: skip
         per_token = linear_topk_divergence(
             hidden_valid, lm_head_weight, teacher, divergence=_compared(divergence, beta),
-            mass="tail" if add_tail_bucket else "renormalized", teacher_temperature=1.0, reduction="none", **head,
+            mass="tail" if add_tail_bucket else "renormalized", reduction="none", **head,
         )  # (n,)  # fmt: skip
         with torch.no_grad():
             watched = linear_topk_diagnostics(hidden_valid, lm_head_weight, teacher, ["student_entropy"], **head)
@@ -307,7 +302,7 @@ def _entropy(
 
 
 def _compared(divergence: Compared, beta: float) -> Divergence | Terms:
-    return generalized_jsd(beta) if divergence == "beta" else divergence  # type: ignore[return-value]
+    return generalized_jsd(beta) if divergence == "beta" else divergence
 
 
 def _at_temperature(logit_scale: float, softcap: float | None, temperature: float) -> dict[str, Any]:
@@ -327,11 +322,17 @@ def _reduced(
     return {"reduction": "sum" if summed else "mean", "denominator": num_items_in_batch}
 
 
-def _require(divergence: object, mass: object = "renormalized", diagnostics: object = ()) -> None:
+def require_options(
+    divergence: Compared,
+    mass: Mass = "renormalized",
+    k: int | None = None,
+    diagnostics: Sequence[str] = (),
+) -> None:
     checks.require_one_of("mass", mass, MASSES)
     if isinstance(divergence, str) and divergence != "beta":
         raise ValueError(f'divergence is {divergence!r}; it must be "beta", a Divergence or a function')
     require_objective(REVERSE_KL if divergence == "beta" else divergence, mass)
+    checks.require_count("k", k)
     if isinstance(diagnostics, str) or not isinstance(diagnostics, Sequence):
         raise TypeError(f"diagnostics is {diagnostics!r}; it must be a sequence of names, such as ('student_mass',)")
     for name in diagnostics:
