@@ -49,3 +49,29 @@ def save(folder: Path, seed: int, kind: str = "llama", layers: int = 1, **option
 
 def load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def server(teacher: str) -> type:
+    """TRL's client of a server with the teacher of that folder, which answers by itself, through TRL's own parser."""
+    from trl.generation.vllm_client import VLLMClient
+
+    class Client(VLLMClient):
+        def __init__(self, **_: Any) -> None:
+            self.model = load(teacher).eval()
+
+        @torch.no_grad()
+        def get_sequence_logprobs(
+            self, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, temperature: float
+        ) -> dict[str, list]:
+            answers = []
+            for ids, start in zip(sequences, prompt_lengths, strict=True):
+                log_probs = (self.model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)  # (T, V)
+                rows: list[dict | None] = [None]  # nothing predicts the first
+                for row, token in zip(log_probs, ids[1:], strict=False):
+                    best = {int(i): rank + 1 for rank, i in enumerate(row.topk(top_logprobs).indices)}
+                    best.setdefault(token, int((row > row[token]).sum()) + 1)  # the actual one always comes
+                    rows.append({str(i): {"logprob": float(row[i]), "rank": rank} for i, rank in best.items()})
+                answers.append(self._format_sequence_logprobs({"prompt_logprobs": rows}, ids, start, top_logprobs))
+            return {key: [answer[key] for answer in answers] for key in answers[0]}
+
+    return Client
