@@ -54,6 +54,8 @@ UNTESTED = {
     "sharded_training": "gloo ranks, on CPU tensors",
     "simulate": "the model of compiled code, by hand",
     "triton_launch": "launches on a stand-in for the driver",
+    "trl": "the trainers of TRL on CPU tensors",
+    "trl_losses": "losses beside TRL's own, on CPU tensors",
     "wheel": "builds and installs",
 }
 CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "scaling")  # of the GPU suite

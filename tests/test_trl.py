@@ -1,13 +1,12 @@
 """TRL's trainers with the loss on the top K: real rollouts and optimizer steps, against a step worked out by hand."""
 
 import ast
+import json
+import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,21 @@ import torch
 from torch import Tensor
 
 from tests.formulas import kl, plain
+from tests.processes import ROOT, python, run
+from tests.tiny_trl import (
+    CASES,
+    DIALOGS,
+    PROMPTS,
+    VOCAB,
+    T,
+    Tiny,
+    load,
+    saved,
+    server,
+    steps_of_one_batch,
+    trained,
+    trainer,
+)
 from topk_rkl.trainers import trl
 
 pytestmark = [
@@ -23,91 +37,20 @@ pytestmark = [
     pytest.mark.xdist_group("trl"),  # whose import takes seconds: one worker has it
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about what TRL asks of it
 ]
-PAGE = Path(__file__).parent.parent / "docs/integrations/trl.md"
-K, T = 8, 0.7
+PAGE = ROOT / "docs/integrations/trl.md"
+K = 8
 SPECIAL = list(range(5, 135))  # half of all bytes, so that some occur
-# What each trainer's configuration says beside COMMON, and the temperature of its loss.
-CASES: dict[str, tuple[dict[str, Any], float]] = {
-    "Distillation": ({"max_completion_length": 10, "temperature": T, "top_p": 0.9}, T),
-    "GKD": ({"max_new_tokens": 10, "temperature": T, "lmbda": 1.0, "beta": 1.0}, 1.0),  # TRL never passes its own
-    "GOLD": ({"max_completion_length": 10, "temperature": T, "lmbda": 1.0, "beta": 1.0, "top_p": 0.9}, T),
-    "IWOPD": ({"max_completion_length": 10, "temperature": T, "distillation_objective": "jsd", "top_p": 0.9}, T),
-    "SDPO": (
-        {"max_completion_length": 10, "temperature": T, "num_generations": 2, "distillation_mode": "topk_logits",
-         "top_p": 0.9}, T,
-    ),
-    "ServerDistillation": (
-        {"max_completion_length": 10, "temperature": T, "beta": 0.0, "teacher_model_server_url": "http://localhost",
-         "top_p": 0.9}, T,
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The module of tiny models, with the folders of a student and a teacher, and nothing to be fetched."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """The folders of a student and a teacher, and nothing to be fetched."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1"}.items():
+        for name, value in {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}.items():
             patch.setenv(name, value)
-        module, folder = import_module("tests.tiny_trl"), tmp_path_factory.mktemp("trl")
-        module.STUDENT = module.save(folder / "Qwen/Qwen3-0.6B", 0)
-        module.TEACHER = module.save(folder / "Qwen/Qwen3-4B", 1, layers=2)
-        module.FOLDER = folder
-        patch.setattr("trl.generation.vllm_client.VLLMClient", module.server(module.TEACHER))
-        yield module
-
-
-def made(name: str, tiny: Any, *, stock: bool = False, settings: dict | None = None, **options: Any) -> Any:
-    """A trainer of this name, ours or TRL's own."""
-    from datasets import Dataset
-
-    _, module, base = trl.TRAINERS[f"TopK{name}Trainer"]
-    home = "trl" if name == "Distillation" else module
-    trainer = getattr(import_module(home), base) if stock else getattr(trl, f"TopK{name}Trainer")
-    common = {
-        "output_dir": str(tiny.FOLDER / "out"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-        "max_steps": 2, "logging_steps": 1, "learning_rate": 0.01, "max_grad_norm": 0.0, "save_strategy": "no",
-        "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
-        "max_length": 64,
-    }  # fmt: skip
-    config = getattr(import_module(home), base.replace("Trainer", "Config"))
-    common = {key: value for key, value in common.items() if key in config.__dataclass_fields__}
-    rows: dict[str, list] = {"prompt": tiny.PROMPTS}
-    if name in ("GKD", "GOLD", "IWOPD"):
-        rows = {"messages": tiny.DIALOGS}
-    if name == "SDPO":
-        rows = {"prompt": [x[:1] for x in tiny.DIALOGS], "privileged_context": ["it is so"] * 8}
-        options["reward_funcs"] = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
-    elif name != "ServerDistillation":
-        options["teacher_model"] = tiny.load(tiny.TEACHER)
-    return trainer(
-        model=tiny.load(tiny.STUDENT), args=config(**{**common, **CASES[name][0], **(settings or {})}),
-        train_dataset=Dataset.from_dict(rows), processing_class=tiny.tokenizer(), **options,
-    )  # fmt: skip
-
-
-def trained(trainer: Any) -> tuple[list[dict], list[dict], dict[str, Tensor]]:
-    """Its logs, the batches of its first optimizer step with what TRL divides by, and the gradients of that step."""
-    from transformers import TrainerCallback
-
-    batches: list[dict] = []
-    grads: dict[str, Tensor] = {}
-    compute_loss = trainer.compute_loss
-
-    def watched(model: Any, inputs: dict, *args: Any, **options: Any) -> Any:
-        batches.append({**inputs, "items": options.get("num_items_in_batch")})
-        return compute_loss(model, inputs, *args, **options)
-
-    class First(TrainerCallback):
-        def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, model: Any, **___: Any) -> None:
-            if state.global_step == 0:
-                grads.update({name: p.grad.clone() for name, p in model.named_parameters()})
-
-    trainer.compute_loss = watched
-    trainer.add_callback(First())
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    return logs, batches[: trainer.args.gradient_accumulation_steps], grads
+        tiny = saved(tmp_path_factory.mktemp("trl"))
+        patch.setattr("trl.generation.vllm_client.VLLMClient", server(tiny.teacher))
+        yield tiny
 
 
 def sides(batch: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -149,7 +92,7 @@ def by_hand(name: str, batches: list[dict], student: Any, teacher: Any) -> tuple
             model(ids, attention_mask=mask).logits[:, :-1][without_special(labels)[:, 1:] != -100]
             for model, (ids, mask, labels) in zip((student, teacher), sides(batch), strict=True)
         )  # (n, V) each
-        ids, at = w.detach().topk(K).indices, CASES[name][1]
+        ids, at = w.detach().topk(K).indices, 1.0 if name == "GKD" else T  # TRL never passes GKD its own
         losses.append(plain(z, w.detach(), ids, kl, "renormalized", at))
         counts.append((without_special(sides(batch)[0][2])[:, 1:] != -100).sum(1))  # of each sequence
         log_p = (z.detach() / at).log_softmax(-1)
@@ -169,15 +112,15 @@ def by_hand(name: str, batches: list[dict], student: Any, teacher: Any) -> tuple
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_after_rollouts_is_the_one_worked_out_by_hand(name: str, tiny: Any) -> None:
+def test_a_step_after_rollouts_is_the_one_worked_out_by_hand(name: str, tiny: Tiny) -> None:
     options: dict[str, Any] = {"top_p": 0.9} if name == "GKD" else {}
     torch.manual_seed(1)
-    trainer = made(name, tiny, k=K, special_token_ids=SPECIAL, **options)
-    assert trainer.generation_config.top_p == 0.9 == trainer.generation_kwargs["top_p"]
-    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
-    logs, batches, grads = trained(trainer)
+    made = trainer(tiny, name, k=K, special_token_ids=SPECIAL, **options)
+    assert made.generation_config.top_p == 0.9 == made.generation_kwargs["top_p"]
+    before = {key: p.detach().clone() for key, p in made.model.named_parameters()}
+    logs, batches, grads = trained(made)
     student, teacher = (
-        tiny.load(folder).double() for folder in (tiny.STUDENT, tiny.STUDENT if name == "SDPO" else tiny.TEACHER)
+        load(folder).double() for folder in (tiny.student, tiny.student if name == "SDPO" else tiny.teacher)
     )
     loss, means = by_hand(name, batches, student, teacher)
     assert any((without_special(labels) != labels).any() for batch in batches for _, _, labels in sides(batch))
@@ -191,74 +134,81 @@ def test_a_step_after_rollouts_is_the_one_worked_out_by_hand(name: str, tiny: An
     assert logs[0]["topk_rkl/student_mass"] == pytest.approx(means["student_mass"], rel=1e-4)
     assert 0 <= logs[0]["topk_rkl/overlap_count"] <= K
     assert len(logs) == 2
-    assert any(not torch.equal(before[key], p) for key, p in trainer.model.named_parameters())
+    assert any(not torch.equal(before[key], p) for key, p in made.model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["Distillation", "GKD", "GOLD", "IWOPD"])
-def test_accumulated_micro_batches_give_the_step_of_one_batch(name: str, tiny: Any) -> None:
-    """On rollouts that are the same whatever the batch: none, or the best token each time."""
-    settings = {"top_k": 1} if name == "Distillation" else {"lmbda": 0.0}
-    steps = []
-    for size, times in (4, 1), (2, 2):
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": times, "max_steps": 1}
-        logs, _, grads = trained(made(name, tiny, k=K, settings={**settings, **sizes}))
-        steps.append((logs[0]["loss"], grads))
-    (loss, grads), (accumulated, sums) = steps
+def test_accumulated_micro_batches_give_the_step_of_one_batch(name: str, tiny: Tiny) -> None:
+    (loss, grads), (accumulated, sums) = (steps_of_one_batch(tiny, name, *sizes, k=K) for sizes in ((4, 1), (2, 2)))
     assert loss == pytest.approx(accumulated, rel=1e-5)
     for key, grad in grads.items():
         torch.testing.assert_close(sums[key], grad, rtol=1e-3, atol=1e-6, msg=key)
 
 
+def test_two_ranks_give_the_step_of_one(tiny: Tiny) -> None:
+    names = ["Distillation", "GKD", "GOLD"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.tiny_trl"]
+    ran = run([*command, str(tiny.folder), *names], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    for rank in range(2):
+        outcomes = json.loads((tiny.folder / f"rank{rank}.json").read_text())
+        for name in names:
+            (loss, grads), (wanted, exact) = outcomes[name], steps_of_one_batch(tiny, name, 4, 1, k=K)
+            assert loss == pytest.approx(wanted, rel=1e-5)
+            for key, grad in exact.items():
+                torch.testing.assert_close(torch.tensor(grads[key]), grad, rtol=1e-3, atol=1e-6, msg=f"{name} {key}")
+
+
 @pytest.mark.parametrize("name", ["GOLD", "IWOPD"])
-def test_trl_divides_by_too_many_tokens_which_ours_does_not(name: str, tiny: Any) -> None:
+def test_trl_divides_by_too_many_tokens_which_ours_does_not(
+    name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once this fails, TRL has repaired it, and `TopKBuffered` has nothing left to do."""
-    settings = {"lmbda": 0.0, "max_steps": 1, **({"loss_top_k": K} if name == "IWOPD" else {})}
-    losses = []
-    for size, times in (4, 1), (2, 2):
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": times}
-        losses.append(trained(made(name, tiny, stock=True, settings={**settings, **sizes}))[0][0]["loss"])
-    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-4)
+    if name == "IWOPD":
+        monkeypatch.setitem(CASES, name, {**CASES[name], "loss_top_k": K})
+    whole, halves = (steps_of_one_batch(tiny, name, *sizes, stock=True)[0] for sizes in ((4, 1), (2, 2)))
+    assert halves == pytest.approx(whole / 2, rel=1e-4)
 
 
-def test_gkd_divides_by_the_tokens_of_the_answers_in_the_dataset(tiny: Any) -> None:
-    _, batches, _ = trained(made("GKD", tiny, k=K, settings={"max_steps": 1, "per_device_train_batch_size": 4}))
+def test_gkd_divides_by_the_tokens_of_the_answers_in_the_dataset(tiny: Tiny) -> None:
+    _, batches, _ = trained(trainer(tiny, "GKD", k=K, settings={"max_steps": 1, "per_device_train_batch_size": 4}))
     generated = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    answers = sum(len(dialog[1]["content"]) + 1 for dialog in tiny.DIALOGS)  # and "</s>"
+    answers = sum(len(dialog[1]["content"]) + 1 for dialog in DIALOGS)  # and "</s>"
     assert int(batches[0]["items"]) == answers != generated
 
 
-def test_the_configuration_is_followed_where_it_is_asked_for(tiny: Any) -> None:
+def test_the_configuration_is_followed_where_it_is_asked_for(tiny: Tiny) -> None:
     """Forward KL from beta = 0, on all tokens: the loss of TRL's own trainer."""
     settings = {"lmbda": 0.0, "beta": 0.0, "max_steps": 1}
-    ours, _, _ = trained(made("GKD", tiny, k=tiny.VOCAB, divergence="beta", diagnostics=(), settings=settings))
-    theirs, _, _ = trained(made("GKD", tiny, stock=True, settings=settings))
+    ours, _, _ = trained(trainer(tiny, "GKD", k=VOCAB, divergence="beta", diagnostics=(), settings=settings))
+    theirs, _, _ = trained(trainer(tiny, "GKD", stock=True, settings=settings))
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
     assert not any(key.startswith("topk_rkl/") for key in ours[0])
 
 
-def test_no_entropy_is_logged_where_none_is_asked_for(tiny: Any) -> None:
-    trainer = made("Distillation", tiny, k=K, diagnostics=["student_mass"], settings={"max_steps": 1})
-    logs, _, _ = trained(trainer)
+def test_no_entropy_is_logged_where_none_is_asked_for(tiny: Tiny) -> None:
+    made = trainer(tiny, "Distillation", k=K, diagnostics=["student_mass"], settings={"max_steps": 1})
+    logs, _, _ = trained(made)
     assert "entropy" not in logs[0]
     assert 0 < logs[0]["topk_rkl/student_mass"] < 1
 
 
-def test_an_evaluation_logs_its_own_diagnostics(tiny: Any) -> None:
-    trainer = made("Distillation", tiny, k=K, mass="tail")
-    metrics = trainer.evaluate(trainer.train_dataset)
+def test_an_evaluation_logs_its_own_diagnostics(tiny: Tiny) -> None:
+    made = trainer(tiny, "Distillation", k=K, mass="tail")
+    metrics = made.evaluate(made.train_dataset)
     assert metrics["eval_loss"] > 0
-    assert 0 < trainer.state.log_history[-1]["eval_topk_rkl/student_mass"] < 1
+    assert 0 < made.state.log_history[-1]["eval_topk_rkl/student_mass"] < 1
 
 
-def test_a_beta_that_says_another_divergence_is_told(tiny: Any) -> None:
+def test_a_beta_that_says_another_divergence_is_told(tiny: Tiny) -> None:
     with pytest.warns(
         UserWarning, match=r"beta is 0\.5, but this loss is reverse KL, which is beta=1\.0; pass beta=1\.0"
     ):
-        made("GKD", tiny, k=K, settings={"beta": 0.5})
+        trainer(tiny, "GKD", k=K, settings={"beta": 0.5})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="beta is")
-        made("GKD", tiny, k=K, settings={"beta": 1.0})  # both remedies
-        made("GKD", tiny, k=K, settings={"beta": 0.5}, divergence="beta")
+        trainer(tiny, "GKD", k=K, settings={"beta": 1.0})  # both remedies
+        trainer(tiny, "GKD", k=K, settings={"beta": 0.5}, divergence="beta")
 
 
 @pytest.mark.parametrize(
@@ -278,15 +228,15 @@ def test_a_beta_that_says_another_divergence_is_told(tiny: Any) -> None:
     ],
 )
 def test_what_would_leave_the_loss_out_is_refused(
-    name: str, settings: dict, options: dict, message: str, tiny: Any
+    name: str, settings: dict, options: dict, message: str, tiny: Tiny
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        made(name, tiny, settings=settings, **options)
+        trainer(tiny, name, settings=settings, **options)
 
 
 def test_trl_is_imported_when_a_trainer_is_asked_for_and_its_module_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, topk_rkl.trainers.trl; assert not {'trl', 'transformers'} & {*sys.modules}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert python(code).returncode == 0
     asked: list[str] = []
     monkeypatch.setattr(trl, "import_module", lambda name: asked.append(name) or SimpleNamespace(GKDTrainer=int))
     monkeypatch.delitem(vars(trl), "TopKGKDTrainer", raising=False)
@@ -299,8 +249,8 @@ def test_trl_is_imported_when_a_trainer_is_asked_for_and_its_module_alone(monkey
         trl.TopKPPOTrainer  # noqa: B018
 
 
-@pytest.mark.parametrize("trainer", ["Distillation", "GKD", "function"])
-def test_the_lines_of_the_page_make_a_training_step(trainer: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", ["Distillation", "GKD", "function"])
+def test_the_lines_of_the_page_make_a_training_step(block: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models stand where the hub's names lead, and rollouts are cut short."""
     from datasets import Dataset
     from transformers import GenerationMixin
@@ -308,7 +258,7 @@ def test_the_lines_of_the_page_make_a_training_step(trainer: str, tiny: Any, mon
 
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3
-    code = dict(zip(["Distillation", "GKD", "function"], blocks, strict=True))[trainer]
+    code = dict(zip(["Distillation", "GKD", "function"], blocks, strict=True))[block]
     assert len(ast.parse(code).body) <= 5
     generate = GenerationMixin.generate
 
@@ -319,14 +269,14 @@ def test_the_lines_of_the_page_make_a_training_step(trainer: str, tiny: Any, mon
     monkeypatch.setattr(GenerationMixin, "generate", short)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # TRL's default: bf16
     monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(GKDTrainer.generalized_jsd_loss))
-    monkeypatch.chdir(tiny.FOLDER)
-    scope: dict[str, Any] = {"dataset": Dataset.from_dict({"messages": tiny.DIALOGS})}
-    if trainer == "Distillation":
-        scope = {"dataset": Dataset.from_dict({"prompt": tiny.PROMPTS})}
+    monkeypatch.chdir(tiny.folder)
+    scope: dict[str, Any] = {"dataset": Dataset.from_dict({"messages": DIALOGS})}
+    if block == "Distillation":
+        scope = {"dataset": Dataset.from_dict({"prompt": PROMPTS})}
     exec(code, scope)
-    if trainer == "function":  # of which a trainer of TRL's own makes the step of ours
+    if block == "function":  # of which a trainer of TRL's own makes the step of ours
         settings = {"lmbda": 0.0, "max_steps": 1}
-        scope["trainer"] = made("GKD", tiny, stock=True, settings=settings)
-        (log,), (wanted,) = (trained(x)[0] for x in (scope["trainer"], made("GKD", tiny, k=32, settings=settings)))
+        scope["trainer"] = trainer(tiny, "GKD", stock=True, settings=settings)
+        (log,), (wanted,) = (trained(x)[0] for x in (scope["trainer"], trainer(tiny, "GKD", k=32, settings=settings)))
         assert log["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert scope["trainer"].state.global_step > 0

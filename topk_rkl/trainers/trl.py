@@ -118,6 +118,18 @@ class TopKJSD(TopKMixin):
             self.args.loss_top_k = self.loss_top_k = self.k
         self._loss = trl_losses.generalized_jsd_loss(self.k, divergence=self.divergence, mass=self.mass)
 
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | float | None = None
+    ) -> Any:
+        if num_items_in_batch is not None and self.model.training:
+            num_items_in_batch = self._items(num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _items(self, counted: Tensor | float) -> Tensor | float:
+        """What a rank divides by. TRL divides by the tokens of all ranks, whose gradients are then averaged."""
+        ranks: int = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return counted / ranks
+
     def generalized_jsd_loss(
         self,
         student_logits: Tensor,  # (B, T, V)
@@ -143,14 +155,13 @@ class TopKBuffered(TopKJSD):
     gradient_accumulation_steps: its loss and gradient are that many times too small.
     """
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
-    ) -> Any:
-        buffered = [x.get("labels") for x in self._buffered_inputs or ()] if self.model.training else []
-        if buffered and not any(labels is None for labels in buffered):  # None: a picture model makes them later
-            count = sum(self._kept(labels[:, 1:]).sum() for labels in buffered)  # no logit predicts the first
-            num_items_in_batch = self.accelerator.gather(count).sum().clamp(min=1) / self.accelerator.num_processes
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _items(self, counted: Tensor | float) -> Tensor | float:
+        buffered = [x.get("labels") for x in self._buffered_inputs]
+        if any(labels is None for labels in buffered):  # a picture model makes them when a batch is due
+            return super()._items(counted)
+        count = sum(self._kept(labels[:, 1:]).sum() for labels in buffered)  # no logit predicts the first
+        ranks: Tensor = self.accelerator.gather(count)  # (ranks,)
+        return ranks.sum().clamp(min=1) / self.accelerator.num_processes
 
 
 class TopKGKD(TopKJSD):
