@@ -216,6 +216,18 @@ def test_a_beta_that_says_another_divergence_is_told(tiny: Tiny) -> None:
     [
         ("GKD", {}, {"mass": "ema_pg"}, "mass is 'ema_pg'; use one of renormalized"),
         ("GKD", {}, {"diagnostics": ["teacher_entropy"]}, "diagnostics is 'teacher_entropy'; use one of student_mass"),
+        (
+            "GOLD",
+            {"use_uld_loss": True, "teacher_tokenizer_name_or_path": "teacher"},
+            {},
+            "use_uld_loss is True, and that loss has no top K; leave it out of GOLDConfig",
+        ),
+        (
+            "IWOPD",
+            {"use_teacher_server": True, "teacher_model_server_url": "http://localhost", "beta": 0.0},
+            {"teacher_model": None},
+            "use_teacher_server is True; TopKServerDistillationTrainer has a teacher on a server",
+        ),
         ("IWOPD", {"distillation_objective": "iw_opd"}, {}, "distillation_objective is 'iw_opd', a loss of sampled"),
         ("SDPO", {"distillation_mode": "full_logits"}, {}, "distillation_mode is 'full_logits' and use_teacher_server"),
         ("SDPO", {}, {"mass": "raw"}, "mass is 'raw'; SDPO has 'renormalized' and 'tail'"),
@@ -230,6 +242,7 @@ def test_a_beta_that_says_another_divergence_is_told(tiny: Tiny) -> None:
 def test_what_would_leave_the_loss_out_is_refused(
     name: str, settings: dict, options: dict, message: str, tiny: Tiny
 ) -> None:
+    settings = {key: tiny.teacher if value == "teacher" else value for key, value in settings.items()}
     with pytest.raises(ValueError, match=message):
         trainer(tiny, name, settings=settings, **options)
 

@@ -138,7 +138,7 @@ def trainer(tiny: Tiny, name: str, *, stock: bool = False, settings: dict | None
         rows = {"prompt": [dialog[:1] for dialog in DIALOGS], "privileged_context": ["it is so"] * 8}
         options["reward_funcs"] = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
     elif name != "ServerDistillation":
-        options["teacher_model"] = load(tiny.teacher)
+        options = {"teacher_model": load(tiny.teacher), **options}
     kind = getattr(import_module(home), base) if stock else getattr(trl, f"TopK{name}Trainer")
     dataset = Dataset.from_dict(rows)
     return kind(

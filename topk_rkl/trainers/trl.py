@@ -43,6 +43,8 @@ class TopKMixin(_Trainer):
         The other arguments: those of TRL's trainer.
     """
 
+    _beta = "beta"  # what the configuration calls it, "" where TRL allows one value alone
+
     def __init__(
         self,
         *args: Any,
@@ -58,17 +60,13 @@ class TopKMixin(_Trainer):
         self.k, self.mass, self.diagnostics = k, mass, tuple(diagnostics)
         self.special_token_ids = tuple(special_token_ids)
         super().__init__(*args, **kwargs)
-        beta = self._beta()
-        if divergence is None and beta not in (None, 1):
+        name = self._beta
+        if divergence is None and name and getattr(self.args, name) != 1:
             warnings.warn(
-                f"beta is {beta}, but this loss is reverse KL, which is beta=1.0; pass beta=1.0 in the configuration, "
-                'or divergence="beta" to follow it',
+                f"{name} is {getattr(self.args, name)}, but this loss is reverse KL, which is {name}=1.0; pass "
+                f'{name}=1.0 in the configuration, or divergence="beta" to follow it',
                 stacklevel=2,
             )
-
-    def _beta(self) -> float | None:
-        """TRL's coefficient, None where TRL allows one value alone."""
-        return float(self.args.beta)
 
     def _kept(self, labels: Tensor) -> Tensor:  # (B, T) -> (B, T) bool
         """Which labels count: neither -100 nor a special token."""
@@ -160,8 +158,8 @@ class TopKBuffered(TopKJSD):
         if any(labels is None for labels in buffered):  # a picture model makes them when a batch is due
             return super()._items(counted)
         count = sum(self._kept(labels[:, 1:]).sum() for labels in buffered)  # no logit predicts the first
-        ranks: Tensor = self.accelerator.gather(count)  # (ranks,)
-        return ranks.sum().clamp(min=1) / self.accelerator.num_processes
+        per_rank: Tensor = self.accelerator.gather(count).sum().clamp(min=1) / self.accelerator.num_processes
+        return per_rank
 
 
 class TopKGKD(TopKJSD):
@@ -219,6 +217,8 @@ class TopKServer(TopKMixin):
     `divergence` decides all the same, and None is reverse KL.
     """
 
+    _beta = ""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.beta != 0:
@@ -228,9 +228,6 @@ class TopKServer(TopKMixin):
             )
         self.args.loss_top_k = self.loss_top_k = self.k
         self._loss = trl_losses.server_forward_kl_loss(divergence=self.divergence, mass=self.mass)
-
-    def _beta(self) -> None:
-        return None
 
     def _compute_server_forward_kl_loss(
         self,
@@ -252,6 +249,8 @@ class TopKSDPO(TopKMixin):
         support: "teacher" compares the teacher's best K, "student" the student's, as TRL does.
     """
 
+    _beta = "distillation_alpha"
+
     def __init__(self, *args: Any, support: Any = "teacher", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.distillation_mode != "topk_logits" or self.args.use_teacher_server:
@@ -263,9 +262,6 @@ class TopKSDPO(TopKMixin):
             raise ValueError(f"mass is {self.mass!r}; SDPO has 'renormalized' and 'tail'")
         self.args.distillation_topk, self.args.distillation_add_tail = self.k, self.mass == "tail"
         self._loss = trl_losses.topk_self_distillation_loss(divergence=self.divergence, support=support)
-
-    def _beta(self) -> float:
-        return float(self.args.distillation_alpha)
 
     def _compute_self_distillation_loss(self, model: Any, inputs: Any, distillation_logits: Any) -> Any:
         logits = distillation_logits
