@@ -293,3 +293,15 @@ def test_the_lines_of_the_page_make_a_training_step(block: str, tiny: Tiny, monk
         (log,), (wanted,) = (trained(x)[0] for x in (scope["trainer"], trainer(tiny, "GKD", k=32, settings=settings)))
         assert log["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     assert scope["trainer"].state.global_step > 0
+
+
+def test_an_adapter_trains_and_one_on_the_head_is_refused_by_trl(tiny: Tiny) -> None:
+    from peft import LoraConfig
+
+    plain_loss, _ = steps_of_one_batch(tiny, "Distillation", 4, 1, k=K)
+    adapted = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")  # at first without an effect
+    loss, grads = steps_of_one_batch(tiny, "Distillation", 4, 1, k=K, peft_config=adapted)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert any(x.count_nonzero() for x in grads.values())
+    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+        trainer(tiny, "Distillation", k=K, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))

@@ -161,7 +161,7 @@ def trained(trainer: Any) -> tuple[list[dict], list[dict], dict[str, Tensor]]:
     class First(TrainerCallback):
         def on_pre_optimizer_step(self, _: Any, state: Any, *__: Any, model: Any, **___: Any) -> None:
             if state.global_step == 0:
-                grads.update({name: p.grad.clone() for name, p in model.named_parameters()})
+                grads.update({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
 
     trainer.compute_loss = watched
     trainer.add_callback(First())
