@@ -262,6 +262,27 @@ def test_trl_is_imported_when_a_trainer_is_asked_for_and_its_module_alone(monkey
         trl.TopKPPOTrainer  # noqa: B018
 
 
+def test_a_trainer_of_trls_own_is_patched(tiny: Tiny) -> None:
+    settings = {"lmbda": 0.0, "max_steps": 1}
+    patched = trl.patch(trainer(tiny, "GKD", stock=True, settings=settings), k=K, special_token_ids=SPECIAL, top_p=0.5)
+    assert type(patched) is trl.TopKGKDTrainer
+    assert patched.generation_config.top_p == 0.5
+    ours = trainer(tiny, "GKD", k=K, special_token_ids=SPECIAL, settings=settings)
+    (log,), (wanted,) = (trained(x)[0] for x in (patched, ours))
+    assert log["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert log["topk_rkl/student_mass"] == pytest.approx(wanted["topk_rkl/student_mass"], rel=1e-5)
+    stock = trainer(tiny, "GKD", stock=True, settings=settings)
+    with pytest.raises(ValueError, match="mass is 'ema_pg'"):
+        trl.patch(stock, mass="ema_pg")
+    assert type(stock).__name__ == "GKDTrainer"
+    with pytest.raises(
+        TypeError, match=r"trainer is a builtins\.object; it must be one of TRL's DistillationTrainer, GKD"
+    ):
+        trl.patch(object())
+    with pytest.raises(TypeError, match="TopKGKDTrainer; it must be one of TRL's"):
+        trl.patch(ours)
+
+
 @pytest.mark.parametrize("block", ["Distillation", "GKD", "function"])
 def test_the_lines_of_the_page_make_a_training_step(block: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models stand where the hub's names lead, and rollouts are cut short."""

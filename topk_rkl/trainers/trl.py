@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,36 +30,44 @@ DIAGNOSTICS = ("student_entropy", "student_mass", "overlap_count")
 
 
 class TopKMixin(_Trainer):
-    """What the trainers share: the options, and diagnostics among the logs.
+    """What the trainers share: the options of `compare_top_k`, and diagnostics among the logs."""
 
-    Args:
-        k: how many of the teacher's tokens are compared; written over the configuration's own number where it has one.
-        divergence: see `topk_divergence`; None is reverse KL, and warns if the configuration's `beta` says another.
-            "beta" follows the configuration: forward KL at 0, reverse KL at 1, `generalized_jsd(beta)` between.
-        mass: "renormalized", "tail", "raw" or "raw_stop_grad"; see `topk_divergence`.
-        special_token_ids: ids whose first occurrence in each completion the loss leaves out, as `special_token_mask`.
-        diagnostics: names of `topk_rkl.diagnostics`, logged as "topk_rkl/student_mass" and so on: means over the tokens
-            that count. They read the student's logits once more; () costs nothing.
-        The other arguments: those of TRL's trainer.
-    """
-
+    _options: tuple[str, ...] = ("k", "divergence", "mass", "special_token_ids", "diagnostics")
     _beta = "beta"  # what the configuration calls it, "" where TRL allows one value alone
 
-    def __init__(
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what TRL's trainer takes, and by keyword what `compare_top_k` does."""
+        options = {name: kwargs.pop(name) for name in self._options if name in kwargs}
+        super().__init__(*args, **kwargs)
+        self.compare_top_k(**options)
+
+    def compare_top_k(
         self,
-        *args: Any,
+        *,
         k: int = 32,
         divergence: Compared | None = None,
         mass: Mass = "renormalized",
         special_token_ids: Iterable[int] = (),
         diagnostics: Sequence[str] = DIAGNOSTICS,
-        **kwargs: Any,
     ) -> None:
+        """Sets what the loss compares.
+
+        Args:
+            k: how many of the teacher's tokens; written over the configuration's own number where it has one.
+            divergence: see `topk_divergence`; None is reverse KL, and warns if the configuration's `beta` says another.
+                "beta" follows the configuration: forward KL at 0, reverse KL at 1, `generalized_jsd(beta)` between.
+            mass: "renormalized", "tail", "raw" or "raw_stop_grad"; see `topk_divergence`.
+            special_token_ids: ids whose first occurrence in each completion is left out, as by `special_token_mask`.
+            diagnostics: names of `topk_rkl.diagnostics`, logged as "topk_rkl/student_mass" and so on: means over the
+                tokens that count. They read the student's logits once more; () costs nothing.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or the configuration chooses another loss.
+        """
         self.divergence: Compared = REVERSE_KL if divergence is None else divergence
         trl_losses.require_options(self.divergence, mass, k, diagnostics)
         self.k, self.mass, self.diagnostics = k, mass, tuple(diagnostics)
         self.special_token_ids = tuple(special_token_ids)
-        super().__init__(*args, **kwargs)
         name = self._beta
         if divergence is None and name and getattr(self.args, name) != 1:
             warnings.warn(
@@ -101,8 +109,8 @@ class TopKMixin(_Trainer):
 class TopKJSD(TopKMixin):
     """For GKDTrainer, GOLDTrainer and IWOPDTrainer: replaces their public `generalized_jsd_loss`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def compare_top_k(self, **options: Any) -> None:
+        super().compare_top_k(**options)
         if getattr(self.args, "use_uld_loss", False):
             raise ValueError("use_uld_loss is True, and that loss has no top K; leave it out of GOLDConfig")
         if getattr(self.args, "distillation_objective", "jsd") != "jsd":
@@ -165,12 +173,13 @@ class TopKBuffered(TopKJSD):
 class TopKGKD(TopKJSD):
     """For GKDTrainer, which samples with top_p = 1 whatever its configuration says.
 
-    Args:
-        top_p: of the student's rollouts. The other trainers have it in their configuration.
+    `top_p` of the rollouts is an option here. The other trainers have it in their configuration.
     """
 
-    def __init__(self, *args: Any, top_p: float | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    _options = (*TopKMixin._options, "top_p")
+
+    def compare_top_k(self, *, top_p: float | None = None, **options: Any) -> None:
+        super().compare_top_k(**options)
         if top_p is not None:
             self.generation_config.top_p = self.generation_kwargs["top_p"] = top_p
 
@@ -178,8 +187,8 @@ class TopKGKD(TopKJSD):
 class TopKDistillation(TopKMixin):
     """For DistillationTrainer: replaces the private `_chunked_divergence_loss` for the time of a loss."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def compare_top_k(self, **options: Any) -> None:
+        super().compare_top_k(**options)
         self._watched: list[dict[str, Tensor]] = []
         self._loss = trl_losses.chunked_divergence_loss(
             self.k, divergence=self.divergence, mass=self.mass, diagnostics=self.diagnostics, watch=self._watched.append
@@ -219,8 +228,8 @@ class TopKServer(TopKMixin):
 
     _beta = ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def compare_top_k(self, **options: Any) -> None:
+        super().compare_top_k(**options)
         if self.args.beta != 0:
             raise ValueError(
                 f"beta is {self.args.beta}, for which TRL asks the server for one token; pass beta=0.0 in "
@@ -245,14 +254,14 @@ class TopKServer(TopKMixin):
 class TopKSDPO(TopKMixin):
     """For SDPOTrainer: replaces `compute_topk_self_distillation_loss`, as its module sees it, for the time of a loss.
 
-    Args:
-        support: "teacher" compares the teacher's best K, "student" the student's, as TRL does.
+    `support` is an option here: "teacher" compares the teacher's best K, "student" the student's, as TRL does.
     """
 
+    _options = (*TopKMixin._options, "support")
     _beta = "distillation_alpha"
 
-    def __init__(self, *args: Any, support: Any = "teacher", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def compare_top_k(self, *, support: Literal["teacher", "student"] = "teacher", **options: Any) -> None:
+        super().compare_top_k(**options)
         if self.args.distillation_mode != "topk_logits" or self.args.use_teacher_server:
             raise ValueError(
                 f"distillation_mode is {self.args.distillation_mode!r} and use_teacher_server "
@@ -293,6 +302,33 @@ TRAINERS = {
         TopKServer, "trl.experimental.server_distillation", "ServerDistillationTrainer",
     ),
 }  # fmt: skip
+
+
+def patch(trainer: Any, **options: Any) -> Any:
+    """Makes a trainer of TRL's own that exists the one of `TRAINERS`, and returns it. It trains with this loss then.
+
+    Args:
+        trainer: a DistillationTrainer, GKDTrainer, GOLDTrainer, IWOPDTrainer, SDPOTrainer or ServerDistillationTrainer.
+        options: those of `TopKMixin.compare_top_k`.
+
+    Raises:
+        TypeError, ValueError: the trainer is none of those, such as a subclass, or an option is not as it says. The
+            trainer is then as it was.
+    """
+    kind = type(trainer)
+    bases = {base: name for name, (_, _, base) in TRAINERS.items()}
+    if kind.__name__ not in bases or not kind.__module__.startswith("trl."):
+        raise TypeError(
+            f"trainer is a {kind.__module__}.{kind.__name__}; it must be one of TRL's {', '.join(bases)}, or derive from "
+            "a mix-in of topk_rkl.trainers.trl, such as TopKJSD"
+        )
+    trainer.__class__ = __getattr__(bases[kind.__name__])
+    try:
+        trainer.compare_top_k(**options)
+    except Exception:
+        trainer.__class__ = kind
+        raise
+    return trainer
 
 
 def __getattr__(name: str) -> Any:

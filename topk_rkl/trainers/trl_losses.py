@@ -62,7 +62,7 @@ def generalized_jsd_loss(
         logits_are_probs: bool = False,
         top_k: int = 0,  # noqa: ARG001
         add_tail: bool = True,  # noqa: ARG001
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> Tensor:  # ()
         if logits_are_probs:
             raise ValueError("logits_are_probs is True, as GOLD's ULD loss has it; this loss takes logits")
@@ -113,7 +113,7 @@ def chunked_divergence_loss(
         teacher_lm_head_weight: Tensor,  # (V, H_teacher)
         completion_mask: Tensor,  # (B, T)
         beta: float,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         student_lm_head_bias: Tensor | None = None,  # (V,)
         teacher_lm_head_bias: Tensor | None = None,  # (V,)
         student_logit_scale: float = 1.0,
@@ -311,7 +311,7 @@ def _at_temperature(logit_scale: float, softcap: float | None, temperature: floa
 
 
 def _reduced(
-    num_items_in_batch: Tensor | int | None,
+    num_items_in_batch: Tensor | float | None,
     like: Tensor,
     reduction: str = "batchmean",
 ) -> dict[str, Any]:
