@@ -58,9 +58,6 @@ clean:
 
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-# Nothing here runs the CUDA kernels as built for a GPU; tests build what they look at.
-.venv/%.stamp: export TOPK_RKL_BUILD_CUDA := off
-
 .venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml $(SOURCES)
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@

@@ -22,6 +22,8 @@ MODULES = (
     "topk_rkl.recipe.rewards",
     "topk_rkl.recipe.rollout",
     "topk_rkl.recipe.weighting",
+    "topk_rkl.trainers.heads",
+    "topk_rkl.trainers.head_loss",
 )
 HELPERS = ("log_probs_at", "normalized")  # of the builders, for the compositions
 HEAD = """# API

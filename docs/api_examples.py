@@ -22,8 +22,10 @@ from topk_rkl.loss import (
     TopKDivergenceLoss,
     TopKReverseKLLoss,
     WeightGrad,
+    causal_topk_reverse_kl,
     generalized_jsd,
     global_count,
+    linear_causal_topk_reverse_kl,
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
@@ -59,6 +61,8 @@ from topk_rkl.recipe.rewards import (
 )
 from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 from topk_rkl.recipe.weighting import Mode, Occurrences, aggregate, special_token_mask
+from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
+from topk_rkl.trainers.heads import Head, head_of
 
 B, T, V, H, K = 2, 8, 100, 16, 4
 student = torch.randn(B, T, V, requires_grad=True)  # logits
@@ -81,6 +85,11 @@ loss = topk_reverse_kl(student, teacher, k=K, weights=mask)
 loss.backward()
 assert student.grad.count_nonzero() <= B * T * K
 
+# %% causal_topk_reverse_kl
+labels = sampled.masked_fill(mask == 0, -100)  # (B, T) of the same tokens as the input ids, not shifted
+loss = causal_topk_reverse_kl(student, teacher, labels, k=K)
+assert torch.allclose(loss, topk_reverse_kl(student[:, :-1], teacher[:, :-1], k=K, weights=mask[:, 1:]))
+
 # %% topk_divergence
 loss = topk_divergence(student, teacher, divergence=JensenShannon(0.5), mass="tail", k=K, weights=mask)
 
@@ -94,6 +103,10 @@ assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 # %% linear_topk_divergence
 loss = linear_topk_divergence(hidden, weight, support, divergence=ForwardKL(), weights=mask)
+
+# %% linear_causal_topk_reverse_kl
+labels = sampled.masked_fill(mask == 0, -100)
+loss = linear_causal_topk_reverse_kl(hidden, weight, support, labels, num_items_in_batch=2 * B * T)
 
 # %% TopKReverseKLLoss
 criterion = TopKReverseKLLoss(K, temperature=2.0)
@@ -282,3 +295,35 @@ assert losses[0] == 1 and losses[1] == T
 # %% Occurrences
 which: Occurrences = "all"
 weights = special_token_mask(sampled, [3, 7], which)
+
+# %% head_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=H, num_attention_heads=2, num_hidden_layers=1))
+head = head_of(model)
+loss = linear_topk_reverse_kl(hidden, teacher=support, weights=mask, **head.student)
+
+# %% Head
+head = Head(torch.nn.Linear(H, V), softcap=30.0)
+support = linear_teacher_topk(teacher_hidden, k=K, **head.teacher)
+
+# %% HeadLoss
+from transformers import LlamaConfig, LlamaForCausalLM
+
+model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=H, num_attention_heads=2, num_hidden_layers=1))
+head_loss = HeadLoss(model, temperature=0.7)
+loss = head_loss(support, labels=sampled, input_ids=sampled)
+loss.backward()
+
+# %% HeadTopK
+from transformers import LlamaConfig, LlamaForCausalLM
+
+model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=H, num_attention_heads=2, num_hidden_layers=1))
+support = HeadTopK(model, K)(input_ids=sampled)
+assert support.ids.shape == (B, T, K)
+
+# %% within_head
+head = torch.nn.Linear(H, V)
+with within_head(head, lambda x: linear_topk_reverse_kl(x, head.weight, support, student_bias=head.bias)) as taken:
+    head(hidden)  # as the model that holds the head runs it
+loss = taken[0]

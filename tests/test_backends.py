@@ -39,7 +39,7 @@ def test_auto_takes_the_fastest_that_fits_and_the_reference_otherwise() -> None:
 
 def test_auto_takes_cuda_from_the_k_that_was_measured(monkeypatch) -> None:
     """On a GPU; where its kernels refuse, Triton is next."""
-    on_gpu, on_cpu = (SimpleNamespace(is_cuda=x, dtype=torch.float32) for x in (True, False))
+    on_gpu, on_cpu = (SimpleNamespace(is_cuda=x, is_cpu=not x, dtype=torch.float32) for x in (True, False))
     refused = set()
 
     def stand_in(name: str) -> SimpleNamespace:
@@ -47,6 +47,7 @@ def test_auto_takes_cuda_from_the_k_that_was_measured(monkeypatch) -> None:
         return SimpleNamespace(
             name=name,
             HOST=True,
+            INTERPRETED=True,
             refusal=lambda *_: "no" if name in refused else None,
             objective_refusal=lambda _, mass: None if mass == "renormalized" else no_masses,
         )
@@ -104,6 +105,67 @@ def test_the_package_works_where_the_extension_was_not_built() -> None:
     outcome = python(code)
     assert "'native' backend cannot run here" in outcome.stderr
     assert "install a C++20 compiler (GCC or Clang) and reinstall" in outcome.stderr
+
+
+SLOW_PATH = """
+import sys, warnings
+sys.modules[MISSING] = None
+import topk_rkl, torch
+from topk_rkl import backends, topk_divergence, topk_reverse_kl, use_backend
+
+x, w = torch.randn(2, 9), torch.randn(2, 9)
+
+
+def heard(call, *args, **options):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call(*args, **options)
+    return [f"{x.category.__name__} {x.filename}: {x.message}" for x in seen if "plain PyTorch" in str(x.message)]
+"""
+
+
+@pytest.mark.slow
+def test_the_slow_path_on_a_cpu_is_told_once_where_it_is_taken() -> None:
+    code = SLOW_PATH.replace("MISSING", "'topk_rkl._native'") + (
+        "quiet = heard(topk_reverse_kl, x.double(), w.double(), k=3)\n"
+        "quiet += heard(topk_divergence, x, w, k=3, divergence=lambda p, q: p.exp() * (p - q))\n"
+        "quiet += heard(topk_reverse_kl, x.to('meta'), w.to('meta'), k=3)\n"
+        "with use_backend('reference'):\n"
+        "    quiet += heard(topk_reverse_kl, x, w, k=3)\n"
+        "compiled = torch.compile(topk_reverse_kl, fullgraph=True, backend='eager')\n"
+        "told = heard(topk_rkl.TopKReverseKLLoss(k=3), x, w)\n"
+        "again = heard(topk_reverse_kl, x, w, k=3)\n"
+        "backends._warn_of_slow_path.cache_clear()\n"
+        "print(quiet, again, len(heard(compiled, x, w, k=3)), len(heard(compiled, x, w, k=3)))\n"
+        "print(*told, sep='\\n')\n"
+    )
+    outcome = python(code)
+    assert outcome.returncode == 0, outcome.stderr
+    counts, told = outcome.stdout.splitlines()
+    assert counts == "[] [] 1 0"
+    assert told.startswith("UserWarning <string>: plain PyTorch serves this call, slower than the 'native' backend: ")
+    assert "_native" in told and "install a C++20 compiler (GCC or Clang) and reinstall topk_rkl" in told
+    assert told.endswith("or use 'reference' by name (TOPK_RKL_BACKEND=reference), which does not warn")
+
+
+@pytest.mark.slow
+def test_the_slow_path_on_a_gpu_is_told_where_triton_is_missing() -> None:
+    code = SLOW_PATH.replace("MISSING", "'triton'") + (
+        "from types import SimpleNamespace\n"
+        "on_gpu = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.float32)\n"
+        "print(*heard(backends.choose, 'auto', 3, on_gpu), *heard(topk_reverse_kl, x, w, k=3), sep='\\n')\n"
+    )
+    (told,) = python(code).stdout.splitlines()
+    assert "slower than the 'triton' backend: " in told and "install it (pip install triton)" in told
+
+
+def test_an_extension_of_another_machine_is_not_said_to_be_absent(monkeypatch) -> None:
+    def load(name: str) -> None:
+        raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.30' not found")
+
+    monkeypatch.setattr(backends, "_load", load)
+    reason = backends.unavailable("native")
+    assert "GLIBCXX_3.4.30" in reason and "built for another machine: reinstall it on this one" in reason
 
 
 @pytest.mark.interpreter
@@ -229,7 +291,11 @@ def test_a_backward_pass_takes_the_backend_of_its_forward_pass(monkeypatch) -> N
 
 @pytest.mark.slow
 def test_the_environment_variable_sets_the_backend() -> None:
-    code = "import topk_rkl, torch; topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
+    code = (
+        "import sys, warnings; sys.modules['topk_rkl._native'] = None\n"
+        "import topk_rkl, torch; warnings.simplefilter('error')\n"  # the slow path that is asked for is not told
+        "topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
+    )
     assert python(code, TOPK_RKL_BACKEND="reference").returncode == 0
     wrong = python(code, TOPK_RKL_BACKEND="fast")
     assert wrong.returncode != 0 and "TOPK_RKL_BACKEND: there is no backend 'fast'" in wrong.stderr
@@ -241,9 +307,8 @@ def test_the_environment_variable_sets_the_backend() -> None:
 def test_triton_refuses_cpu_tensors_unless_interpreted() -> None:
     code = "import topk_rkl, torch\nwith topk_rkl.use_backend('triton'): topk_rkl.teacher_topk(torch.randn(2, 9), 3)"
     refused = python(code)
-    assert (
-        refused.returncode != 0 and "the logits are on cpu" in refused.stderr and "TRITON_INTERPRET=1" in refused.stderr
-    )
+    assert refused.returncode != 0 and "TRITON_INTERPRET=1" in refused.stderr
+    assert ("there is no GPU" if DEVICE == "cpu" else "the logits are on cpu") in refused.stderr
     interpreted = python(code, TRITON_INTERPRET="1")
     if release("triton") < (3, 7) and release("numpy") >= (2, 4):  # which that interpreter does not run on
         assert "only 0-dimensional arrays can be converted" in interpreted.stderr

@@ -37,6 +37,7 @@ from topk_rkl import (
 )
 from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 from topk_rkl.divergence import Divergence
+from topk_rkl.loss import causal_topk_reverse_kl, linear_causal_topk_reverse_kl
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.recipe import builders, composition, rewards, rollout
 from topk_rkl.recipe.builders import linear_fixed_ids
@@ -158,7 +159,7 @@ REFUSALS = {
     "temperature negative": (lambda: TopKReverseKLLoss(3, temperature=-1.0), ValueError, "temperature is -1.0"),
     "temperature nan": (lambda: topk_reverse_kl(Z, W, k=3, temperature=float("nan")), ValueError, "temperature is nan"),
     "temperature a tensor": (
-        lambda: topk_reverse_kl(Z, W, k=3, temperature=torch.ones(())),
+        lambda: TopKReverseKLLoss(3, temperature=torch.ones(())),
         TypeError,
         "temperature is a torch.Tensor",
     ),
@@ -525,12 +526,20 @@ def test_errors(name: str) -> None:
 
 H, B, Y = torch.randn(3, 16), torch.randn(50), torch.tensor([1, 2, 3])
 HEAD_16 = torch.randn(50, 16)
-LOSS = {"weights": torch.ones(3), "temperature": 1.0, "reduction": "mean", "denominator": 2.0}
+SAMPLED = {"weights": torch.ones(3), "temperature": 1.0, "reduction": "mean", "denominator": 2.0}
+LOSS = {**SAMPLED, "teacher_temperature": 1.0}
 ANY = {**LOSS, "divergence": ReverseKL(), "mass": "renormalized"}
-WATCHED = {"names": ("student_mass", "sampled_log_prob"), "temperature": 1.0, "sampled_ids": Y, "teacher": W, "k": 3}
+WATCHED = {
+    "names": ("student_mass", "sampled_log_prob"), "temperature": 1.0, "teacher_temperature": 1.0, "sampled_ids": Y,
+    "teacher": W, "k": 3,
+}  # fmt: skip
 DENSE = {"student_logits": Z, "teacher": W, "k": 3, "overwrite_student_logits": False}
 OPTIONS = {"logit_scale": 1.0, "softcap": 30.0, "weight_grad": "dense"}
 LINEAR = {"student_hidden": H, "student_weight": HEAD_16, "student_bias": B, "teacher": W, "k": 3, **OPTIONS}
+LABELLED = {
+    "teacher": W[None], "labels": Y[None], "num_items_in_batch": 2.0, "world_size": 1, "ignore_index": -100,
+    "weights": torch.ones(1, 3), "k": 3,
+}  # fmt: skip
 SIDES = {"student_log_probs": Z, "teacher_log_probs": W}
 CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "teacher_topk": (teacher_topk, {"teacher_logits": W, "k": 3, "normalize": False}),
@@ -564,11 +573,25 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     ),
     "linear_topk_reverse_kl": (linear_topk_reverse_kl, LOSS | LINEAR),
     "linear_topk_divergence": (linear_topk_divergence, ANY | LINEAR),
+    "causal_topk_reverse_kl": (causal_topk_reverse_kl, {**LABELLED, "student_logits": Z[None]}),
+    "linear_causal_topk_reverse_kl": (
+        linear_causal_topk_reverse_kl,
+        {**LABELLED, "student_hidden": H[None], "student_weight": HEAD_16},
+    ),
     "TopKReverseKLLoss": (
         TopKReverseKLLoss,
-        {"k": 3, "temperature": 1.0, "reduction": "mean", "overwrite_student_logits": False},
+        {
+            "k": 3,
+            "temperature": 1.0,
+            "teacher_temperature": 1.0,
+            "reduction": "mean",
+            "overwrite_student_logits": False,
+        },
     ),
-    "LinearTopKReverseKLLoss": (LinearTopKReverseKLLoss, {"k": 3, "temperature": 1.0, "reduction": "mean", **OPTIONS}),
+    "LinearTopKReverseKLLoss": (
+        LinearTopKReverseKLLoss,
+        {"k": 3, "temperature": 1.0, "teacher_temperature": 1.0, "reduction": "mean", **OPTIONS},
+    ),
     "TopKDivergenceLoss": (
         TopKDivergenceLoss,
         {"k": 3, "divergence": ReverseKL(), "mass": "tail", "overwrite_student_logits": False},
@@ -639,7 +662,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "k3": (rewards.k3, SIDES),
     "top_p_filter": (rollout.top_p_filter, {"logits": Z, "top_p": 0.9, "temperature": 1.0}),
     "sample_top_p": (rollout.sample_top_p, {"logits": Z, "top_p": 0.9, "generator": torch.Generator()}),
-    "sampled_token_loss": (rollout.sampled_token_loss, {**LOSS, "student_logits": Z, "teacher_logits": W, "ids": Y}),
+    "sampled_token_loss": (rollout.sampled_token_loss, {**SAMPLED, "student_logits": Z, "teacher_logits": W, "ids": Y}),
     "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
     "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
     "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
@@ -680,14 +703,17 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "divergence": {"None"}, "student_vocab": {"numpy int", "huge", "None"},
     "ids": {"int tensor", "array"}, "sampled_ids": {"int tensor"},
     "response_ids": ROWS | {"int tensor"}, "token_ids": {"empty", "array", "int tensor"},
-    "mapping": {"of other rows", "int tensor"}, "temperature": NUMBER - {"zero", "negative"},
-    "denominator": NUMBER | {"None", "0-d", "int tensor"}, "norm": NUMBER - {"zero", "negative"} | {"None"},
+    "mapping": {"of other rows", "int tensor"}, "temperature": NUMBER - {"zero", "negative"} | {"0-d", "of other rows"},
+    "teacher_temperature": NUMBER - {"zero", "negative"} | {"None", "0-d", "of other rows"},
+    "denominator": NUMBER | {"None", "0-d", "int tensor"}, "num_items_in_batch": NUMBER | {"None", "0-d", "int tensor"},
+    "labels": {"int tensor"}, "world_size": {"numpy int", "huge"}, "ignore_index": NUMBER - {"negative", "numpy float"},
+    "norm": NUMBER - {"zero", "negative"} | {"None"},
     "logit_scale": NUMBER, "softcap": NUMBER - {"zero", "negative"} | {"None"}, "lam": NUMBER, "alpha": NUMBER,
     "beta": NUMBER - {"negative"}, "tau": NUMBER - {"zero", "negative"}, "t": {"zero", "numpy float"},
     "clip": NUMBER - {"zero", "negative"} | {"None"}, "clamp": {"None"}, "gamma": {"zero", "numpy float"},
     "p": {"numpy float"}, "top_p": {"numpy float"}, "normalize": {"bool"}, "overwrite_student_logits": {"bool"},
-    "weights": NUMBER - {"negative"} | {"None", "bool tensor", "int tensor", "0-d", "of other rows", "tuple"},
-    "mask": {"None", "bool tensor", "int tensor", "grad"}, "names": {"empty"}, "generator": {"None"},
+    "weights": NUMBER - {"negative"} | {"None", "bool tensor", "0-d", "of other rows", "tuple"},
+    "mask": {"None", "bool tensor", "grad"}, "names": {"empty"}, "generator": {"None"},
     "teacher_logits": ROWS, "logits": ROWS | {"grad"}, "teacher_hidden": {"of other rows"}, "bias": {"None"},
     "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},

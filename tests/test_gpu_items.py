@@ -19,8 +19,7 @@ from torch import Tensor
 
 import topk_rkl.backends.triton
 from benchmarks import predict
-from gpu.items import __main__ as command
-from gpu.items import experiments, floors, records, registry, runner, timing
+from gpu.items import __main__ as command, experiments, floors, records, registry, runner, timing
 from gpu.items.experiments import AS_PLANNED, DECISIONS
 from gpu.items.forms import Form, Item
 from gpu.items.inputs import FULL, SMALL, Inputs

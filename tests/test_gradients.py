@@ -18,9 +18,9 @@ from topk_rkl import (
     linear_topk_reverse_kl,
     teacher_topk,
     topk_divergence,
+    topk_reverse_kl as by_topk,
     use_backend,
 )
-from topk_rkl import topk_reverse_kl as by_topk
 from topk_rkl.divergence import MASSES
 from topk_rkl.recipe.rollout import sampled_token_loss
 from topk_rkl.recipe.weighting import aggregate

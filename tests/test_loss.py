@@ -529,6 +529,6 @@ def test_the_module_is_the_function() -> None:
     module = TopKReverseKLLoss(k=6, **options)
     want = topk_reverse_kl(student, teacher, k=6, weights=weights, denominator=denominator, **options)
     assert torch.equal(module(student, teacher, weights, denominator), want)
-    assert "k=6, temperature=0.7, reduction='mean'" in repr(module)
+    assert "k=6, temperature=0.7, teacher_temperature=None, reduction='mean'" in repr(module)
     support = teacher_topk(teacher, 6)
     assert torch.equal(TopKReverseKLLoss(**options)(student, support, weights, denominator), want)

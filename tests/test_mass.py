@@ -23,9 +23,11 @@ from topk_rkl import (
 )
 from topk_rkl.mass import classes
 from topk_rkl.objective import pack
+from topk_rkl.temperature import Temperatures
 
 HAVE_IT = EVERY_OBJECTIVE
 MASSES = ["tail", "raw", "raw_stop_grad"]
+AT_1 = Temperatures(1.0, None, None, 1.0)
 
 
 @pytest.mark.parametrize("mass", MASSES)
@@ -196,7 +198,7 @@ def test_memory_of_what_is_compared() -> None:
     n, k = 50, 1_000
     ids, values = torch.arange(k).expand(n, k).contiguous(), torch.randn(n, k).log_softmax(1)
     with LiveBytes() as memory:
-        classes(Support(ids, values), None, k, 1.0, None, "reference")
+        classes(Support(ids, values), None, k, AT_1, None, "reference")
     assert 0 < memory.peak <= 21 * n * k
 
 
@@ -273,7 +275,7 @@ def test_the_sampled_token_may_stand_anywhere(backend, where: str | int) -> None
     best = [1_500, 1_600, 3_500]
     w[0, best] = torch.tensor([9.0, 7.0, 8.0], device=DEVICE)
     y = {"before": 10, "among": 1_550, "behind": 3_900, "in it": 3_500}.get(where, where)
-    ids, values, tail = classes(w, 3, 4_000, 1.0, torch.tensor([y], device=DEVICE), backend)
+    ids, values, tail = classes(w, 3, 4_000, AT_1, torch.tensor([y], device=DEVICE), backend)
     known = y not in best and 0 <= y < 4_000
     assert ids.tolist() == [[*best, y if known else -1]] and (values[0, 3] != -torch.inf) == known
     torch.testing.assert_close(tail, outside(w, ids, 1.0), rtol=2e-6, atol=2e-6)

@@ -128,7 +128,7 @@ def test_returns_are_those_of_a_loop(steps: list[tuple[float, bool]], gamma: flo
 
 
 def test_a_tools_answer_between_two_turns_costs_no_discount() -> None:
-    rewards, mask = torch.tensor([1.0, 7, 7, 1, 1]), torch.tensor([1, 0, 0, 1, 1])
+    rewards, mask = torch.tensor([1.0, 7, 7, 1, 1]), torch.tensor([1.0, 0, 0, 1, 1])
     assert return_to_go(rewards, mask, gamma=0.5).tolist() == [1.75, 0, 0, 1.5, 1]
     assert return_to_go(rewards, mask).tolist() == [3, 0, 0, 2, 1]
 

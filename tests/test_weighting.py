@@ -20,7 +20,7 @@ def per_token(student, teacher, **options):
     return topk_reverse_kl(student, teacher, k=5, reduction="none", **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32, torch.bfloat16, torch.float64])
 def test_reductions_of_weighted_losses(backend, dtype: torch.dtype) -> None:
     student, teacher = torch.randn(2, 2, 3, 40, device=DEVICE)
     weights = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], device=DEVICE).to(dtype)
@@ -114,7 +114,7 @@ def test_a_mean_over_no_rows_is_0_and_stays_attached(backend) -> None:
 
 MEANS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 LOSSES = torch.tensor([[1.0, 2.0, 3.0, torch.nan], [4.0, torch.nan, torch.nan, torch.nan], [torch.nan] * 4])
-MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
         ("seq-mean-token-sum-norm", {"norm": 100, "denominator": 3}, (6 / 100 + 4 / 100) / 3),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32])
 def test_aggregate(mode: str, options: dict, want: float, dtype: torch.dtype) -> None:
     losses = LOSSES.clone().requires_grad_()
     value = aggregate(losses, MASK.to(dtype), mode, **options)
@@ -177,7 +177,7 @@ CUTS = torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0))
 @pytest.mark.parametrize("mode", ["token-sum", *MEANS])
 def test_packed_sequences_aggregate_as_padded_ones(mode: str, shape: tuple, cuts: torch.dtype) -> None:
     options = {"norm": 9} if mode.endswith("norm") else {}
-    mask = torch.randint(-1, 3, PADDED.shape) * PADDED
+    mask = torch.randint(-1, 3, PADDED.shape).float() * PADDED
     padded = torch.randn(PADDED.shape, dtype=torch.float64).masked_fill(mask == 0, torch.nan).requires_grad_()
     packed = padded.detach()[PADDED].view(shape).requires_grad_()
     want = aggregate(padded, mask, mode, **options)
@@ -189,7 +189,7 @@ def test_packed_sequences_aggregate_as_padded_ones(mode: str, shape: tuple, cuts
 
 def test_a_sequence_that_is_not_finite_leaves_the_others_of_its_row_alone() -> None:
     losses = torch.tensor([1.0, 2, torch.nan, torch.inf, 3, 4], requires_grad=True)
-    cuts, mask = torch.tensor([0, 2, 4, 6]), torch.tensor([1, 1, 0, 0, 1, 1])
+    cuts, mask = torch.tensor([0, 2, 4, 6]), torch.tensor([1.0, 1, 0, 0, 1, 1])
     assert aggregate(losses, mask, "seq-mean-token-mean", cu_seqlens=cuts) == (1.5 + 3.5) / 2
     assert return_to_go(losses, cu_seqlens=cuts)[[0, 1, 4, 5]].tolist() == [3, 2, 7, 4]
 

@@ -31,6 +31,8 @@ def as_weighted(
     checks.require_tensor("labels", labels, checks.INTEGERS)
     checks.require_same_positions("labels", labels, student, value_per_position=True, student_name=student_name)
     ignore_index = checks.require_integer("ignore_index", ignore_index)
+    if abs(ignore_index) > checks.LARGEST:
+        raise ValueError(f"ignore_index is {ignore_index}; it must be an int of at most 64 bits")
     counted = labels != ignore_index  # (B, T)
     if weights is not None:
         checks.require_weights(weights, student, student_name)
@@ -50,8 +52,8 @@ def _denominator(
     student: Tensor,  # (B, T, V) or (B, T, H)
 ) -> float | Tensor | None:
     world_size = checks.require_integer("world_size", world_size)
-    if world_size < 1:
-        raise ValueError(f"world_size is {world_size}; it must be at least 1")
+    if not 1 <= world_size <= checks.LARGEST:
+        raise ValueError(f"world_size is {world_size}; it must be a positive int of at most 64 bits")
     if num_items_in_batch is None:
         if world_size > 1:
             raise ValueError(

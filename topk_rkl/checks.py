@@ -395,14 +395,16 @@ def warn_of_single_slot(k: int) -> None:
         warnings.warn(
             "K = 1: a distribution renormalised over one token is always 1, so loss and gradient are exactly 0; use a "
             "larger K",
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
 
-def _callers_level() -> int:
-    """The stacklevel of the first frame outside the package, as the caller of this function counts."""
+def callers_level() -> int:
+    """The stacklevel of the first frame outside the package and torch, as the caller of this function counts."""
     level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith("topk_rkl."):
+    while (frame := sys._getframe(level)).f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("topk_rkl.", "torch.")
+    ):
         level += 1
     return level
 

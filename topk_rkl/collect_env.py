@@ -30,6 +30,7 @@ def facts() -> dict[str, str]:
         "native build": _guarded(_native_build),
         "triton backend": _guarded(lambda: _backend("triton")),
         "cuda backend": _guarded(lambda: _backend("cuda")),
+        "auto takes": _guarded(_auto),
     }
 
 
@@ -59,7 +60,20 @@ def _native_build() -> str:
 
 
 def _backend(name: str) -> str:
-    return backends.unavailable(name) or "can run"
+    """Told by a call: a compiler may be missing, or a kernel for this card, which nothing else shows."""
+    if reason := backends.unavailable(name):
+        return reason
+    on_gpu = name in ("triton", "cuda") and torch.cuda.is_available()
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0], device="cuda" if on_gpu else "cpu")
+    with topk_rkl.use_backend(name):
+        ids = topk_rkl.teacher_topk(logits, 2).ids.tolist()
+    return "can run" if ids == [1, 3] else f"runs and is wrong: {ids} are not the ids of the 2 largest of {logits}"
+
+
+def _auto() -> str:
+    fastest = {"native": "CPU"} | ({"triton": "GPU"} if torch.cuda.is_available() else {})
+    slow = "reference, plain PyTorch and slower,"
+    return "; ".join(f"{slow if backends.unavailable(name) else name} on a {fastest[name]}" for name in fastest)
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def topk_diagnostics(
     names: Sequence[str],
     *,
     k: int | None = None,
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     sampled_ids: Tensor | None = None,  # (...)
 ) -> dict[str, Tensor]:  # (...) each
     """The named diagnostics of each position, detached. Names that are asked together share the passes over the rows.
@@ -217,8 +217,8 @@ def linear_topk_diagnostics(
     *,
     student_bias: Tensor | None = None,  # (V,)
     k: int | None = None,
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     sampled_ids: Tensor | None = None,  # (...)

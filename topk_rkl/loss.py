@@ -8,7 +8,7 @@ loss.backward()
 The entries from logits are here, those from hidden states in `topk_rkl.linear_loss`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
-from topk_rkl.temperature import Temperature, require_temperatures, temperatures
+from topk_rkl.temperature import require_temperatures, temperatures
 
 __all__ = [
     "AlphaBeta",
@@ -125,8 +125,8 @@ def topk_reverse_kl(
     *,
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
@@ -191,8 +191,8 @@ def topk_divergence(
     mass: Mass = "renormalized",
     k: int | None = None,
     weights: Tensor | None = None,  # (...)
-    temperature: Temperature = 1.0,  # a tensor broadcasts to (...)
-    teacher_temperature: Temperature | None = None,
+    temperature: float | Tensor = 1.0,  # a tensor broadcasts to (...)
+    teacher_temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
     overwrite_student_logits: bool = False,
@@ -268,8 +268,8 @@ def topk_divergence(
         require_backend(group, k, mass, student_logits, teacher)
     vocabs = student_logits.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {
-        "divergence": divergence, "mass": mass, "temperature": checks.seen(temperature),
-        "teacher_temperature": checks.seen(teacher_temperature),
+        "divergence": divergence, "mass": mass, "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
     }  # fmt: skip
     shards = shards_of(group, (student_logits, teacher), *vocabs, k, asked_for)
     weights, backend = as_factors(weights, student_logits), requested()
@@ -377,6 +377,9 @@ class TopKDivergenceLoss(nn.Module):
         return topk_divergence(
             student_logits, teacher, weights=weights, denominator=denominator, sampled_ids=sampled_ids, **self.options
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # which nn.Module types as Any
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
@@ -12,12 +13,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from topk_rkl.checks import callers_level
 from topk_rkl.divergence import REVERSE_CODE, Code, Terms
 
 NAMES = ("auto", "reference", "native", "triton", "cuda")
 
 _WAY_OUT = {
-    "native": "the compiled extension was not built; install a C++20 compiler (GCC or Clang) and reinstall topk_rkl",
+    "native": "the compiled extension was not built; install a C++20 compiler (GCC or Clang) and reinstall topk_rkl "
+    "with pip install --force-reinstall --no-cache-dir --no-deps",
     "triton": "install it (pip install triton)",
     "cuda": "the CUDA part of the compiled extension was not built; reinstall topk_rkl with TOPK_RKL_BUILD_CUDA=on "
     "where nvcc is installed, use 'triton'",
@@ -104,7 +107,12 @@ def choose(
         return _load(name)
     fastest = _fastest(k, logits[0], CUDA_LINEAR_FROM_K if linear else CUDA_FROM_K)
     able = (name for name in fastest if not _first_refusal(name, k, logits, divergence, mass, function))
-    return _load(next(able, "reference"))
+    if found := next(able, None):
+        return _load(found)
+    served = all(x.dtype in _LOW_DTYPES for x in logits) and not _lacks_kernel(divergence, mass)
+    if served and fastest and (reason := unavailable(fastest[-1])):
+        _warn_of_slow_path(fastest[-1], reason)
+    return _load("reference")
 
 
 def choose_linear(
@@ -147,17 +155,34 @@ def unavailable(name: str) -> str | None:
     """Why the backend cannot run in this process whatever the tensors, or None."""
     try:
         module = _load(name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"{error}; {_WAY_OUT[name]}, or use 'reference'"
+    except ImportError as error:
+        return f"{error}; it was built for another machine: reinstall it on this one, or use 'reference'"
     if name == "cuda" and not module.HOST and not torch.cuda.is_available():
         return "there is no GPU that torch can use; use 'native' or 'reference'"
+    if name == "triton" and not module.INTERPRETED and not torch.cuda.is_available():
+        return (
+            "there is no GPU that torch can use; set TRITON_INTERPRET=1 before topk_rkl is imported to interpret the "
+            "kernels on a CPU, or use 'native' or 'reference'"
+        )
     return None
+
+
+@functools.cache
+def _warn_of_slow_path(name: str, reason: str) -> None:
+    """Once per process, since pip hides what the build of an extension prints."""
+    warnings.warn(
+        f"plain PyTorch serves this call, slower than the {name!r} backend: {reason} by name "
+        "(TOPK_RKL_BACKEND=reference), which does not warn",
+        stacklevel=callers_level(),
+    )
 
 
 def _fastest(k: int, like: Tensor, cuda_from_k: int | None) -> tuple[str, ...]:
     """What "auto" tries before the reference, in this order."""
     if not like.is_cuda:
-        return ("native",)
+        return ("native",) if like.is_cpu else ()
     return ("triton",) if cuda_from_k is None or k < cuda_from_k else ("cuda", "triton")
 
 
@@ -184,17 +209,33 @@ def _refusal(name: str, k: int, logits: Tensor) -> str | None:
 def _objective_refusal(name: str, divergence: Code | Terms, mass: str) -> str | None:
     if name == "reference":
         return None
-    if callable(divergence):
-        return "it has no kernel for a divergence that is a function; use 'auto' or 'reference'"
-    refusal: str | None = _load(name).objective_refusal(divergence, mass)
-    if refusal is None and mass.startswith("ema_pg"):
-        return f"it has no kernel for mass={mass!r}; use 'auto' or 'reference'"
+    refusal: str | None = _lacks_kernel(divergence, mass) or _load(name).objective_refusal(divergence, mass)
     return refusal
 
 
-@functools.cache
+def _lacks_kernel(divergence: Code | Terms, mass: str) -> str | None:
+    """Why no backend but the reference has it."""
+    if callable(divergence):
+        return "it has no kernel for a divergence that is a function; use 'auto' or 'reference'"
+    if mass.startswith("ema_pg"):
+        return f"it has no kernel for mass={mass!r}; use 'auto' or 'reference'"
+    return None
+
+
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"topk_rkl.backends.{name}")
+    found = _imported(name)
+    if isinstance(found, ImportError):
+        raise found.with_traceback(None)
+    return found
+
+
+@functools.cache
+def _imported(name: str) -> ModuleType | ImportError:
+    """A failure is kept too: Python would look for the module anew, a millisecond per op."""
+    try:
+        return importlib.import_module(f"topk_rkl.backends.{name}")
+    except ImportError as error:
+        return error
 
 
 def _check_name(name: str, source: str) -> None:

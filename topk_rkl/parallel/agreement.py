@@ -112,6 +112,8 @@ def _described(given: tuple[Any, ...], asked: dict[str, object]) -> str:
     for name, x in asked.items():
         if callable(x) and not isinstance(x, Divergence):  # whose repr may hold an address
             asked[name] = getattr(x, "__qualname__", type(x).__qualname__)
+        elif isinstance(x, Tensor):  # of one temperature per position
+            asked[name] = f"a tensor of shape {checks.shape_of(x)}"
     asked |= {"the shape of the positions": tuple(given[0].shape[:-1]), "the kind of tensors": kinds}
     asked["the backend"] = requested()
     for x in given:

@@ -12,6 +12,8 @@ from topk_rkl.rows import result_dtype
 from topk_rkl.support import Support
 from topk_rkl.trainers.heads import Head, head_of
 
+__all__ = ["HeadLoss", "HeadTopK", "within_head"]
+
 ROUNDINGS = 4  # of the logits' dtype, that a model's logits may differ by from those that its config tells
 
 
@@ -71,30 +73,9 @@ class _WithinHead:
             )
         logits = _logits(outputs)
         if seen:
-            self._require_told(seen[0], logits.detach())
+            require_told(self.head, seen[0], logits.detach())
             self._told = True
         return taken[0][..., -1].view(()) + 0 * logits[..., -1].sum()  # FSDP1 hangs its hooks on what the model returns
-
-    def _require_told(
-        self,
-        z: Tensor,  # (1, 1, V) hidden @ weight.T + bias
-        logits: Tensor,  # (1, 1, V + 1) what the model made of them, and of one number more
-    ) -> None:
-        want = self.head.logit_scale * z.to(result_dtype(z))
-        if self.head.softcap is not None:
-            want = self.head.softcap * torch.tanh(want / self.head.softcap)
-        eps = max(torch.finfo(x.dtype).eps for x in (z, logits))
-        if logits.shape[-1] != z.shape[-1] + 1 or logits.numel() != z.numel() + 1:
-            wrong = f"of shape {tuple(logits.shape)} where the head has {z.shape[-1]} tokens"
-        elif (far := (logits[..., :-1] - want).abs().max()) > ROUNDINGS * eps * want.abs().max():
-            wrong = f"up to {float(far):.3g} away"
-        else:
-            return
-        raise RuntimeError(
-            f"the model's logits are not those of logit_scale={self.head.logit_scale} and softcap={self.head.softcap}, "
-            f"but {wrong}; pass head=Head(module, logit_scale, softcap) with what its forward does to them, or take "
-            "the loss from its logits with topk_reverse_kl"
-        )
 
 
 class HeadLoss(_WithinHead):
@@ -164,6 +145,29 @@ class HeadTopK(_WithinHead):
 
         self._run(inputs, select)
         return found[0]
+
+
+def require_told(
+    head: Head,
+    z: Tensor,  # (1, 1, V) hidden @ weight.T + bias
+    logits: Tensor,  # (1, 1, V + 1) what the model made of them, and of one number more
+) -> None:
+    """Refuses a head whose scale and cap are not what the model's forward does."""
+    want = head.logit_scale * z.to(result_dtype(z))
+    if head.softcap is not None:
+        want = head.softcap * torch.tanh(want / head.softcap)
+    eps = max(torch.finfo(x.dtype).eps for x in (z, logits))
+    if logits.shape[-1] != z.shape[-1] + 1 or logits.numel() != z.numel() + 1:
+        wrong = f"of shape {tuple(logits.shape)} where the head has {z.shape[-1]} tokens"
+    elif (far := (logits[..., :-1] - want).abs().max()) > ROUNDINGS * eps * want.abs().max():
+        wrong = f"up to {float(far):.3g} away"
+    else:
+        return
+    raise RuntimeError(
+        f"the model's logits are not those of logit_scale={head.logit_scale} and softcap={head.softcap}, "
+        f"but {wrong}; pass head=Head(module, logit_scale, softcap) with what its forward does to them, or take "
+        "the loss from its logits with topk_reverse_kl"
+    )
 
 
 def _logits(outputs: Any) -> Tensor:

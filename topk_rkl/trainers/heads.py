@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+__all__ = ["Head", "head_of"]
+
 # Config fields that multiply the logits, and the one that divides them. HyperCLOVA multiplies by that one too.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISOR, MULTIPLIES = "logits_scaling", "hyperclova"

@@ -319,8 +319,8 @@ def patch(trainer: Any, **options: Any) -> Any:
     bases = {base: name for name, (_, _, base) in TRAINERS.items()}
     if kind.__name__ not in bases or not kind.__module__.startswith("trl."):
         raise TypeError(
-            f"trainer is a {kind.__module__}.{kind.__name__}; it must be one of TRL's {', '.join(bases)}, or derive from "
-            "a mix-in of topk_rkl.trainers.trl, such as TopKJSD"
+            f"trainer is a {kind.__module__}.{kind.__name__}; it must be one of TRL's {', '.join(bases)}, or derive "
+            "from a mix-in of topk_rkl.trainers.trl, such as TopKJSD"
         )
     trainer.__class__ = __getattr__(bases[kind.__name__])
     try:
