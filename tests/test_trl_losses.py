@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.formulas import FORMULAS, kl, plain
 from topk_rkl.loss import ForwardKL, JensenShannon, Support, linear_topk_divergence, teacher_topk, topk_divergence
 from topk_rkl.trainers.trl_losses import (
+    WATCHED,
     chunked_divergence_loss,
     chunked_jsd_loss,
     generalized_jsd_loss,
@@ -276,7 +277,7 @@ def test_an_entropy_that_was_not_asked_for_is_no_number() -> None:
 
 def test_without_a_token_that_counts_the_loss_is_0_with_a_gradient_of_0() -> None:
     tensors = heads() | {"completion_mask": torch.zeros(B, T)}
-    value, entropy, count, *grads = outcome(chunked_divergence_loss(K), tensors, beta=1.0)
+    value, entropy, count, *grads = outcome(chunked_divergence_loss(K, diagnostics=WATCHED), tensors, beta=1.0)
     assert (value, entropy, count) == (0, 0, 0)
     assert all(x.count_nonzero() == 0 for x in grads)
 

@@ -2,10 +2,10 @@
 
 from topk_rkl.trainers.trl import TopKGKDTrainer
 
-trainer = TopKGKDTrainer("student", teacher_model="teacher", args=GKDConfig(beta=1.0), train_dataset=dataset, k=32)
+trainer = TopKGKDTrainer("student", "teacher", GKDConfig("out", beta=1.0), train_dataset=dataset, k=32)
 
-The losses alone, as functions of TRL's signatures, are in `topk_rkl.trainers.trl_losses`. A trainer of your own takes a
-mix-in instead: `class Mine(TopKJSD, MyGKDTrainer)`.
+`patch` makes one of them of a trainer that exists. A trainer of your own takes a mix-in instead: `class Mine(TopKJSD,
+MyGKDTrainer)`. The losses alone, as functions of TRL's signatures, are in `topk_rkl.trainers.trl_losses`.
 """
 
 import warnings
