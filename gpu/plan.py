@@ -57,6 +57,8 @@ UNTESTED = {
     "simulate": "the model of compiled code, by hand",
     "transformers_trainer": "the Trainer of transformers, on CPU tensors",
     "triton_launch": "launches on a stand-in for the driver",
+    "trl": "the trainers of TRL on CPU tensors",
+    "trl_losses": "losses beside TRL's own, on CPU tensors",
     "typing": "what a type checker sees",
     "wheel": "builds and installs",
 }
