@@ -43,6 +43,7 @@ UNTESTED = {
     "parallel_edges": "gloo ranks, on CPU tensors",
     "parallel_example": "gloo ranks, on CPU tensors",
     "parallel_page": "the blocks of docs/parallel.md on gloo ranks, of CPU tensors",
+    "patch": "trainers of transformers, on CPU tensors",
     "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",
     "ranks": "gloo ranks, on CPU tensors",

@@ -11,7 +11,10 @@ import topk_rkl
 from tests.tiny_models import K, collate, distance, formula, rows, tiny
 from topk_rkl.trainers.transformers import Distillation
 
-pytestmark = pytest.mark.slow  # transformers and trl take seconds to import
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("trl"),  # whose import takes seconds: one worker has it
+]
 
 
 def arguments(folder: Any) -> TrainingArguments:
@@ -46,7 +49,9 @@ class Own(Trainer):
 
 
 def test_what_it_does_not_know_is_refused_and_left_alone(tmp_path) -> None:
-    with pytest.raises(TypeError, match=r"trainer is a \S*Own; it must be the Trainer.*SFTTrainer.*GKDTrainer.*HeadLoss"):
+    with pytest.raises(
+        TypeError, match=r"trainer is a \S*Own; it must be the Trainer.*SFTTrainer.*GKDTrainer.*HeadLoss"
+    ):
         topk_rkl.patch(Own(tiny(), arguments(tmp_path)), teacher=tiny(seed=1))
     with pytest.raises(TypeError, match=r"trainer is a torch.nn.modules.linear.Linear"):
         topk_rkl.patch(nn.Linear(2, 3))

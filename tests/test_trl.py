@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import topk_rkl
 from tests.formulas import kl, plain
 from tests.processes import ROOT, python, run
 from tests.tiny_trl import (
@@ -262,9 +263,10 @@ def test_trl_is_imported_when_a_trainer_is_asked_for_and_its_module_alone(monkey
         trl.TopKPPOTrainer  # noqa: B018
 
 
-def test_a_trainer_of_trls_own_is_patched(tiny: Tiny) -> None:
-    settings = {"lmbda": 0.0, "max_steps": 1}
-    patched = trl.patch(trainer(tiny, "GKD", stock=True, settings=settings), k=K, special_token_ids=SPECIAL, top_p=0.5)
+def test_a_trainer_of_trls_own_is_patched(tiny: Tiny, capsys: pytest.CaptureFixture) -> None:
+    settings, options = {"lmbda": 0.0, "max_steps": 1}, {"k": K, "special_token_ids": SPECIAL, "top_p": 0.5}
+    patched = topk_rkl.patch(trainer(tiny, "GKD", stock=True, settings=settings), **options)
+    assert f"is a TopKGKDTrainer now, and compares the teacher's top {K}" in capsys.readouterr().out
     assert type(patched) is trl.TopKGKDTrainer
     assert patched.generation_config.top_p == 0.5
     ours = trainer(tiny, "GKD", k=K, special_token_ids=SPECIAL, settings=settings)

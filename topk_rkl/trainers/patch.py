@@ -37,7 +37,9 @@ def patch(
         if teacher is not None:
             raise ValueError(f"teacher is given, but {kind.__name__} has its own; leave teacher out")
         trl.patch(trainer, k=k, **options)
-        _tell(trainer, f"is a {type(trainer).__name__} now, and compares the teacher's top {k} in place of its own loss")
+        _tell(
+            trainer, f"is a {type(trainer).__name__} now, and compares the teacher's top {k} in place of its own loss"
+        )
         return trainer
     base = _asks_a_function(kind)
     if base is None:
@@ -47,8 +49,8 @@ def patch(
         )
     if trainer.compute_loss_func is not None:
         raise ValueError(
-            f"trainer has a compute_loss_func, {checks.kind_of(trainer.compute_loss_func)}; this loss would replace it: "
-            "set trainer.compute_loss_func = None first"
+            f"trainer has a compute_loss_func, {checks.kind_of(trainer.compute_loss_func)}; this loss would replace "
+            "it: set trainer.compute_loss_func = None first"
         )
     from topk_rkl.trainers.transformers import distill
 
