@@ -12,8 +12,8 @@ from gpu.steps import Step
 # Ordered so that what takes longest begins first.
 TESTED = (
     "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "linear_logits", "cuda", "divergence", "mass",
-    "supports", "composition", "properties", "weighting", "diagnostics", "backends", "slabs", "outputs", "triton",
-    "compute_sanitizer",
+    "supports", "temperature", "composition", "properties", "weighting", "causal", "diagnostics", "backends", "slabs",
+    "outputs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {
@@ -31,6 +31,8 @@ UNTESTED = {
     "gpu_kit": "the rehearsal of the steps",
     "gpu_plan": "the plans, and how results are told",
     "gpu_results": "how results are collected and reported",
+    "head_loss": "models of transformers, on CPU tensors",
+    "integration_pages": "the pages of trainers that need GPUs, on stand-ins and CPU tensors",
     "interpreter": "Triton's interpreter",
     "memory": "the resident memory of a process; test_gpu.py reads that of a GPU",
     "native": "the extension of CPUs",
@@ -41,6 +43,7 @@ UNTESTED = {
     "parallel_edges": "gloo ranks, on CPU tensors",
     "parallel_example": "gloo ranks, on CPU tensors",
     "parallel_page": "the blocks of docs/parallel.md on gloo ranks, of CPU tensors",
+    "patch": "trainers of transformers, on CPU tensors",
     "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",
     "ranks": "gloo ranks, on CPU tensors",
@@ -55,6 +58,8 @@ UNTESTED = {
     "simulate": "the model of compiled code, by hand",
     "transformers_trainer": "the Trainer of transformers, on CPU tensors",
     "triton_launch": "launches on a stand-in for the driver",
+    "trl": "the trainers of TRL on CPU tensors",
+    "trl_losses": "losses beside TRL's own, on CPU tensors",
     "typing": "what a type checker sees",
     "wheel": "builds and installs",
 }

@@ -1,7 +1,6 @@
-"""A tiny transformer, and the ways in which a head gives its loss: for the tests of sharded training."""
+"""A tiny transformer, and an adapter on its head: for the tests of sharded training."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,20 +58,6 @@ class LoRA(nn.Module):
     def merged(self, everywhere: Callable[[Any], Any] = lambda x: x) -> Any:  # (V, H)
         a, b = everywhere(self.lora_A["default"].weight), self.lora_B["default"].weight
         return self.base_layer.weight + (b @ a) * self.scaling["default"]
-
-
-@contextlib.contextmanager
-def loss_in_head(head: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Within, the head's forward gives loss(hidden, head.weight), which the list then holds."""
-    taken: list[Tensor] = []
-    forward = head.forward
-    head.forward = lambda hidden: loss(hidden, head.weight)
-    handle = head.register_forward_hook(lambda *call: taken.append(call[-1]))
-    try:
-        yield taken
-    finally:
-        head.forward = forward
-        handle.remove()
 
 
 def mesh_of(group: Any) -> DeviceMesh:

@@ -19,7 +19,11 @@ from topk_rkl.backends import reference
 ROOT = Path(__file__).parent.parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "gpu/README.md", ROOT / "examples/README.md")
+    for path in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / x / "README.md" for x in ("gpu", "examples")),
+    )
 }
 WRITTEN = {name: text for name, text in PAGES.items() if name != "docs/api.md"}  # by hand
 KINDS = (".py", ".pyi", ".cpp", ".hpp", ".cu", ".cuh", ".sh", ".json", ".jsonl", ".svg", ".txt", ".toml")

@@ -30,6 +30,7 @@ from topk_rkl.loss import (
     topk_reverse_kl,
     use_backend,
 )
+from topk_rkl.trainers.patch import patch
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "linear_teacher_topk",
     "linear_topk_divergence",
     "linear_topk_reverse_kl",
+    "patch",
     "teacher_topk",
     "topk_divergence",
     "topk_reverse_kl",
