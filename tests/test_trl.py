@@ -1,6 +1,5 @@
 """TRL's trainers with the loss on the top K: real rollouts and optimizer steps, against a step worked out by hand."""
 
-import ast
 import json
 import os
 import re
@@ -295,7 +294,7 @@ def test_the_lines_of_the_page_make_a_training_step(block: str, tiny: Tiny, monk
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3
     code = dict(zip(["Distillation", "GKD", "function"], blocks, strict=True))[block]
-    assert len(ast.parse(code).body) <= 5
+    assert len([line for line in code.splitlines() if line and not line.startswith(("from", "import"))]) <= 5
     generate = GenerationMixin.generate
 
     def short(self: Any, *args: Any, generation_config: Any, **options: Any) -> Any:
