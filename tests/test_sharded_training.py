@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import LENGTH, VOCAB, LoRA, Tiny, loss_in_head, mesh_of, whole
+from tests.sharded_model import LENGTH, VOCAB, LoRA, Tiny, mesh_of, whole
 from topk_rkl import Support, linear_teacher_topk, linear_topk_reverse_kl, topk_reverse_kl
+from topk_rkl.trainers.head_loss import within_head
 
 pytestmark = together
 K, STEPS = 4, 20
@@ -207,13 +208,14 @@ def inside(group: Any, head_alone: bool) -> None:
     mine, tokens, support, weights = batch(0, group, teacher)
     shard(model, mesh_of(group), head_alone)
 
-    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    def loss_of(hidden: Tensor) -> Tensor:
+        weight = model.head.weight
         assert not isinstance(weight, DTensor) and weight.shape == one.head.weight.shape
         return linear_topk_reverse_kl(
             hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / ranks
         )
 
-    with loss_in_head(model.head, loss_of) as taken:
+    with within_head(model.head, loss_of) as taken:
         output = model(tokens[mine], through_head=True)
     (taken[0] + 0 * output.sum()).backward()  # through the output, on which wrappers wait
     linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
