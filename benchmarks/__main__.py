@@ -22,7 +22,7 @@ def main() -> None:
     run.add_argument("--out", type=Path, help="the file that lines are appended to")
     report = commands.add_parser("report", help="tables and plots from benchmarks/results")
     report.add_argument(
-        "files", type=Path, nargs="*", help="files whose marked tables are written anew; else README, docs and examples"
+        "files", type=Path, nargs="*", help="files whose marked tables alone are written; else all, and plots"
     )
     collect = commands.add_parser("collect", help="results of the GPU kit into benchmarks/results")
     collect.add_argument("folder", type=Path, help="what the kit calls OUT")

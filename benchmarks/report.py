@@ -11,6 +11,7 @@ A mark is a pair of Markdown comments, <!-- KIND ARGUMENTS --> and <!-- end -->.
     gpu targets                 what was measured on a GPU beside what is aimed at
     gpu items, gpu decisions    every timed item, and the constants that the items decide
     scaling NAME                a table of scaling/tables.py: the model of ranks that share a vocabulary
+    used                        what ran in real trainers
 
 Several runs of a case are one contest: the median of their medians and of their ratios is printed.
 """
@@ -42,15 +43,24 @@ from benchmarks.summaries import (
     sizes,
     table,
 )
+from benchmarks.trainers import used
 
 ROOT = Path(__file__).parent.parent
 FILES = tuple(
     ROOT / name
-    for name in ("README.md", "docs/benchmarks.md", "docs/compiled.md", "docs/scaling.md", "examples/README.md")
+    for name in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/compiled.md",
+        "docs/scaling.md",
+        "docs/integrations/README.md",
+        "examples/README.md",
+    )
 )
 UNPUBLISHED = "tiny"  # the case that checks the harness
 MARK = re.compile(
-    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling|used)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -208,7 +218,7 @@ def demo(arguments: str) -> str:
 
 KINDS: dict[str, Callable[[str], str]] = {
     "picture": shown, "cases": cases, "exponents": growth, "compiled": compiled, "held": held, "demo": demo,
-    "gpu": gpu, "scaling": scaling.written,
+    "gpu": gpu, "scaling": scaling.written, "used": used,
 }  # fmt: skip
 
 
@@ -262,10 +272,12 @@ def figures(lines: list[Line]) -> list[str]:
 
 
 def report(options: Namespace) -> None:
-    """Writes anew results/README.md, the pictures, and the marked parts of the files."""
-    (FOLDER / "README.md").write_text(page())
+    """Writes anew the marked parts of the files; without files named, those of all, results/README.md and pictures."""
     for file in options.files or FILES:
         file.write_text(filled(file.read_text()))
+    if options.files:
+        return
+    (FOLDER / "README.md").write_text(page())
     from benchmarks import plots  # which needs matplotlib; tables are written without it
 
     for suite in suites():

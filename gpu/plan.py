@@ -61,6 +61,7 @@ UNTESTED = {
     "trl": "the trainers of TRL on CPU tensors",
     "trl_losses": "losses beside TRL's own, on CPU tensors",
     "typing": "what a type checker sees",
+    "used_in": "the table of what ran in trainers",
     "wheel": "builds and installs",
 }
 CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "scaling")  # of the GPU suite

@@ -1,7 +1,6 @@
-"""Training of a tiny transformer over ranks follows one process: FSDP, DDP, ZeRO-3, tensor parallelism, adapters."""
+"""Training of a tiny transformer over ranks follows one process: FSDP, DDP, tensor parallelism, adapters."""
 
 import copy
-import os
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.ranks import on_ranks, together
-from tests.sharded_model import LENGTH, VOCAB, LoRA, Tiny, loss_in_head, mesh_of, whole
+from tests.sharded_model import LENGTH, VOCAB, LoRA, Tiny, mesh_of, whole
 from topk_rkl import Support, linear_teacher_topk, linear_topk_reverse_kl, topk_reverse_kl
+from topk_rkl.trainers.head_loss import within_head
 
 pytestmark = together
 K, STEPS = 4, 20
@@ -208,13 +208,14 @@ def inside(group: Any, head_alone: bool) -> None:
     mine, tokens, support, weights = batch(0, group, teacher)
     shard(model, mesh_of(group), head_alone)
 
-    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    def loss_of(hidden: Tensor) -> Tensor:
+        weight = model.head.weight
         assert not isinstance(weight, DTensor) and weight.shape == one.head.weight.shape
         return linear_topk_reverse_kl(
             hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / ranks
         )
 
-    with loss_in_head(model.head, loss_of) as taken:
+    with within_head(model.head, loss_of) as taken:
         output = model(tokens[mine], through_head=True)
     (taken[0] + 0 * output.sum()).backward()  # through the output, on which wrappers wait
     linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
@@ -226,49 +227,6 @@ def inside(group: Any, head_alone: bool) -> None:
 @pytest.mark.parametrize("head_alone", [True, False])  # in a group of its own, or with the root
 def test_the_loss_within_the_forward_of_a_sharded_head(head_alone: bool) -> None:
     on_ranks(2, inside, head_alone)
-
-
-def zero_3(group: Any, gathered: bool) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "LOCAL_RANK": str(dist.get_rank(group))}
-    import deepspeed
-    from deepspeed.utils import safe_get_full_grad
-
-    teacher, model = Tiny(1).requires_grad_(False), Tiny(0)
-    one, head = copy.deepcopy(model), model.head
-    mine, tokens, support, weights = batch(0, group, teacher)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-
-    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_topk_reverse_kl(
-            hidden, weight, some(support, mine), weights=weights[mine], denominator=weights.sum() / 4
-        )
-
-    if gathered:
-        hidden = engine(tokens[mine])
-        with pytest.raises(ValueError, match="student_weight is partitioned by DeepSpeed ZeRO-3"):
-            loss_of(hidden, head.weight)
-        with deepspeed.zero.GatheredParameters([head.weight]):
-            engine.backward(loss_of(hidden, head.weight))
-    else:
-        with loss_in_head(head, loss_of) as taken:
-            output = engine(tokens[mine], through_head=True)
-        engine.backward(taken[0] + 0 * output.sum())
-    linear_topk_reverse_kl(one(tokens), one.head.weight, support, weights=weights).backward()
-    for p, q in zip(model.parameters(), one.parameters()):
-        torch.testing.assert_close(safe_get_full_grad(p), q.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("gathered", [False, True])
-def test_zero_3_holds_the_head_whole_within_its_forward(gathered: bool) -> None:
-    pytest.importorskip("deepspeed")
-    on_ranks(4, zero_3, gathered)
 
 
 # Adapters

@@ -1,0 +1,24 @@
+"""What ran in real trainers, as `make test-trainers` left it: see tests/trainers/conftest.py."""
+
+from pathlib import Path
+
+from benchmarks.records import Line, load
+from benchmarks.summaries import table
+
+FILE = Path(__file__).parent.parent / "docs" / "integrations" / "outcomes.jsonl"
+NAMES = {"deepspeed": "DeepSpeed", "lightning": "Lightning"}
+
+
+def used(_: str) -> str:
+    """A row per project and version: what ran, and beside what."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in load(FILE):
+        groups.setdefault((line["project"], line["version"]), []).append(line)
+    rows = [["project", "what ran on a CPU", "outcome", "beside", "on"], ["---", "---", "---", "---", "---"]]
+    for (project, version), lines in groups.items():
+        what = "; ".join(dict.fromkeys(line["what"] for line in lines))
+        passed = sum(line["outcome"] == "passed" for line in lines)
+        beside = ", ".join(f"{name} {number}" for name, number in lines[0]["beside"].items())
+        of = f"{passed} of {len(lines)} tests passed"
+        rows.append([f"{NAMES.get(project, project)} {version}", what, of, beside, max(line["date"] for line in lines)])
+    return table(rows)
