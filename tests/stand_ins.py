@@ -69,9 +69,14 @@ class KDPlugin:
 
 
 class AxolotlKDTrainer:
-    def __init__(self, model: nn.Module, **args: Any) -> None:
-        defaults = {"kd_ce_alpha": None, "kd_alpha": None, "kd_temperature": None, "kd_beta": None}
-        self.model, self.args = model, SimpleNamespace(**defaults | {"kd_normalize_topk": True} | args)
+    def __init__(self, model: nn.Module, ranks: int = 1, **args: Any) -> None:
+        defaults = {"kd_ce_alpha": 0, "kd_alpha": 1.0, "kd_temperature": 1.0, "kd_beta": None}
+        defaults |= {"kd_normalize_topk": True, "average_tokens_across_devices": True}
+        self.model, self.args = model, SimpleNamespace(**defaults | args)
+        self.accelerator = SimpleNamespace(num_processes=ranks)
+
+    def get_tp_size(self) -> int:
+        return 1
 
 
 class Causal(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -35,12 +36,24 @@ def page(name: str) -> dict[str, Any]:
 
 
 def per_token(
-    z: Tensor, w: Tensor, formula: Any = kl, t: float = 1.0, ids: Tensor | None = None, of_teacher: float | None = None
+    z: Tensor,  # (..., V)
+    w: Tensor,  # (..., V)
+    formula: Any = kl,
+    t: float = 1.0,
 ) -> Tensor:  # (...)
     """The definition, in as many steps: both sides renormalised on the teacher's K best tokens."""
-    ids = w.topk(K).indices if ids is None else ids
-    both = (x.gather(-1, ids) / at for x, at in ((z, t), (w, t if of_teacher is None else of_teacher)))
-    return formula(*(x.log_softmax(-1) for x in both)).sum(-1)
+    best, ids = w.topk(K)
+    return on_tokens(z, ids, best / t, formula, t)
+
+
+def on_tokens(
+    z: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K)
+    teacher: Tensor,  # (..., K)
+    formula: Any = kl,
+    t: float = 1.0,
+) -> Tensor:  # (...)
+    return formula((z / t).gather(-1, ids).log_softmax(-1), teacher.log_softmax(-1)).sum(-1)
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -75,10 +88,8 @@ def nemo_batch() -> dict[str, Tensor]:
 
 
 def nemo_formula(z: Tensor, data: dict[str, Tensor], tokens: float, formula: Any = kl) -> Tensor:
-    ids = data["teacher_topk_indices"]
-    log_p, log_q = z.gather(-1, ids).log_softmax(-1), data["teacher_topk_logits"].log_softmax(-1)
-    weights = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
-    return (formula(log_p, log_q).sum(-1)[:, :-1] * weights).sum() / tokens
+    losses = on_tokens(z, data["teacher_topk_indices"], data["teacher_topk_logits"], formula)
+    return (losses[:, :-1] * data["token_mask"][:, 1:] * data["sample_mask"][:, None]).sum() / tokens
 
 
 def nemo(z: Tensor, data: dict[str, Tensor], tokens: float = 9.0, divergence: Any = None) -> tuple[Tensor, dict]:
@@ -176,7 +187,7 @@ def test_nemo_rl_may_not_split_the_positions_of_megatron() -> None:
 # Megatron-LM
 
 
-def megatron(group: Any, z: Tensor, w: Tensor, mask: Tensor, **options: Any) -> list[Tensor]:
+def megatron(group: Any, z: Tensor, w: Tensor, mask: Tensor, options: dict[str, Any]) -> list[Tensor]:
     """One micro-batch of 4 as `forward_step_calc_loss` runs it, with and without calculate_per_token_loss."""
     shard = z.tensor_split(group.size(), -1)[group.rank()].contiguous().requires_grad_()
     ids = w.topk(K).indices
@@ -197,16 +208,19 @@ def megatron(group: Any, z: Tensor, w: Tensor, mask: Tensor, **options: Any) -> 
 
 @together
 @pytest.mark.parametrize("world", [1, 2])
-def test_megatron_gets_a_sum_and_a_count(world: int) -> None:
-    z, w, mask = double(B, S, V).requires_grad_(), double(B, S, V), (torch.rand(B, S) < 0.6).float()
-    want = (per_token(z, w) * mask).sum()
+@pytest.mark.parametrize("divergence", [None, ForwardKL()], ids=["reverse", "forward"])
+def test_megatron_gets_a_sum_and_a_count(world: int, divergence: Any) -> None:
+    z, w, mask = double(B, S, V).requires_grad_(), double(B, S, V), (torch.rand(B, S) < 0.6).int()
+    want = (per_token(z, w, kl if divergence is None else FORMULAS[divergence]) * mask).sum()
     want.backward()
-    for rank, found in enumerate(on_ranks(world, megatron, z.detach(), w, mask)):
+    options = {} if divergence is None else {"divergence": divergence}
+    for rank, found in enumerate(on_ranks(world, megatron, z.detach(), w, mask, options)):
         for (loss, grad, tokens, logged), share in zip((found[:4], found[4:]), (1, 4 * mask.sum())):
             close(loss, want.detach() / share)
             close(grad, z.grad.tensor_split(world, -1)[rank] / share)
             assert tokens.dtype == torch.int and tokens == mask.sum()
-            close(logged, torch.stack([want.detach(), mask.sum()]))
+            close(logged, torch.stack([want.detach(), mask.sum().double()]))
+            assert not logged.requires_grad
 
 
 def megatron_whole(group: Any, z: Tensor, w: Tensor, mask: Tensor) -> list[Tensor]:
@@ -247,14 +261,22 @@ def slime_batch(teacher: list[Tensor], masks: list[Tensor]) -> dict[str, Any]:
     from topk_rkl.trainers import slime
 
     async def post(url: str, request: dict[str, Any]) -> dict[str, Any]:
-        assert (url, request["logprob_start_len"], request["return_logprob"]) == ("http://teacher/generate", 0, True)
-        return scored(teacher[request["input_ids"][0]], request["top_logprobs_num"])
+        i = request.pop("input_ids")[0]
+        assert url == "http://teacher/generate" and request == {
+            "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": K,
+        }
+        return scored(teacher[i], K + 1)  # one more than asked for
 
     slime._post = post
     args, kept = SimpleNamespace(rm_url="http://teacher/generate", topk_rkl_k=K), []
     for i, (total, response) in enumerate(zip(TOTALS, RESPONSES)):
-        sample = SimpleNamespace(tokens=[i] * total, response_length=response, train_metadata=None)
+        earlier = {"kept": i} if i else None
+        sample = SimpleNamespace(tokens=[i] * total, response_length=response, train_metadata=earlier)
         assert asyncio.run(slime.reward(args, sample)) == 0
+        assert sample.train_metadata.get("kept", 0) == i
         kept.append(sample.train_metadata)
     return {"metadata": kept, "total_lengths": TOTALS, "response_lengths": RESPONSES, "loss_masks": masks}
 
@@ -407,6 +429,19 @@ def axolotl_formula(z: Tensor, inputs: dict[str, Tensor], formula: Any, t: float
     return (terms.masked_fill(~live, 0).sum(-1)[:, :-1] * (inputs["labels"][:, 1:] != -100)).sum() * t**2
 
 
+def axolotl_trainer(model: Causal, **changed: Any) -> Any:
+    """Of the plugin and the settings that the page has."""
+    [block] = re.findall(r"```yaml\n(.*?)```", (FOLDER / "axolotl.md").read_text(), re.DOTALL)
+    settings = yaml.safe_load(block)
+    [plugin] = settings.pop("plugins")
+    trainer_cls = pkgutil.resolve_name(plugin)().get_trainer_cls(axolotl_cfg(kd_trainer=settings.pop("kd_trainer")))
+    return trainer_cls(model, **settings | changed)
+
+
+def axolotl_cfg(**given: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"kd_trainer": None, "kd_temperature_min": None} | given)
+
+
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("beta", [None, 0.0, 0.5, 1.0])
 def test_axolotl_multiplies_value_and_gradient_by_the_square_of_the_temperature(beta: float | None, t: float) -> None:
@@ -414,10 +449,9 @@ def test_axolotl_multiplies_value_and_gradient_by_the_square_of_the_temperature(
     model = Causal(V, H)
     inputs = axolotl_inputs(double(B, S, V), t)
     with standing_in():
-        trainer_cls = page("axolotl")["MyPlugin"]().get_trainer_cls(SimpleNamespace(kd_trainer=True))
-        trainer = trainer_cls(model, kd_beta=beta, kd_temperature=t, kd_alpha=0.7)
-        loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(11))
-        assert trainer.compute_loss(model, inputs, True, 11)[0] == loss
+        trainer = axolotl_trainer(model, kd_beta=beta, kd_temperature=t, kd_alpha=0.7)
+        loss = trainer.compute_loss(model, inputs | {"num_items_in_batch": 11}, num_items_in_batch=torch.tensor(11))
+        assert trainer.compute_loss(model, inputs, True, 11) == (loss, {"loss": loss})
     z = model(inputs["input_ids"]).logits
     want = 0.7 * axolotl_formula(z, inputs, formulas.get(beta, FORMULAS[ForwardKL()]), t) / 11
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
@@ -425,19 +459,42 @@ def test_axolotl_multiplies_value_and_gradient_by_the_square_of_the_temperature(
         torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-9)
 
 
+def test_axolotl_may_have_ranks_whose_gradients_are_averaged() -> None:
+    model, inputs = Causal(V, H), axolotl_inputs(double(B, S, V), 1.0)
+    parts = [{name: x[rows] for name, x in inputs.items()} for rows in (slice(1), slice(1, B))]
+    with standing_in():
+        whole = axolotl_trainer(model).compute_loss(model, inputs, num_items_in_batch=torch.tensor(11))
+        for averaged, share in ((True, 1), (False, 2)):  # without, each rank is given its own count
+            trainer = axolotl_trainer(model, ranks=2, average_tokens_across_devices=averaged)
+            losses = [trainer.compute_loss(model, part, num_items_in_batch=torch.tensor(11)) for part in parts]
+            torch.testing.assert_close(sum(losses) / 2, whole / share)
+        uncounted = axolotl_trainer(model, ranks=2).compute_loss(model, inputs)
+        torch.testing.assert_close(uncounted, whole * 11 / (inputs["labels"][:, 1:] != -100).sum())
+
+
+def test_axolotl_may_evaluate_another_model() -> None:
+    model, other, inputs = Causal(V, H), Causal(V, H), axolotl_inputs(double(B, S, V), 1.0)
+    with standing_in():
+        trainer = axolotl_trainer(model)
+        trainer.compute_loss(model, inputs)
+        assert trainer.compute_loss(other, inputs) == axolotl_trainer(other).compute_loss(other, inputs)
+
+
 def test_axolotl_keeps_its_own_trainer_without_kd_trainer() -> None:
     with standing_in():
         from topk_rkl.trainers.axolotl import TopKPlugin, TopKTrainer
 
-        assert TopKPlugin().get_trainer_cls(SimpleNamespace(kd_trainer=None)) is None
-        assert TopKPlugin().get_trainer_cls(SimpleNamespace(kd_trainer=True)) is TopKTrainer
+        assert TopKPlugin().get_trainer_cls(axolotl_cfg()) is None
+        assert TopKPlugin().get_trainer_cls(axolotl_cfg(kd_trainer=True)) is TopKTrainer
 
 
 def test_axolotl_is_refused_what_would_be_wrong() -> None:
     model, inputs = Causal(V, H), axolotl_inputs(double(B, S, V), 1.0)
     with standing_in():
-        from topk_rkl.trainers.axolotl import FIELDS, TopKTrainer
+        from topk_rkl.trainers.axolotl import FIELDS, TopKPlugin, TopKTrainer
 
+        with pytest.raises(ValueError, match=r"kd_temperature_min is 0.5.*leave it out"):
+            TopKPlugin().get_trainer_cls(axolotl_cfg(kd_trainer=True, kd_temperature_min=0.5))
         with pytest.raises(ValueError, match=r"kd_ce_alpha is 0.1.*set it to 0"):
             TopKTrainer(model, kd_ce_alpha=0.1)
         with pytest.raises(ValueError, match=r"kd_normalize_topk is None.*set it to true"):
@@ -449,6 +506,8 @@ def test_axolotl_is_refused_what_would_be_wrong() -> None:
         torch.testing.assert_close(
             TopKTrainer(model).compute_loss(model, early), TopKTrainer(model).compute_loss(model, inputs)
         )
+        without_labels = inputs | {"labels": torch.full((B, S), -100)}  # which tell nothing of the positions
+        assert TopKTrainer(model).compute_loss(model, without_labels) == 0
 
 
 # unsloth
@@ -481,6 +540,8 @@ def test_unsloth_gives_hidden_states_and_its_logits_again_afterwards(monkeypatch
         ):
             close(got, want)
         assert model(ids).logits.shape == (B, S, V)
+    with pytest.raises(ValueError, match=rf"student_hidden \({B}, {S}, {V}\); the head must be"):
+        run(Causal(V, H), teacher_topk(w, K), inputs | {"labels": labels})  # it ignores the variable
     with pytest.raises(RuntimeError, match="broken"):
         run(model, Support(*teacher_topk(w, K)), inputs | {"labels": labels, "broken": True})
     assert os.environ["UNSLOTH_RETURN_HIDDEN_STATES"] == "0"

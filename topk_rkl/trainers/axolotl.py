@@ -18,9 +18,18 @@ FIELDS = "target_token_ids", "target_logprobs", "target_mask"  # (B, T, K) each,
 
 
 class TopKPlugin(KDPlugin):
-    """axolotl's arguments, collators and callbacks, with another trainer where `kd_trainer` is true."""
+    """axolotl's arguments, collators and callbacks, with another trainer where `kd_trainer` is true.
+
+    Raises:
+        ValueError: axolotl would change the teacher's temperature between steps, and not the student's.
+    """
 
     def get_trainer_cls(self, cfg: Any) -> type[AxolotlKDTrainer] | None:
+        if cfg.kd_trainer and cfg.kd_temperature_min is not None:
+            raise ValueError(
+                f"kd_temperature_min is {cfg.kd_temperature_min}: the collator's temperature would follow it, and the "
+                "student's stay at kd_temperature; leave it out"
+            )
         return TopKTrainer if cfg.kd_trainer else None
 
 
@@ -28,7 +37,7 @@ class TopKTrainer(AxolotlKDTrainer):
     """kd_alpha * kd_temperature**2 times the loss that `kd_beta` names: 0 forward KL, 1 reverse KL, between JSD.
 
     The factor multiplies value and gradient alike, where axolotl's loss multiplies the value alone. The student is
-    renormalised on the teacher's tokens, which `kd_normalize_topk` must say.
+    renormalised on the teacher's tokens, which `kd_normalize_topk` must say. Ranks have the gradient of one process.
 
     Raises:
         ValueError: an argument of axolotl asks for more than this loss.
@@ -46,11 +55,10 @@ class TopKTrainer(AxolotlKDTrainer):
                 f"kd_normalize_topk is {given.kd_normalize_topk}: the student's mass outside the teacher's tokens "
                 "would be left out of the loss, which is unstable; set it to true"
             )
-        temperature = 1.0 if given.kd_temperature is None else float(given.kd_temperature)
-        self._factor = (1.0 if given.kd_alpha is None else float(given.kd_alpha)) * temperature**2
+        self._factor = given.kd_alpha * given.kd_temperature**2  # axolotl refuses None for either
         self._options: dict[str, Any] = {
             "divergence": generalized_jsd(given.kd_beta or 0),
-            "temperature": temperature,
+            "temperature": given.kd_temperature,
             "teacher_temperature": 1.0,  # axolotl's collators give log-probs at kd_temperature
         }
         self._head_loss: HeadLoss | None = None
@@ -62,14 +70,21 @@ class TopKTrainer(AxolotlKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:  # (), or with outputs
-        """Position t counts where labels[:, t + 1] does, on the tokens that `target_mask` names."""
+        """Position t counts where labels[:, t + 1] does, on the tokens that `target_mask` names.
+
+        The Trainer counts the items of all ranks, and leaves it to this function that their gradients are averaged.
+        """
         inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
         labels, teacher = inputs.pop("labels"), support_of(*map(inputs.pop, FIELDS))
         if self._head_loss is None:
             require_next_tokens(teacher, labels)
         if self._head_loss is None or self._head_loss.model is not model:
             self._head_loss = HeadLoss(model, **self._options)
-        loss = self._factor * self._head_loss(teacher, labels, num_items_in_batch=num_items_in_batch, **inputs)
+        ranks = 1
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+        counted = {"num_items_in_batch": num_items_in_batch, "world_size": ranks}
+        loss = self._factor * self._head_loss(teacher, labels, **counted, **inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
@@ -79,8 +94,7 @@ def support_of(
     mask: Tensor,  # (B, T, K), 0 where the slot is padding
 ) -> Support:  # of (B, T, K)
     """What axolotl's collators give, which pad with any id and with -1e9 or -inf."""
-    empty = mask == 0
-    return Support(ids.masked_fill(empty, -1), log_probs.masked_fill(empty, float("-inf")))
+    return Support(ids.masked_fill(mask == 0, -1), log_probs)
 
 
 def require_next_tokens(
