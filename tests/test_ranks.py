@@ -1,5 +1,6 @@
 """The harness of several ranks: a rank that fails does not leave the test waiting for the others."""
 
+import os
 from typing import Any
 
 import pytest
@@ -28,3 +29,10 @@ def test_a_rank_that_fails_ends_the_wait_of_the_others(monkeypatch: pytest.Monke
     with pytest.raises(Failed, match=r"(?s)rank 0: ValueError: as it must.*rank 1 waits for others"):
         on_ranks(2, one_fails)
     assert on_ranks(2, first) == [0, 1]
+
+
+def test_one_worker_has_the_ranks(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist writes the group into the name, and pytest 9.2 dropped it: every worker then started the ranks."""
+    given = getattr(request.config, "workerinput", {}).get("mainargv", [])
+    if "loadgroup" in given:  # as `make test` asks
+        assert request.node.nodeid.endswith("@ranks") and os.environ["PYTEST_XDIST_WORKER"]
