@@ -333,7 +333,7 @@ def test_slime_gets_the_losses_of_its_responses(ranks: int, t: float, whose: str
                 parts = x.split([len(p) for p in mine])
                 return sum((a * b).sum() / mask.sum() for a, b, mask in zip(parts, held, masks))
 
-            args = SimpleNamespace(rollout_temperature=t, allgather_cp=False)
+            args = SimpleNamespace(rollout_temperature=t, allgather_cp=ranks == 1)  # which one rank may have
             value, logged = loss(args, batch, logits, reduce)
         assert logged.keys() == {"loss"} and logged["loss"] == value and not logged["loss"].requires_grad
         value.backward()
