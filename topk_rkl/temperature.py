@@ -47,7 +47,6 @@ def temperatures(
     teacher_temperature: Temperature | None,  # the same; None for that of the student
     student: Tensor,  # (..., V) or (..., H)
 ) -> Temperatures:
-    like = student.new_empty((), dtype=result_dtype(student))
     of_teacher = temperature if teacher_temperature is None else teacher_temperature
     if isinstance(temperature, Tensor):
         loss, of_student = 1.0, per_position(temperature, student)[..., None]
@@ -55,8 +54,9 @@ def temperatures(
         loss, of_student = float(temperature), None
     if isinstance(of_teacher, Tensor):
         return Temperatures(loss, of_student, per_position(of_teacher, student)[..., None] / loss, None)
-    of_teacher = float(of_teacher)
-    divisor = None if of_teacher == loss else traced(of_teacher, like) / loss
+    of_teacher, divisor = float(of_teacher), None
+    if of_teacher != loss:
+        divisor = traced(of_teacher, student.new_empty((), dtype=result_dtype(student))) / loss
     return Temperatures(loss, of_student, divisor, of_teacher)
 
 
