@@ -44,10 +44,14 @@ def forget() -> None:
 
 
 def modules(group: Any, context: tuple[int, int], initialized: bool) -> dict[str, dict[str, Any]]:
+    def told(value: Any) -> Any:
+        assert initialized, "Megatron's groups are not initialized"
+        return value
+
     ranks = {
-        "get_tensor_model_parallel_group": lambda: group,
-        "get_context_parallel_rank": lambda: context[0],
-        "get_context_parallel_world_size": lambda: context[1],
+        "get_tensor_model_parallel_group": lambda: told(group),
+        "get_context_parallel_rank": lambda: told(context[0]),
+        "get_context_parallel_world_size": lambda: told(context[1]),
         "model_parallel_is_initialized": lambda: initialized,
     }
     return {
