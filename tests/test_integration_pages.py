@@ -5,6 +5,7 @@ import os
 import pickle
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,15 +271,43 @@ def slime_batch(teacher: list[Tensor], masks: list[Tensor]) -> dict[str, Any]:
         }
         return scored(teacher[i], K + 1)  # one more than asked for
 
-    slime._post = post
     args, kept = SimpleNamespace(rm_url="http://teacher/generate", topk_rkl_k=K), []
     for i, (total, response) in enumerate(zip(TOTALS, RESPONSES)):
         earlier = {"kept": i} if i else None
         sample = SimpleNamespace(tokens=[i] * total, response_length=response, train_metadata=earlier)
-        assert asyncio.run(slime.reward(args, sample)) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(slime, "_post", post)
+            assert asyncio.run(slime.reward(args, sample)) == 0
         assert sample.train_metadata.get("kept", 0) == i
         kept.append(sample.train_metadata)
     return {"metadata": kept, "total_lengths": TOTALS, "response_lengths": RESPONSES, "loss_masks": masks}
+
+
+def test_slime_asks_the_server_by_a_post_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    from topk_rkl.trainers import slime
+
+    asked: list[Any] = []
+
+    class Session:  # of aiohttp, as far as one request goes; it answers with what it was asked
+        async def __aenter__(self) -> "Session":
+            return self
+
+        async def __aexit__(self, *_: Any) -> None:
+            asked.append("closed")
+
+        def post(self, url: str, json: Any) -> "Session":
+            asked.append((url, json))
+            return self
+
+        def raise_for_status(self) -> None:
+            asked.append("checked")
+
+        async def json(self) -> Any:
+            return asked[0][1]
+
+    monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(ClientSession=Session))
+    assert asyncio.run(slime._post("http://teacher/generate", {"input_ids": [1]})) == {"input_ids": [1]}
+    assert asked == [("http://teacher/generate", {"input_ids": [1]}), "checked", "closed", "closed"]
 
 
 def slime_formula(z: list[Tensor], w: list[Tensor], masks: list[Tensor], t: float, formula: Any) -> Tensor:
