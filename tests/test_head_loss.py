@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.ranks import on_ranks, together
 from tests.tiny_models import FAMILIES, SIZES, K, V, collate, distance, formula, inputs_of, rows, tiny
-from topk_rkl import Support, linear_teacher_topk, teacher_topk, topk_reverse_kl
+from topk_rkl import ForwardKL, Support, linear_teacher_topk, teacher_topk, topk_reverse_kl
 from topk_rkl.loss import global_count
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
@@ -223,6 +223,13 @@ def test_bfloat16_autocast_and_checkpointing() -> None:
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want, rel=0.03)
     half = HeadLoss(student.bfloat16())(support, batch["labels"], **inputs_of(batch))
     assert half.item() == pytest.approx(want, rel=0.03)
+
+
+def test_an_infinite_loss_is_infinite() -> None:
+    student, batch = tiny(), collate(rows())
+    support = HeadTopK(tiny(seed=1), K)(**inputs_of(batch))
+    student.lm_head.bias = nn.Parameter(torch.zeros(V).index_fill(0, support.ids[0, 5, :1].long(), -torch.inf))
+    assert HeadLoss(student, divergence=ForwardKL())(support, batch["labels"], **inputs_of(batch)) == torch.inf
 
 
 @pytest.mark.slow

@@ -148,8 +148,15 @@ def test_what_is_not_positive_is_nan_at_its_own_position(backend) -> None:
     varying = torch.tensor([[0.5, 0.0, 1.0], [-1.0, torch.nan, 2.0]], device=DEVICE)
     loss = topk_reverse_kl(z, w, k=K, temperature=varying, reduction="none")
     assert loss.isnan().tolist() == [[False, True, False], [True, True, False]]
-    weights = varying > 0
-    assert topk_reverse_kl(z, w, k=K, temperature=varying, weights=weights).isfinite()
+    weights, leaf = varying > 0, z.clone().requires_grad_()
+    loss = topk_reverse_kl(leaf, w, k=K, temperature=varying, weights=weights)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[~weights] == 0).all()
+    leaf.grad = None
+    (topk_reverse_kl(leaf, w, k=K, temperature=varying, reduction="none").where(weights, 0)).sum().backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad[~weights] == 0).all()
+    topk_reverse_kl(leaf, w, k=K, temperature=varying).backward()
+    assert leaf.grad[~weights].isnan().any(-1).all()
 
 
 def test_empty_slots_infinities_and_foreign_ids(backend) -> None:

@@ -75,7 +75,8 @@ class _WithinHead:
         if seen:
             require_told(self.head, seen[0], logits.detach())
             self._told = True
-        return taken[0][..., -1].view(()) + 0 * logits[..., -1].sum()  # FSDP1 hangs its hooks on what the model returns
+        # FSDP1 hangs its hooks on what the model returns. A sum of nothing is 0 where 0 times a loss of inf is NaN.
+        return taken[0][..., -1].view(()) + logits[..., :0].sum()
 
 
 class HeadLoss(_WithinHead):
