@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -235,13 +236,23 @@ def test_an_infinite_loss_is_infinite() -> None:
 @pytest.mark.slow
 def test_a_compiled_model() -> None:
     student, teacher, batch = tiny(), tiny(seed=1), collate(rows())
-    _, grads = formula(student, teacher, batch)
-    support = support_of(teacher, batch)
-    head_loss = HeadLoss(torch.compile(student, backend="aot_eager"))
-    for _ in range(3):
+    want, grads = formula(student, teacher, batch)
+    support, counter = support_of(teacher, batch), CompileCounterWithBackend("aot_eager")
+    head_loss, items = HeadLoss(torch.compile(student, backend=counter)), int((batch["labels"][:, 1:] != -100).sum())
+    compiled = []
+    for factor in (1, 2, 3):  # of an int, for which nothing is compiled anew
         student.zero_grad()
-        head_loss(support, batch["labels"], **inputs_of(batch)).backward()
+        loss = head_loss(support, batch["labels"], num_items_in_batch=factor * items, **inputs_of(batch))
+        (factor * loss).backward()
+        assert factor * loss.item() == pytest.approx(want, rel=1e-5)
         assert distance(gradients(student), grads) < 5e-6
+        compiled.append(counter.frame_count)
+    assert len(set(compiled)) == 1
+
+
+def test_a_loss_per_position_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reduction is 'none'; use one of mean, sum"):
+        HeadLoss(tiny(), reduction="none")
 
 
 def wrapped(how: str, group: Any) -> tuple[nn.Module, nn.Module]:

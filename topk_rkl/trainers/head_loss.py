@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topk_rkl import checks
 from topk_rkl.linear_loss import linear_causal_topk_reverse_kl, linear_teacher_topk
 from topk_rkl.rows import result_dtype
 from topk_rkl.support import Support
@@ -100,6 +101,7 @@ class HeadLoss(_WithinHead):
 
     def __init__(self, model: nn.Module, *, head: Head | None = None, **options: Any) -> None:
         super().__init__(model, head, options)
+        checks.require_one_of("reduction", options.get("reduction", "mean"), ("mean", "sum"))
 
     def __call__(
         self,
@@ -112,6 +114,10 @@ class HeadLoss(_WithinHead):
         **inputs: Any,
     ) -> Tensor:  # ()
         """The loss of the model on `inputs`; see `causal_topk_reverse_kl` for the other arguments."""
+        if not isinstance(num_items_in_batch, Tensor | None):  # of which torch.compile would compile each number anew
+            checks.require_denominator(num_items_in_batch, None, "num_items_in_batch")
+            device = getattr(labels, "device", None)
+            num_items_in_batch = torch.full((), float(num_items_in_batch), dtype=torch.float64, device=device)
         counted = {"num_items_in_batch": num_items_in_batch, "world_size": world_size, "weights": weights}
 
         def loss(hidden: Tensor) -> Tensor:  # (B, T, H) -> ()
