@@ -186,6 +186,10 @@ def test_heads_that_a_weight_does_not_tell_are_refused() -> None:
     with pytest.raises(TypeError, match=r"the head is a \S*Rounded, whose logits may be more"):
         head_of(student)
     student.lm_head = nn.Linear(32, V, bias=False)
+    student.lm_head.forward = lambda hidden: 2 * nn.Linear.forward(student.lm_head, hidden)
+    with pytest.raises(TypeError, match=r"the head is a \S*Linear with another forward, whose logits may be more"):
+        head_of(student)
+    student.lm_head = nn.Linear(32, V, bias=False)
     student.lm_head._hf_hook = object()
     with pytest.raises(TypeError, match=r"with an Accelerate hook.*without device_map"):
         head_of(student)
