@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.ranks import on_ranks, together
 from tests.tiny_models import FAMILIES, SIZES, K, V, collate, distance, formula, inputs_of, rows, tiny
-from topk_rkl import Support, linear_teacher_topk, teacher_topk, topk_reverse_kl
+from topk_rkl import ForwardKL, Support, linear_teacher_topk, teacher_topk, topk_reverse_kl
 from topk_rkl.loss import global_count
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
@@ -185,6 +186,10 @@ def test_heads_that_a_weight_does_not_tell_are_refused() -> None:
     with pytest.raises(TypeError, match=r"the head is a \S*Rounded, whose logits may be more"):
         head_of(student)
     student.lm_head = nn.Linear(32, V, bias=False)
+    student.lm_head.forward = lambda hidden: 2 * nn.Linear.forward(student.lm_head, hidden)
+    with pytest.raises(TypeError, match=r"the head is a \S*Linear with another forward, whose logits may be more"):
+        head_of(student)
+    student.lm_head = nn.Linear(32, V, bias=False)
     student.lm_head._hf_hook = object()
     with pytest.raises(TypeError, match=r"with an Accelerate hook.*without device_map"):
         head_of(student)
@@ -225,16 +230,33 @@ def test_bfloat16_autocast_and_checkpointing() -> None:
     assert half.item() == pytest.approx(want, rel=0.03)
 
 
+def test_an_infinite_loss_is_infinite() -> None:
+    student, batch = tiny(), collate(rows())
+    support = HeadTopK(tiny(seed=1), K)(**inputs_of(batch))
+    student.lm_head.bias = nn.Parameter(torch.zeros(V).index_fill(0, support.ids[0, 5, :1].long(), -torch.inf))
+    assert HeadLoss(student, divergence=ForwardKL())(support, batch["labels"], **inputs_of(batch)) == torch.inf
+
+
 @pytest.mark.slow
 def test_a_compiled_model() -> None:
     student, teacher, batch = tiny(), tiny(seed=1), collate(rows())
-    _, grads = formula(student, teacher, batch)
-    support = support_of(teacher, batch)
-    head_loss = HeadLoss(torch.compile(student, backend="aot_eager"))
-    for _ in range(3):
+    want, grads = formula(student, teacher, batch)
+    support, counter = support_of(teacher, batch), CompileCounterWithBackend("aot_eager")
+    head_loss, items = HeadLoss(torch.compile(student, backend=counter)), int((batch["labels"][:, 1:] != -100).sum())
+    compiled = []
+    for factor in (1, 2, 3):  # of an int, for which nothing is compiled anew
         student.zero_grad()
-        head_loss(support, batch["labels"], **inputs_of(batch)).backward()
+        loss = head_loss(support, batch["labels"], num_items_in_batch=factor * items, **inputs_of(batch))
+        (factor * loss).backward()
+        assert factor * loss.item() == pytest.approx(want, rel=1e-5)
         assert distance(gradients(student), grads) < 5e-6
+        compiled.append(counter.frame_count)
+    assert len(set(compiled)) == 1
+
+
+def test_a_loss_per_position_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reduction is 'none'; use one of mean, sum"):
+        HeadLoss(tiny(), reduction="none")
 
 
 def wrapped(how: str, group: Any) -> tuple[nn.Module, nn.Module]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, EVERY_OBJECTIVE, same_bits
+from conftest import DEVICE, EVERY_OBJECTIVE, LiveBytes, same_bits
 from torch import Tensor
 
 from topk_rkl import (
@@ -148,8 +148,15 @@ def test_what_is_not_positive_is_nan_at_its_own_position(backend) -> None:
     varying = torch.tensor([[0.5, 0.0, 1.0], [-1.0, torch.nan, 2.0]], device=DEVICE)
     loss = topk_reverse_kl(z, w, k=K, temperature=varying, reduction="none")
     assert loss.isnan().tolist() == [[False, True, False], [True, True, False]]
-    weights = varying > 0
-    assert topk_reverse_kl(z, w, k=K, temperature=varying, weights=weights).isfinite()
+    weights, leaf = varying > 0, z.clone().requires_grad_()
+    loss = topk_reverse_kl(leaf, w, k=K, temperature=varying, weights=weights)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[~weights] == 0).all()
+    leaf.grad = None
+    (topk_reverse_kl(leaf, w, k=K, temperature=varying, reduction="none").where(weights, 0)).sum().backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad[~weights] == 0).all()
+    topk_reverse_kl(leaf, w, k=K, temperature=varying).backward()
+    assert leaf.grad[~weights].isnan().any(-1).all()
 
 
 def test_empty_slots_infinities_and_foreign_ids(backend) -> None:
@@ -178,6 +185,14 @@ def test_diagnostics_at_both_temperatures() -> None:
     served = teacher_topk(w / 0.7, K, normalize=True)
     got = topk_diagnostics(z, served, ["teacher_mass"], temperature=0.7, teacher_temperature=1.0)["teacher_mass"]
     torch.testing.assert_close(got, served.log_probs.exp().sum(-1), rtol=1e-6, atol=0)
+
+
+def test_memory_of_a_temperature_per_position() -> None:
+    n, vocab, k = 20_000, 64, 50
+    logits, teacher = torch.randn(n, vocab).bfloat16().requires_grad_(), torch.randn(n, vocab)
+    with LiveBytes() as live:
+        topk_reverse_kl(logits, teacher, k=k, temperature=torch.rand(n) + 0.5).backward()
+    assert live.peak - logits.grad.nbytes <= 32 * n * k
 
 
 def test_modules_have_the_teachers_temperature() -> None:

@@ -74,8 +74,12 @@ def divided(
     live: Tensor,  # (..., K) bool
     by: Tensor,  # (..., 1) or ()
 ) -> Tensor:  # (..., K) up to a constant per row
-    """(x - the largest live one) / by: quotients of large logits would lose their difference."""
-    return (x - finite_max(torch.where(live & (x < torch.inf), x.detach(), -torch.inf))) / by
+    """(x - the largest live one) / by: quotients of large logits would lose their difference.
+
+    NaN where `by` is NaN. Nothing is divided by NaN, so that a gradient of 0 stays 0 there.
+    """
+    best = finite_max(torch.where(live & (x < torch.inf), x.detach(), -torch.inf)).masked_fill(by.isnan(), torch.nan)
+    return (x - best) / by.masked_fill(by.isnan(), 1)
 
 
 def require_temperatures(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topk_rkl import checks
 from topk_rkl.linear_loss import linear_causal_topk_reverse_kl, linear_teacher_topk
 from topk_rkl.rows import result_dtype
 from topk_rkl.support import Support
@@ -75,7 +76,8 @@ class _WithinHead:
         if seen:
             require_told(self.head, seen[0], logits.detach())
             self._told = True
-        return taken[0][..., -1].view(()) + 0 * logits[..., -1].sum()  # FSDP1 hangs its hooks on what the model returns
+        # FSDP1 hangs its hooks on what the model returns. A sum of nothing is 0 where 0 times a loss of inf is NaN.
+        return taken[0][..., -1].view(()) + logits[..., :0].sum()
 
 
 class HeadLoss(_WithinHead):
@@ -99,6 +101,7 @@ class HeadLoss(_WithinHead):
 
     def __init__(self, model: nn.Module, *, head: Head | None = None, **options: Any) -> None:
         super().__init__(model, head, options)
+        checks.require_one_of("reduction", options.get("reduction", "mean"), ("mean", "sum"))
 
     def __call__(
         self,
@@ -111,6 +114,10 @@ class HeadLoss(_WithinHead):
         **inputs: Any,
     ) -> Tensor:  # ()
         """The loss of the model on `inputs`; see `causal_topk_reverse_kl` for the other arguments."""
+        if not isinstance(num_items_in_batch, Tensor | None):  # of which torch.compile would compile each number anew
+            checks.require_denominator(num_items_in_batch, None, "num_items_in_batch")
+            device = getattr(labels, "device", None)
+            num_items_in_batch = torch.full((), float(num_items_in_batch), dtype=torch.float64, device=device)
         counted = {"num_items_in_batch": num_items_in_batch, "world_size": world_size, "weights": weights}
 
         def loss(hidden: Tensor) -> Tensor:  # (B, T, H) -> ()

@@ -109,10 +109,11 @@ def _require_plain(module: nn.Module) -> None:
             f"the head is {kind} with an Accelerate hook, as device_map sets them; load the model without device_map, "
             "or take the loss from its logits with topk_reverse_kl"
         )
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    replaced = "forward" in vars(module)  # on this module alone, as libraries do that patch a model
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or replaced:
         raise TypeError(
-            f"the head is {kind}, whose logits may be more than hidden @ weight.T + bias, such as quantised; take the "
-            "loss from the model's logits with topk_reverse_kl"
+            f"the head is {kind}{' with another forward' * replaced}, whose logits may be more than hidden @ weight.T "
+            "+ bias, such as quantised; take the loss from the model's logits with topk_reverse_kl"
         )
 
 
