@@ -1,10 +1,13 @@
 """Labels for weights: the shift, the mask and the denominator of causal language models."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import DEVICE, LiveBytes, same_bits
 from torch import Tensor
 
+from tests.ranks import on_ranks, together
 from topk_rkl.loss import (
     ForwardKL,
     Support,
@@ -142,6 +145,26 @@ def test_refusals(name: str) -> None:
     z, w, labels = (x.cpu() for x in batch())
     with pytest.raises(kind, match=message):
         causal_topk_reverse_kl(**({"student_logits": z, "teacher": w, "labels": labels, "k": K} | change))
+
+
+def one_is_wrong(group: Any) -> None:
+    z, labels = torch.randn(B, T, V), torch.ones(B, T).long()
+    given = labels.float() if group.rank() == 1 else labels
+    call = {"k": K, "group": group}
+    with pytest.raises((TypeError, RuntimeError), match=r"labels is torch.float32"):  # on the other rank with its number
+        causal_topk_reverse_kl(z, z, given, **call)
+    with pytest.raises((TypeError, RuntimeError), match=r"labels is torch.float32"):
+        linear_causal_topk_reverse_kl(torch.randn(B, T, H), torch.randn(V, H), z, given, **call)
+
+
+@together
+def test_ranks_refuse_together() -> None:
+    on_ranks(2, one_is_wrong)
+
+
+def test_no_position_gives_0() -> None:
+    loss = causal_topk_reverse_kl(torch.randn(B, 0, V), torch.randn(B, 0, V), torch.ones(B, 0).long(), k=K)
+    assert loss == 0
 
 
 def test_what_the_refusals_advise_is_right() -> None:

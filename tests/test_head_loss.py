@@ -10,14 +10,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.ranks import on_ranks, together
+from tests.ranks import Failed, on_ranks, together
 from tests.tiny_models import FAMILIES, SIZES, K, V, collate, distance, formula, inputs_of, rows, tiny
 from topk_rkl import ForwardKL, Support, linear_teacher_topk, teacher_topk, topk_reverse_kl
 from topk_rkl.loss import global_count
@@ -299,6 +299,24 @@ def trained(group: Any, how: str) -> tuple[float, float]:
     else:
         found = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients(student).items()}
     return abs(float(total) - want), distance(found, grads)
+
+
+def cast(group: Any, output_dtype: torch.dtype | None) -> float:
+    student, batch = tiny(), collate(rows())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=output_dtype)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    fully_shard(student.lm_head, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh)
+    return HeadLoss(student)(HeadTopK(tiny(seed=1), K)(**inputs_of(batch)), batch["labels"], **inputs_of(batch)).item()
+
+
+@pytest.mark.slow
+@together
+def test_a_head_whose_losses_are_cast_is_refused_and_the_remedy_is_right() -> None:
+    with pytest.raises(Failed, match=r"losses were cast to torch.bfloat16.*leave output_dtype out"):
+        on_ranks(2, cast, torch.bfloat16)
+    want, _ = formula(tiny(), tiny(seed=1), collate(rows()))
+    assert on_ranks(2, cast, None) == [pytest.approx(want, rel=0.03)] * 2
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def as_weighted(
     The labels are, not the logits: a slice of logits would cost a gradient of their size in the backward pass. The last
     position gets weight 0.
     """
+    checks.require_positions(student_name, student)
     if "denominator" in options:
         raise TypeError("denominator is given, but labels tell it; pass num_items_in_batch for a count over all ranks")
     checks.require_tensor("labels", labels, checks.INTEGERS)
@@ -37,7 +38,8 @@ def as_weighted(
     if weights is not None:
         checks.require_weights(weights, student, student_name)
         counted = weights.masked_fill(~counted, 0)
-    found = {"teacher": _with_last(teacher, student), "weights": pad(counted[..., 1:], (0, 1))}
+    shifted = pad(counted[..., 1:], (0, 1))[..., : labels.shape[-1]]  # of no position none
+    found = {"teacher": _with_last(teacher, student), "weights": shifted}
     denominator = _denominator(num_items_in_batch, world_size, student)
     if denominator is not None and options.get("reduction", "mean") != "mean":
         raise ValueError(

@@ -251,9 +251,10 @@ def linear_causal_topk_reverse_kl(
 
     Returns, Raises: see `causal_topk_reverse_kl`.
     """
-    checks.require_positions("student_hidden", student_hidden)
     labelled = labels, num_items_in_batch, world_size, ignore_index, weights, options
-    asked = as_weighted(student_hidden, "student_hidden", teacher, *labelled)
+    *_, group = unwrap_head(student_hidden, student_weight, None, require_group(options.get("group")))
+    with refused_together(group, student_hidden):
+        asked = as_weighted(student_hidden, "student_hidden", teacher, *labelled)
     return linear_topk_divergence(student_hidden, student_weight, **asked)
 
 

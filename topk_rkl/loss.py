@@ -329,9 +329,11 @@ def causal_topk_reverse_kl(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, and nothing has been computed.
     """
-    checks.require_positions("student_logits", student_logits)
     labelled = labels, num_items_in_batch, world_size, ignore_index, weights, options
-    return topk_divergence(student_logits, **as_weighted(student_logits, "student_logits", teacher, *labelled))
+    _, group = unwrap_logits("student_logits", student_logits, require_group(options.get("group")))
+    with refused_together(group, student_logits):
+        asked = as_weighted(student_logits, "student_logits", teacher, *labelled)
+    return topk_divergence(student_logits, **asked)
 
 
 class TopKDivergenceLoss(nn.Module):

@@ -72,6 +72,7 @@ class _WithinHead:
                 f"the model ran its head {len(taken)} times in one forward pass, not once; take the loss from its "
                 "logits with topk_reverse_kl"
             )
+        require_unrounded(taken[0])
         logits = _logits(outputs)
         if seen:
             require_told(self.head, seen[0], logits.detach())
@@ -152,6 +153,15 @@ class HeadTopK(_WithinHead):
 
         self._run(inputs, select)
         return found[0]
+
+
+def require_unrounded(taken: Tensor) -> None:
+    """Refuses losses that a hook of the head has cast, as FSDP2 does with an output_dtype."""
+    if torch.finfo(taken.dtype).bits < 32:
+        raise RuntimeError(
+            f"the head's losses were cast to {taken.dtype}, as MixedPrecisionPolicy(output_dtype=...) of fully_shard "
+            "does; leave output_dtype out of the policy of a head in a group of its own"
+        )
 
 
 def require_told(

@@ -18,7 +18,7 @@ from topk_rkl.loss import causal_topk_reverse_kl
 from topk_rkl.objective import require_objective
 from topk_rkl.recipe.weighting import aggregate
 from topk_rkl.support import Support
-from topk_rkl.trainers.head_loss import HeadTopK, require_told, within_head
+from topk_rkl.trainers.head_loss import HeadTopK, require_told, require_unrounded, within_head
 from topk_rkl.trainers.heads import Head, head_of, unwrapped
 
 Entry = Literal["hidden", "logits"]
@@ -185,6 +185,7 @@ class _InHead:
                 f"the student ran its head {len(self.taken)} times in one forward pass, not once; use "
                 "distill(..., entry='logits')"
             )
+        require_unrounded(self.taken[0])
         if self.logits is not None:
             require_told(self.head, self.logits, outputs.logits[..., : self.logits.shape[-1] + 1].detach())
         (taken,) = self.taken
