@@ -151,7 +151,7 @@ def one_is_wrong(group: Any) -> None:
     z, labels = torch.randn(B, T, V), torch.ones(B, T).long()
     given = labels.float() if group.rank() == 1 else labels
     call = {"k": K, "group": group}
-    with pytest.raises((TypeError, RuntimeError), match=r"labels is torch.float32"):  # on the other rank with its number
+    with pytest.raises((TypeError, RuntimeError), match=r"labels is torch.float32"):
         causal_topk_reverse_kl(z, z, given, **call)
     with pytest.raises((TypeError, RuntimeError), match=r"labels is torch.float32"):
         linear_causal_topk_reverse_kl(torch.randn(B, T, H), torch.randn(V, H), z, given, **call)

@@ -52,6 +52,7 @@ class _WithinHead:
         self,
         inputs: dict[str, Any],  # of the model
         function: Callable[[Tensor], Tensor],  # (B, T, H) -> (): what the head gives
+        of_loss: bool,
     ) -> Tensor:  # ()
         """Runs the model. Its first run makes the logits of one position too, and compares them."""
         module, seen = self.head.module, []
@@ -72,7 +73,8 @@ class _WithinHead:
                 f"the model ran its head {len(taken)} times in one forward pass, not once; take the loss from its "
                 "logits with topk_reverse_kl"
             )
-        require_unrounded(taken[0])
+        if of_loss:
+            require_unrounded(taken[0])
         logits = _logits(outputs)
         if seen:
             require_told(self.head, seen[0], logits.detach())
@@ -125,7 +127,7 @@ class HeadLoss(_WithinHead):
             given = {"labels": labels, "teacher": teacher, **counted, **self.head.student, **self.options}
             return linear_causal_topk_reverse_kl(hidden, **given)
 
-        return self._run(inputs, loss)
+        return self._run(inputs, loss, of_loss=True)
 
 
 class HeadTopK(_WithinHead):
@@ -151,7 +153,7 @@ class HeadTopK(_WithinHead):
             found.append(linear_teacher_topk(hidden.detach(), **self.head.teacher, **self.options))
             return hidden.new_zeros(())
 
-        self._run(inputs, select)
+        self._run(inputs, select, of_loss=False)
         return found[0]
 
 
