@@ -576,7 +576,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "causal_topk_reverse_kl": (causal_topk_reverse_kl, {**LABELLED, "student_logits": Z[None]}),
     "linear_causal_topk_reverse_kl": (
         linear_causal_topk_reverse_kl,
-        {**LABELLED, "student_hidden": H[None], "student_weight": HEAD_16},
+        {**LABELLED, "student_hidden": H[None], "student_weight": HEAD_16, "student_bias": B},
     ),
     "TopKReverseKLLoss": (
         TopKReverseKLLoss,

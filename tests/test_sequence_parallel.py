@@ -173,7 +173,7 @@ def counted(group: Any, given: list[Tensor], as_mesh: bool, averaged: bool) -> t
 def test_a_count_is_the_sum_of_all_ranks_by_one_collective(world: int, as_mesh: bool, averaged: bool) -> None:
     given = [
         torch.tensor([[True, False], [True, True]]),
-        [torch.tensor([2, 0, 1]), torch.tensor(0.25)],  # of two micro-batches
+        [torch.tensor([2.0, 0, 1]), torch.tensor(0.25)],  # of two micro-batches
         torch.zeros(0),
         (torch.full((2, 1, 2), -0.5, dtype=torch.bfloat16),),
     ]
@@ -197,7 +197,7 @@ def traced(group: Any, by: str) -> tuple[Tensor, Tensor]:
     def count(x: Tensor) -> Tensor:
         return global_count([x, x > 0], where, averaged=True)
 
-    x = torch.arange(group.rank() + 2)
+    x = torch.arange(group.rank() + 2.0)
     return torch.compile(count, fullgraph=True, backend="aot_eager")(x), count(x)
 
 

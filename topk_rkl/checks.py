@@ -196,8 +196,8 @@ def require_positions(
     name: str,
     x: Any,  # (B, T, anything), plain or a DTensor
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {kind_of(x)}; it must be a torch.Tensor")
+    if not (isinstance(x, Tensor) and hasattr(x, "device_mesh")):
+        require_tensor(name, x, FLOATS)
     if x.dim() < 2:
         raise ValueError(f"{name} has shape {shape_of(x)}; it must be (B, T, ...), with a position for each label")
 

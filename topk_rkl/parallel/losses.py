@@ -108,9 +108,9 @@ def _on_slots(
     at: Temperatures,
 ) -> Tensor:  # (...)
     """The loss on K logits per row, whose ids are the slots' numbers; K is one that the student lacks."""
-    k, live = z.shape[-1], live_slots(ids, log_probs, vocab)
+    k = z.shape[-1]
     if at.student is not None:
-        z = divided(z, live, at.student)
+        z = divided(z, live_slots(ids, log_probs, vocab), at.student)
     ids, log_probs = at.divided_teacher(ids, log_probs, vocab)
     slots = torch.arange(k, dtype=torch.int32, device=z.device)
     slots = torch.where(ids < vocab, slots, k).masked_fill(ids < 0, -1)
