@@ -20,7 +20,7 @@ from topk_rkl.objective import Objective
 from topk_rkl.parallel.heads import whole_head
 from topk_rkl.rows import chunks, live_slots, result_dtype, row_views
 from topk_rkl.support import Support, require_teacher, require_temperature_1, true_log_probs
-from topk_rkl.temperature import Temperature, per_position, require_temperatures
+from topk_rkl.temperature import Temperature, of_teacher, per_position, require_temperatures
 
 
 class _once:
@@ -261,7 +261,7 @@ def _measured(
     ids, log_probs = (x.contiguous() for x in support)
     logits = None if isinstance(teacher, Support) else teacher
     y = None if sampled_ids is None else sampled_ids.contiguous()
-    numbers = [both[0] if x is None else x for x in both]
+    numbers = both[0], of_teacher(*both)
     varying = [per_position(x, student).contiguous() if isinstance(x, Tensor) else None for x in numbers]
     parts: list[list[Tensor]] = []
     for z, w, slot_ids, slot_log_probs, tokens, *by in row_views(student, logits, ids, log_probs, y, *varying):
@@ -286,7 +286,6 @@ def _require_asked(
 ) -> tuple[tuple[str, ...], int | None]:
     """The names, and K of teacher logits as an int."""
     require_temperatures(*both, "renormalized", student, student_name)
-    of_teacher = both[0] if both[1] is None else both[1]
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"names is {names!r}; it must be a sequence of names, such as ('student_mass',)")
     for name in names:
@@ -295,7 +294,7 @@ def _require_asked(
         if name in OF_TEACHER_LOGITS and isinstance(teacher, Support):
             raise ValueError(f"names has {name!r}, but teacher is a Support; pass teacher logits, and k")
         if name in OF_TRUE_LOG_PROBS and isinstance(teacher, Support):
-            require_temperature_1(f"{name!r}", of_teacher)
+            require_temperature_1(f"{name!r}", of_teacher(*both))
     takers = [name for name in names if name in OF_SAMPLED]
     if takers and sampled_ids is None:
         raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")
@@ -306,4 +305,4 @@ def _require_asked(
                 f"{', '.join(OF_SAMPLED)}"
             )
         checks.require_sampled_ids(sampled_ids, student, "sampled_ids", student_name)
-    return tuple(names), require_teacher(teacher, k, None, of_teacher, student, student_name)
+    return tuple(names), require_teacher(teacher, k, None, of_teacher(*both), student, student_name)

@@ -19,7 +19,7 @@ from topk_rkl.parallel.logits import linear_select
 from topk_rkl.parallel.losses import linear_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
-from topk_rkl.temperature import require_temperatures, temperatures
+from topk_rkl.temperature import of_teacher, require_temperatures, temperatures
 
 WeightGrad = Literal["dense", "sparse"]
 
@@ -196,8 +196,8 @@ def linear_topk_divergence(
         require_objective(divergence, mass)
         require_temperatures(temperature, teacher_temperature, mass, student_hidden, "student_hidden")
         checks.require_sampled_for_mass(sampled_ids, mass, student_hidden, "student_hidden")
-        given = temperature if teacher_temperature is None else teacher_temperature
-        k = require_teacher(teacher, k, mass, given, student_hidden, "student_hidden", sharded)
+        own = of_teacher(temperature, teacher_temperature)
+        k = require_teacher(teacher, k, mass, own, student_hidden, "student_hidden", sharded)
         require_backend(group, k, mass, teacher)
     vocabs = len(student_weight), teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {

@@ -51,7 +51,7 @@ from topk_rkl.parallel.logits import select
 from topk_rkl.parallel.losses import logits_loss as loss_on_slots
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.support import Support, require_teacher
-from topk_rkl.temperature import require_temperatures, temperatures
+from topk_rkl.temperature import of_teacher, require_temperatures, temperatures
 
 __all__ = [
     "AlphaBeta",
@@ -263,8 +263,8 @@ def topk_divergence(
         overwrite_student_logits = overwrite_student_logits and not torch.compiler.is_compiling()
         if overwrite_student_logits:
             require_overwritable(student_logits)
-        given = temperature if teacher_temperature is None else teacher_temperature
-        k = require_teacher(teacher, k, mass, given, student_logits, "student_logits", sharded)
+        own = of_teacher(temperature, teacher_temperature)
+        k = require_teacher(teacher, k, mass, own, student_logits, "student_logits", sharded)
         require_backend(group, k, mass, student_logits, teacher)
     vocabs = student_logits.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else None
     asked_for: dict[str, object] = {

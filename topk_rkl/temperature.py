@@ -42,22 +42,29 @@ class Temperatures(NamedTuple):
         return Support(ids, divided(log_probs.to(result_dtype(log_probs)), live, self.teacher))
 
 
+def of_teacher(
+    temperature: Temperature,
+    teacher_temperature: Temperature | None,
+) -> Temperature:
+    return temperature if teacher_temperature is None else teacher_temperature
+
+
 def temperatures(
     temperature: Temperature,  # () or what broadcasts to (...)
     teacher_temperature: Temperature | None,  # the same; None for that of the student
     student: Tensor,  # (..., V) or (..., H)
 ) -> Temperatures:
-    of_teacher = temperature if teacher_temperature is None else teacher_temperature
+    own = of_teacher(temperature, teacher_temperature)
     if isinstance(temperature, Tensor):
         loss, of_student = 1.0, per_position(temperature, student)[..., None]
     else:
         loss, of_student = float(temperature), None
-    if isinstance(of_teacher, Tensor):
-        return Temperatures(loss, of_student, per_position(of_teacher, student)[..., None] / loss, None)
-    of_teacher, divisor = float(of_teacher), None
-    if of_teacher != loss:
-        divisor = traced(of_teacher, student.new_empty((), dtype=result_dtype(student))) / loss
-    return Temperatures(loss, of_student, divisor, of_teacher)
+    if isinstance(own, Tensor):
+        return Temperatures(loss, of_student, per_position(own, student)[..., None] / loss, None)
+    own, divisor = float(own), None
+    if own != loss:
+        divisor = traced(own, student.new_empty((), dtype=result_dtype(student))) / loss
+    return Temperatures(loss, of_student, divisor, own)
 
 
 def per_position(
