@@ -110,6 +110,14 @@ def scatter(
         out[rows].zero_().scatter_add_(1, columns[rows], value[rows])
 
 
+def scale_rows(
+    g: Tensor,  # (N, X)
+    grad_output: Tensor,  # (N,)
+    out: Tensor,  # (N, X), written
+) -> None:
+    out.copy_(times(g, grad_output))
+
+
 def tail_logit(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N, K)

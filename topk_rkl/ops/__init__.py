@@ -9,6 +9,7 @@ from topk_rkl.ops.linear import (
     linear_select,
     linear_tail_logit,
     linear_weight_grad,
+    scaled,
 )
 from topk_rkl.ops.logits import kept, mass_grad, mass_loss, scatter, select, select_loss, support_loss, tail_logit
 
@@ -24,6 +25,7 @@ __all__ = [
     "linear_weight_grad",
     "mass_grad",
     "mass_loss",
+    "scaled",
     "scatter",
     "select",
     "select_loss",

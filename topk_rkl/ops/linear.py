@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from topk_rkl.backends import choose, choose_linear, choose_plain
+from topk_rkl.backends import choose, choose_linear, choose_plain, reference
 from topk_rkl.backends.products import LOGITS, all_logits
 from topk_rkl.divergence import Terms, capped
 from topk_rkl.objective import unpack
@@ -118,6 +118,22 @@ def linear_loss(
     given = (hidden, *contiguous(ids, log_probs, weights))
     for (rows, *slots), outputs in rows_of(module, given, (loss, g, dhidden if want_dhidden else None)):
         module.linear_loss(rows, head, bias, *slots, at, *outputs)
+
+
+@op()
+def scaled(
+    g: Tensor,  # (..., X)
+    grad_output: Tensor,  # (...)
+    dtype: torch.dtype,
+    backend: str,
+) -> Iterator[Tensor]:  # (..., X)
+    """`times`, rounded to dtype: in one pass where the backend has a kernel for it."""
+    out = g.new_empty(g.shape, dtype=dtype)
+    yield out
+    module = choose(backend, 1, g, linear=True)
+    scale_rows = getattr(module, "scale_rows", reference.scale_rows)
+    shape = g.shape[:-1].numel(), g.shape[-1]
+    scale_rows(g.reshape(shape), grad_output.reshape(-1), out.view(shape))
 
 
 @op("dhead", "dbias")

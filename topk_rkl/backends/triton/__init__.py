@@ -8,6 +8,7 @@ from topk_rkl.backends.triton.linear_loss import linear_loss
 from topk_rkl.backends.triton.linear_weight_grad import linear_weight_grad
 from topk_rkl.backends.triton.mass_loss import mass_grad, mass_loss, tail_logit
 from topk_rkl.backends.triton.memory import INTERPRETED
+from topk_rkl.backends.triton.scale_rows import scale_rows
 from topk_rkl.backends.triton.scatter import scatter
 from topk_rkl.backends.triton.select import select, select_loss
 from topk_rkl.backends.triton.support_loss import support_loss
@@ -22,6 +23,7 @@ __all__ = [
     "linear_weight_grad",
     "mass_grad",
     "mass_loss",
+    "scale_rows",
     "scatter",
     "select",
     "select_loss",

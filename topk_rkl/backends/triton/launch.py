@@ -41,8 +41,15 @@ class SelectPlan:
     group: int  # neighbouring columns that share one maximum
     groups_pad: int  # groups in a row, rounded up to a power of two
     block: int  # columns read at a time
+    vector: int  # columns that a thread reads with one load
     num_warps: int
     registers: int  # of a thread, at most
+
+    @property
+    def abreast(self) -> int:
+        """Groups that all threads together read with one load each."""
+        lanes = max(1, self.group // self.vector)  # of a group
+        return min(self.block // self.group, max(1, 32 * self.num_warps // lanes))
 
 
 def plan_select(vocab: int, k: int, itemsize: int, wide: bool, family: int = REVERSE) -> SelectPlan:
@@ -60,12 +67,13 @@ def plan_select(vocab: int, k: int, itemsize: int, wide: bool, family: int = REV
     per_thread = keys // (32 * num_warps)
     registers = 120 if num_warps == 8 and itemsize == 2 else 128
     if wide and per_thread <= 32 and num_warps <= 8:
-        registers = 64 if per_thread <= 16 else 72
+        registers = 64 if per_thread <= 16 else 80
     # 128 bytes in flight per thread cover the latency of memory with two programs on a core, 64 with more of them.
     # Exponentials, and rows that no 16-byte load fits, keep more numbers per element in registers.
     in_flight = num_warps * 32 * ((64 if narrow else 128) // itemsize if wide else 16)
     block = min(in_flight, max(16 * group, triton.next_power_of_2(vocab)))
-    return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps, registers)
+    vector = 16 // itemsize if wide else 1
+    return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, vector, num_warps, registers)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class ScatterPlan:
 def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
     """Many programs per row; fewer where each has to compare K slots with K slots first."""
     block = min(8192, max(128, triton.next_power_of_2(vocab)))
-    return ScatterPlan(block, span=block if unique else 8 * block, num_warps=4)
+    return ScatterPlan(block, span=block if unique else 8 * block, num_warps=8)
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,13 @@ class LinearWeightGradPlan:
 
 def plan_linear_weight_grad(width: int) -> LinearWeightGradPlan:
     """As many columns as keep that block of 16k hidden states within L2."""
-    return LinearWeightGradPlan(pairs=4, block=min(512, max(16, triton.next_power_of_2(width))), num_warps=2)
+    return LinearWeightGradPlan(pairs=1, block=min(512, max(16, triton.next_power_of_2(width))), num_warps=2)
+
+
+def plan_scale_rows(width: int) -> tuple[int, int]:
+    """Columns that a program scales, and its warps: at most four vectors of 16 bytes per thread."""
+    block = min(4096, max(16, triton.next_power_of_2(width)))
+    return block, max(1, block // 512)
 
 
 def cores(device: torch.device) -> int:

@@ -35,12 +35,12 @@ def _larger(a, b):
 
 @triton.jit
 def _group_max(x):
-    """[GROUPS, G] -> [GROUPS] float32; NaN wins. Two 16-bit values per instruction once compiled."""
+    """[R, C, GROUP] -> [R, C] float32; NaN wins. Two 16-bit values per instruction once compiled."""
     x = x.to(tl.float32)
     if INTERPRETED:  # where a reduction of our own would run element by element, and tl.max drops NaN
-        return tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(tl.where(x != x, 0.0, x), 1))
+        return tl.where(tl.sum((x != x).to(tl.int32), 2) > 0, float("nan"), tl.max(tl.where(x != x, 0.0, x), 2))
     else:
-        return tl.reduce(x, 1, _larger)
+        return tl.reduce(x, 2, _larger)
 
 
 @triton.jit
@@ -54,8 +54,14 @@ def _order_key(x, IDLE: tl.constexpr):
 
 
 @triton.jit
+def _of_order_key(key, IDLE: tl.constexpr):
+    """The float32 whose key it is, of LOWEST none."""
+    return ((key ^ ((key >> 31) & 0x7FFFFFFF)) >> IDLE << IDLE).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _kth_largest(
-    key,  # [R, 16]
+    key,  # [R, 16], no more than 2^15 numbers
     low,
     high,  # the largest key
     k,
@@ -63,16 +69,32 @@ def _kth_largest(
 ):
     """The largest number up to high that k keys reach; low if none above it is reached by k.
 
-    The search ends as soon as exactly k keys reach a number: behind it they are the same k.
+    A turn counts the keys that reach two numbers, since the waits of a reduction take longer than the comparisons. The
+    search ends as soon as exactly k keys reach a number: behind it they are the same k.
     """
     low = low >> IDLE
     high = high >> IDLE
     while low < high:
-        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        reached = tl.sum((key >= (middle << IDLE)).to(tl.int32))
-        high = tl.where(reached > k, high, tl.where(reached == k, middle, middle - 1))
-        low = tl.where(reached >= k, middle, low)
+        span = (high - low).to(tl.uint32, bitcast=True)
+        third = span // 3 + (span % 3 != 0).to(tl.uint32)
+        first = low + third.to(tl.int32, bitcast=True)
+        second = high - ((span - third) >> 1).to(tl.int32, bitcast=True)  # from first to high
+        reached = tl.sum((key >= (first << IDLE)).to(tl.int32) + ((key >= (second << IDLE)).to(tl.int32) << 16))
+        of_first = reached & 0xFFFF
+        of_second = (reached >> 16) & 0xFFFF
+        below = tl.where(of_first > k, second - 1, tl.where(of_first == k, first, first - 1))
+        high = tl.where(of_second > k, high, tl.where(of_second == k, second, below))
+        low = tl.where(of_second >= k, second, tl.where(of_first >= k, first, low))
     return low << IDLE
+
+
+@triton.jit
+def _ones(x):
+    """The bits that are set, counted in each half of an int32."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x + (x >> 8)) & 0x001F001F
 
 
 @triton.jit
@@ -87,42 +109,42 @@ def _store_largest(
 
     Equal keys go by their row-major index, the lower first; LOWEST is never taken.
     """
-    # A row in one integer: one bit a column in the low half, their number in the high half.
-    column = (1 << tl.arange(0, 16))[None, :] + 65536
-    above = tl.sum(tl.where(key > threshold, column, 0), 1)  # [R]
-    tied = tl.where(threshold > LOWEST, tl.sum(tl.where(key == threshold, column, 0), 1), 0)  # [R]
-    row = tl.arange(0, R)
+    # A row in one integer: a bit per column above the threshold in the low half, per tied one in the high half.
+    bit = (1 << tl.arange(0, 16))[None, :]
+    threshold = tl.maximum(threshold, LOWEST + 1)  # which no key is
+    row = tl.sum(tl.where(key > threshold, bit, tl.where(key == threshold, bit << 16, 0)), 1)  # [R]
     # The identity, in a layout of its own: keys loaded from odd addresses leave sixteen copies of every row.
-    above = tl.gather(above, row, 0)
-    tied = tl.gather(tied, row, 0)
-    tied_row = tied >> 16
-    room = k - tl.sum(above >> 16, 0) - (tl.cumsum(tied_row, 0) - tied_row)
-    room = tl.minimum(tl.maximum(room, 0), tied_row)  # [R] the ties this row may take
-    taken_row = (above >> 16) + room
-    place = tl.cumsum(taken_row, 0) - taken_row
-    above &= 0xFFFF
-    tied &= 0xFFFF
-    for i in range(tl.max(taken_row, 0)):  # a row seldom holds more than two or three
+    row = tl.gather(row, tl.arange(0, R), 0)
+    ones = _ones(row)
+    total = tl.sum(ones, 0)
+    before = tl.cumsum(ones, 0) - ones
+    allowed = k - (total & 0xFFFF)  # of the ties
+    tied_before = tl.minimum((before >> 16) & 0xFFFF, allowed)
+    room = tl.minimum(allowed - tied_before, (ones >> 16) & 0xFFFF)  # [R] the ties this row may take
+    place = (before & 0xFFFF) + tied_before
+    above = row & 0xFFFF
+    tied = (row >> 16) & 0xFFFF
+    for i in range(tl.max((ones & 0xFFFF) + room, 0)):  # a row seldom holds more than two or three
         left = above | tl.where(room > 0, tied, 0)
         lowest = left & -left
         first = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        tl.store(out + place + i, row * 16 + first, mask=left != 0)
+        tl.store(out + place + i, tl.arange(0, R) * 16 + first, mask=left != 0)
         room -= ((tied & lowest) != 0).to(tl.int32)
         above &= ~lowest
         tied &= ~lowest
-    return tl.sum(taken_row, 0)
+    return (total & 0xFFFF) + tl.minimum((total >> 16) & 0xFFFF, allowed)
 
 
 @triton.jit
-def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
+def _scan_tile(x, peak, mass, out, mask, NORMALIZE: tl.constexpr):
     """Stores the tile's group maxima and carries on the running sum of exponentials of each lane."""
-    top = _group_max(x)  # [TILE]
-    tl.store(group_max + tile, top, mask=mask)
+    top = _group_max(x)  # [R, C]
+    tl.store(out, top, mask=mask)
     if NORMALIZE:
         x = x.to(tl.float32)
         higher = tl.maximum(peak, top)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, :, None]), 2)
         peak = higher
     return peak, mass
 
@@ -136,28 +158,33 @@ def _scan(
     groups,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    ABREAST: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
     """The only full read of the row: one maximum per group -> the largest of all, and log(sum of exp(x - it)) if
-    NORMALIZE. The two stay apart, since their sum would be rounded like the largest."""
-    TILE: tl.constexpr = BLOCK // GROUP
-    tile = tl.arange(0, TILE)  # [TILE]
-    column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
-    peak = tl.full([TILE], float("-inf"), tl.float32)
-    mass = tl.zeros([TILE], tl.float32)
+    NORMALIZE. The two stay apart, since their sum would be rounded like the largest.
+
+    Group c R + r of a tile is number (r, c): a warp, whose groups are some c and all r, then finds neighbours and
+    stores them. Were they anyone's, all warps would wait for each other in every tile.
+    """
+    R: tl.constexpr = BLOCK // GROUP // ABREAST
+    tile = tl.arange(0, ABREAST)[None, :] * R + tl.arange(0, R)[:, None]  # [R, C]
+    column = tile[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]  # [R, C, GROUP]
+    peak = tl.full([R, ABREAST], float("-inf"), tl.float32)
+    mass = tl.zeros([R, ABREAST], tl.float32)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        x = tl.load(logits + (start + column).to(tl.int64) * column_stride)  # [TILE, GROUP]
-        peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
+        x = tl.load(logits + (start + column).to(tl.int64) * column_stride)  # [R, C, GROUP]
+        peak, mass = _scan_tile(x, peak, mass, group_max + start // GROUP + tile, None, NORMALIZE)
     if whole < vocab:
         inside = whole + column < vocab
         x = tl.load(logits + (whole + column).to(tl.int64) * column_stride, mask=inside, other=float("-inf"))
-        first = whole // GROUP
-        peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
+        group = whole // GROUP + tile
+        peak, mass = _scan_tile(x, peak, mass, group_max + group, group < groups, NORMALIZE)
     highest, log_total = 0.0, 0.0
     if NORMALIZE:
-        highest = tl.max(peak, 0)
-        log_total = tl.log(tl.sum((mass * tl.exp(peak - highest)).to(tl.float64), 0))
+        highest = tl.max(peak)
+        log_total = tl.log(tl.sum((mass * tl.exp(peak - highest)).to(tl.float64)))
     return highest, log_total
 
 
@@ -201,6 +228,7 @@ def select_kernel(
     GROUP: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    ABREAST: tl.constexpr,
     IDLE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -228,7 +256,9 @@ def select_kernel(
     group_max += place.to(tl.int64) * groups
 
     # 1. The only full read of the row: one maximum per group.
-    highest, log_total = _scan(logits, column_stride, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
+    highest, log_total = _scan(
+        logits, column_stride, vocab, group_max, groups, GROUP, BLOCK, ABREAST, NORMALIZE
+    )  # fmt: skip
     fence()
 
     # 2. The K best groups. Until the end the output rows hold what was picked: groups in log_probs, columns in ids.
@@ -262,10 +292,10 @@ def select_kernel(
     x = tl.load(logits + column.to(tl.int64) * column_stride, mask=slot < count, other=float("-inf"))
     fence()
     order = (_order_key(x, IDLE).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
-    column = 0x7FFFFFFF - (tl.sort(order, descending=True) & 0x7FFFFFFF).to(tl.int32)  # [K]
+    order = tl.sort(order, descending=True)  # [K]
     filled = slot < count
-    w = tl.load(logits + column.to(tl.int64) * column_stride, mask=filled, other=float("-inf")).to(tl.float32)
-    column = tl.where(filled, column, -1)
+    column = tl.where(filled, 0x7FFFFFFF - (order & 0x7FFFFFFF).to(tl.int32), -1)
+    w = tl.where(filled, _of_order_key((order >> 32).to(tl.int32), IDLE), float("-inf"))
     if NORMALIZE:
         w = tl.where(filled, w.to(tl.float64) - highest - log_total, float("-inf")).to(tl.float32)
     tl.store(ids + slot, column, mask=slot < k)
@@ -331,6 +361,6 @@ def _launch(
             student, student_layout, student_vocab, weights,
             *float32_halves(1.0 / objective.temperature), parameters, loss, g,
             K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
-            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=family,
+            BLOCK=plan.block, ABREAST=plan.abreast, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=family,
             num_warps=plan.num_warps, **compile_options(torch.version.hip is not None, plan.registers),
         )  # fmt: skip
