@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
+import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -155,7 +158,8 @@ def test_the_slow_path_on_a_gpu_is_told_where_triton_is_missing() -> None:
         "on_gpu = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.float32)\n"
         "print(*heard(backends.choose, 'auto', 3, on_gpu), *heard(topk_reverse_kl, x, w, k=3), sep='\\n')\n"
     )
-    (told,) = python(code).stdout.splitlines()
+    told, *of_the_cpu = python(code).stdout.splitlines()
+    assert not any("triton" in line for line in of_the_cpu)  # where the extension is absent too, that is told
     assert "slower than the 'triton' backend: " in told and "install it (pip install triton)" in told
 
 
@@ -166,6 +170,19 @@ def test_an_extension_of_another_machine_is_not_said_to_be_absent(monkeypatch) -
     monkeypatch.setattr(backends, "_load", load)
     reason = backends.unavailable("native")
     assert "GLIBCXX_3.4.30" in reason and "built for another machine: reinstall it on this one" in reason
+
+
+def test_a_failed_import_holds_nothing_of_the_call_that_met_it(monkeypatch) -> None:
+    """Frames of a kept error would hold the gradient that is being made, which autograd then has to copy."""
+    monkeypatch.setattr(backends, "_imported", functools.cache(backends._imported.__wrapped__))
+    monkeypatch.setitem(sys.modules, "topk_rkl.backends.native", None)
+
+    def call() -> weakref.ref:
+        gradient = torch.ones(3)
+        assert "reinstall" in backends.unavailable("native")
+        return weakref.ref(gradient)
+
+    assert [call()() for _ in range(3)] == [None] * 3
 
 
 @pytest.mark.interpreter

@@ -279,9 +279,10 @@ def test_supports_of_low_precision_are_composed_in_float32(name: str, dtype: tor
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("given", ["logits", "support"])
 def test_large_logits_cost_no_accuracy(backend, name: str, given: str) -> None:
-    a, b = (torch.randn(3, 60) + 1e4, torch.randn(3, 60) * 2 - 9e3)
+    a, b = torch.randn(2, 3, 60, device=DEVICE)
+    a, b = a + 1e4, b * 2 - 9e3
     make, formula = TARGETS[name]
-    ids = torch.arange(9).expand(3, 9)
+    ids = torch.arange(9, device=DEVICE).expand(3, 9)
     normalize = name in ("mixture", "residual")
     got = make(a, b, k=9) if given == "logits" else make(fixed_ids(a, ids, normalize=normalize), b)
     want = formula(a.double(), b.double()).gather(-1, got.ids.long()).log_softmax(-1)

@@ -39,6 +39,13 @@ def test_every_test_file_is_run_on_a_gpu_or_has_a_reason_not_to() -> None:
         assert "device=DEVICE" not in (ROOT / "tests" / f"test_{name}.py").read_text(), name
 
 
+def test_what_is_left_out_of_a_tested_file_is_a_test_that_it_has() -> None:
+    for name in plan.UNTESTED_THERE:
+        file, _, test = name.partition(".py::")
+        assert file in plan.TESTED and f"def {test}(" in (ROOT / "tests" / f"test_{file}.py").read_text(), name
+    assert all(plan.UNTESTED_THERE.values())
+
+
 def test_the_plans_have_every_case_and_every_group() -> None:
     assert set(plan.CASES) == {case.name for case in SUITES["gpu"]}
     assert {name for names in smoke.GROUPS.values() for name in names} == set(checks.GROUPS)

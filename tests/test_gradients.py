@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -203,6 +204,15 @@ def test_a_second_derivative_by_the_functional_forms_raises(entry) -> None:
         torch.autograd.grad(first.sum(), grad_output)
 
 
+def released(alive: list[weakref.ref]) -> bool:
+    """Within a second: on a GPU autograd's own thread drops its hold on the graph after it has woken the caller."""
+    for _ in range(100):
+        if all(ref() is None for ref in alive):
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def test_nothing_is_held_after_the_backward_pass(entry) -> None:
     names, loss = entry
     gc.disable()
@@ -213,7 +223,7 @@ def test_nothing_is_held_after_the_backward_pass(entry) -> None:
             alive = [weakref.ref(leaf) for leaf in leaves]
             gradients = torch.autograd.grad(loss(x), leaves, create_graph=create_graph)
             del x, leaves, gradients
-            assert not any(ref() is not None for ref in alive)
+            assert released(alive)
     finally:
         gc.enable()
 

@@ -197,12 +197,14 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 def test_a_backend_without_the_kernels_names_one_that_has_them(monkeypatch) -> None:
     """`auto` passes over it."""
-    load = backends._load
 
     class Lacking:
         refusal = objective_refusal = staticmethod(lambda *_: None)
 
-    monkeypatch.setattr(backends, "_load", lambda name: Lacking if name == "cuda" else load(name))
+    class Having(Lacking):
+        linear_logits = linear_hidden_grad = None
+
+    monkeypatch.setattr(backends, "_load", {"cuda": Lacking, "native": Having}.__getitem__)
     monkeypatch.setattr(backends, "unavailable", lambda _: None)
     monkeypatch.setattr(backends, "_fastest", lambda *_: ("cuda", "native"))
     hidden = torch.randn(2, 8)
@@ -210,7 +212,7 @@ def test_a_backend_without_the_kernels_names_one_that_has_them(monkeypatch) -> N
         refusal = f"'cuda' backend cannot take these tensors: it has no kernel for {function}; use 'triton' or 'auto'"
         with pytest.raises(RuntimeError, match=refusal):
             backends.choose("cuda", 3, hidden, linear=True, function=function)
-        assert backends.choose("auto", 3, hidden, linear=True, function=function) is load("native")
+        assert backends.choose("auto", 3, hidden, linear=True, function=function) is Having
         assert backends.choose("auto", 3, hidden, linear=True) is Lacking
 
 

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
-from hypothesis import given
+from hypothesis import example, given
 from torch import Tensor
 
 from tests.search import QUARTERS, SEARCH, SEEDS, SHAPES
@@ -68,6 +68,7 @@ def test_loss_is_not_negative_and_the_gradient_sums_to_0(name: str, shape, seed,
 
 @pytest.mark.parametrize("name", BACKENDS)
 @given(shape=SHAPES, seed=SEEDS, spread=QUARTERS)
+@example(shape=(2, 2, 2), seed=9, spread=100)  # a divergence of 1.5e-19, whose terms cancel to less than 0
 @SEARCH
 def test_zero_where_the_two_agree_on_the_support_and_only_there(name: str, shape, seed, spread) -> None:
     n, vocab, k = shape
@@ -77,8 +78,12 @@ def test_zero_where_the_two_agree_on_the_support_and_only_there(name: str, shape
         agreeing = z.scatter(1, ids, w.gather(1, ids) + 2)
         loss, grad = loss_and_gradient(agreeing, w, k)
         assert (loss == 0).all() and (grad == 0).all()
-        loss, _ = loss_and_gradient(agreeing.scatter_add(1, ids[:, :1], torch.ones(n, 1, device=DEVICE)), w, k)
-    assert (loss > 0).all()
+        differing = agreeing.scatter_add(1, ids[:, :1], torch.ones(n, 1, device=DEVICE))
+        loss, _ = loss_and_gradient(differing, w, k)
+    assert (loss >= 0).all()
+    # What the first token gains the others lose: a sum of terms that cannot cancel.
+    lost = w.gather(1, ids).double().softmax(1)[:, 1:].sum(1)
+    assert (loss > 0)[lost > 1e-12].all() and (loss <= 1e-12)[lost <= 1e-12].all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)

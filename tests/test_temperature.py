@@ -187,11 +187,14 @@ def test_diagnostics_at_both_temperatures() -> None:
     torch.testing.assert_close(got, served.log_probs.exp().sum(-1), rtol=1e-6, atol=0)
 
 
-def test_memory_of_a_temperature_per_position() -> None:
+def test_memory_of_a_temperature_per_position(backend) -> None:
+    if DEVICE == "cpu" and backend == "triton":
+        pytest.skip("the interpreter copies every tensor of a launch")
     n, vocab, k = 20_000, 64, 50
-    logits, teacher = torch.randn(n, vocab).bfloat16().requires_grad_(), torch.randn(n, vocab)
+    logits, teacher = torch.randn(2, n, vocab, device=DEVICE)
+    logits, varying = logits.bfloat16().requires_grad_(), torch.rand(n, device=DEVICE) + 0.5
     with LiveBytes() as live:
-        topk_reverse_kl(logits, teacher, k=k, temperature=torch.rand(n) + 0.5).backward()
+        topk_reverse_kl(logits, teacher, k=k, temperature=varying).backward()
     assert live.peak - logits.grad.nbytes <= 32 * n * k
 
 

@@ -239,7 +239,7 @@ def slots_loss(
         if mass not in ("renormalized", "tail"):
             terms, h = _without_tail(divergence, mass, terms, h, p, d, reachable)
     loss = terms.sum(-1, keepdim=True)
-    if mass in ("renormalized", "tail") and not callable(divergence) and divergence[0] in (BLENDED, ALPHA_BETA):
+    if mass in ("renormalized", "tail") and not callable(divergence) and divergence[0] != CLAMPED:
         loss = torch.where(loss < 0, 0, loss)  # which only rounding makes it
     gradient = torch.where(reachable, (h - p * h.sum(-1, keepdim=True)) * inv_t, 0)
     return (loss + poison).squeeze(-1), torch.where(live, gradient + poison, 0)

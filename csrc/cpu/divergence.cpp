@@ -109,7 +109,7 @@ double divergence(const Objective& at, double* z, double* w, double* p, double* 
     sum += q[i] = term.h;
   }
   for (int64_t i = 0; i < n; ++i) p[i] = z[i] == -INF ? 0 : (q[i] - p[i] * sum) * inv_t;
-  const bool lifted = !head_only && (family == Family::blended || family == Family::alpha_beta);
+  const bool lifted = !head_only && family != Family::clamped;
   return lifted && loss < 0 ? 0 : loss;  // which only rounding makes it
 }
 

@@ -72,7 +72,7 @@ __device__ double reverse_kl(const Slots& slots, int k, double inv_t, double poi
   for (int j = threadIdx.x, bit = 0; j < k; j += blockDim.x, ++bit) {
     put(j, live >> bit & 1 ? slots.z[j] * (slots.w[j] - loss) * inv_t : 0);
   }
-  return loss;
+  return loss < 0 ? 0 : loss;  // which only rounding makes it
 }
 
 // Writes the loss of a row and its gradient, times the weight; slot_of(j, id, w) tells of slot j what it holds.

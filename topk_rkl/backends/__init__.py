@@ -1,6 +1,7 @@
 """The one place where a backend is chosen."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import os
@@ -225,7 +226,7 @@ def _lacks_kernel(divergence: Code | Terms, mass: str) -> str | None:
 def _load(name: str) -> ModuleType:
     found = _imported(name)
     if isinstance(found, ImportError):
-        raise found.with_traceback(None)
+        raise copy.copy(found)  # the one that is kept would hold the frames of its caller, tensors included
     return found
 
 
@@ -235,7 +236,7 @@ def _imported(name: str) -> ModuleType | ImportError:
     try:
         return importlib.import_module(f"topk_rkl.backends.{name}")
     except ImportError as error:
-        return error
+        return copy.copy(error)  # without its frames
 
 
 def _check_name(name: str, source: str) -> None:

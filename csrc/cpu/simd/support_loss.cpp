@@ -78,7 +78,7 @@ double slots_loss(double* z, double* w, double* g, int64_t n, double inv_t) {
   for (int64_t i = 0; i < n; i += LANES) {
     store_vec(g + i, load_vec<Doubles>(g + i) * (load_vec<Doubles>(w + i) - loss) * inv_t);
   }
-  return loss;
+  return loss < 0 ? 0 : loss;  // which only rounding makes it
 }
 
 }  // namespace topk_rkl::TOPK_RKL_ISA

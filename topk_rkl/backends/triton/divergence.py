@@ -64,7 +64,8 @@ def slots_loss(
     if FAMILY == REVERSE and MASS == RENORMALIZED:
         d = tl.where(p == 0.0, 0.0, a - b) * inv_t - (tl.log(p_sum) - tl.log(q_sum))  # [K]
         loss = tl.sum(p * d, 0)
-        return loss, tl.where(live, p * (d - loss) * inv_t, 0.0)
+        gradient = tl.where(live, p * (d - loss) * inv_t, 0.0)
+        return tl.where(loss < 0.0, 0.0, loss), gradient  # which only rounding makes it
     else:
         q = q / q_sum
         poison = 0.0 * (p_sum + q_sum)  # 0, or NaN
@@ -81,7 +82,7 @@ def slots_loss(
             term = tl.where(in_support, term, 0.0)
             h = tl.where(in_support, h, 0.0)
         loss = tl.sum(term, 0)
-        if MASS <= TAIL and FAMILY >= BLENDED:
+        if MASS <= TAIL and FAMILY != CLAMPED:
             loss = tl.where(loss < 0.0, 0.0, loss)  # which only rounding makes it
         gradient = tl.where(z != float("-inf"), (h - p * tl.sum(h, 0)) * inv_t, 0.0)
         return loss + poison, tl.where(live, gradient + poison, 0.0)
