@@ -134,6 +134,7 @@ def tests(out: Path, small: bool) -> tuple[str, ...]:
         options += ["-n", "12", "--dist", "loadgroup"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "90", "--timeout-method", "thread"]  # a signal does not reach a wait for the GPU
+        options += ["-o", "faulthandler_timeout=80"]  # tells where: what pytest-timeout says is lost under pytest-xdist
     return python("-m", "pytest", *options, "-p", "gpu.stream", "--stream", out / "tests.jsonl", *files)
 
 
