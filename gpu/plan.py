@@ -147,8 +147,10 @@ def tests(out: Path, small: bool) -> tuple[str, ...]:
         options += ["-n", str(WORKERS), "--dist", "loadgroup"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "90", "--timeout-method", "thread"]  # a signal does not reach a wait for the GPU
-    one_thread = ("env", "OMP_NUM_THREADS=1")  # or each worker takes all cores for its CPU tensors
-    return (*one_thread, *python("-m", "pytest", *options, "-p", "gpu.stream", "--stream", out / "tests.jsonl", *files))
+        options += ["-o", "faulthandler_timeout=80"]  # tells where: what pytest-timeout says is lost under pytest-xdist
+    # Workers of as many threads as cores wait for one another: a test of 1 s took 19 s.
+    alone = ("env", "OMP_NUM_THREADS=1", "TORCHINDUCTOR_COMPILE_THREADS=1")
+    return (*alone, *python("-m", "pytest", *options, "-p", "gpu.stream", "--stream", out / "tests.jsonl", *files))
 
 
 def case(name: str, out: Path) -> tuple[str, ...]:

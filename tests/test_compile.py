@@ -165,6 +165,38 @@ def test_compile_with_inductor_keeps_no_old_number(monkeypatch, tmp_path) -> Non
         compare(compiled, annealed, t)
 
 
+# Each has a Function whose forward pass ends with a conversion.
+CONVERTING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a temperature per position": lambda z, w: topk_reverse_kl(z, w, k=K, temperature=w[..., 0].abs() + 1),
+    "the baseline": lambda z, w: rollout.sampled_token_loss(z, w, w.argmax(-1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONVERTING)
+def test_no_forward_pass_returns_a_tensor_that_has_another_name(name: str, dtype: torch.dtype) -> None:
+    """torch 2.11 gives it a gradient of 0 (pytorch/pytorch#180642); others have the same graph."""
+    bodies = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        bodies.extend(body for place, body in graph.named_children() if place.startswith("fwd_body"))
+        return graph.forward
+
+    torch._dynamo.reset()
+    call = CONVERTING[name]
+    z, w = torch.randn(2, 4, V, dtype=dtype)
+    leaf, eager = z.clone().requires_grad_(), z.clone().requires_grad_()
+    torch.compile(call, backend=keep, fullgraph=True)(leaf, w).backward()
+    call(eager, w).backward()
+    torch.testing.assert_close(leaf.grad, eager.grad)
+    assert bodies
+    for body in bodies:
+        *nodes, last = body.graph.nodes
+        values = [id(x.meta["example_value"]) for x in nodes if isinstance(x.meta.get("example_value"), Tensor)]
+        returned = last.args[0][0][0].meta["example_value"]
+        assert values.count(id(returned)) == 1
+
+
 def test_one_token_is_exactly_zero_compiled() -> None:
     """Without the warning, which torch.compile does not trace."""
     torch._dynamo.reset()

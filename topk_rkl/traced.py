@@ -1,4 +1,4 @@
-"""Numbers that change from call to call, as tensors: torch.compile then compiles nothing anew for another number."""
+"""What torch.compile must not take as it is written: numbers that change from call to call, and a second name."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,14 @@ def clamped(
     high: float,
 ) -> Tensor:  # (...)
     return torch.minimum(torch.maximum(x, traced(low, x)), traced(high, x))
+
+
+def converted(
+    x: Tensor,  # (...)
+    dtype: torch.dtype,
+) -> Tensor:  # (...)
+    """What the forward pass of an autograd.Function may return: under torch.compile never x itself.
+
+    torch 2.11 gives a tensor that a forward pass has under two names a gradient of 0 (pytorch/pytorch#180642).
+    """
+    return x.to(dtype, copy=torch.compiler.is_compiling())

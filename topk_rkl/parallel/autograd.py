@@ -37,6 +37,7 @@ from topk_rkl.parallel.collectives import (
 )
 from topk_rkl.parallel.logits import beside, candidates, joined, logits_at, own_logits, shard_tail
 from topk_rkl.rows import result_dtype
+from topk_rkl.traced import converted
 
 
 class ShardedSelectLoss(RowLoss):
@@ -112,7 +113,7 @@ class LogitsAt(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:  # (..., K) float32, or float64 from float64
         keep_row(ctx, student, options, ids, unique=False)
-        return logits_at(student, ids, group).to(result_dtype(student))
+        return converted(logits_at(student, ids, group), result_dtype(student))
 
     @staticmethod
     @differentiable_once

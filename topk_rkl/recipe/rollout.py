@@ -14,7 +14,7 @@ from topk_rkl import checks
 from topk_rkl.autograd import differentiable_once, savable, save
 from topk_rkl.reduction import Reduction, as_factors, reduce, require_reduction
 from topk_rkl.rows import chunks, result_dtype, times
-from topk_rkl.traced import traced
+from topk_rkl.traced import converted, traced
 
 
 def top_p_filter(
@@ -184,7 +184,7 @@ class _LogRatio(torch.autograd.Function):
         log_q, _, _ = _token_log_probs(teacher_logits, ids, temperature)  # (N,)
         ratio = (log_p - log_q).masked_fill_(~known, torch.nan).masked_fill_(~kept, 0)  # (N,) float64
         save(ctx, student_logits, ids, best, total, ratio / temperature, temperature)
-        return ratio.to(result_dtype(student_logits))
+        return converted(ratio, result_dtype(student_logits))
 
     @staticmethod
     @differentiable_once
