@@ -33,6 +33,7 @@ def products(module, x: Problem) -> Tensor:  # (N, K)
         (5, 1100, BF16, {}),
         (5, 1, FP32, {"biased": True}),
         (600, 16, FP32, {"n": 2, "vocab": 700}),
+        (300, 1030, FP32, {"n": 9, "vocab": 900}),  # a chain of 75 sums for each number of the gradient
     ],
 )
 def test_within_the_rounding_of_float32(module, k: int, width: int, dtype, others) -> None:

@@ -21,6 +21,7 @@ from topk_rkl.backends.triton.launch import (
     plan_select,
 )
 from topk_rkl.backends.triton.memory import INTERPRETED, fence, layout_of, on_device_of, row_of
+from topk_rkl.backends.triton.sums import sum_rows
 from topk_rkl.backends.triton.support_loss import store_loss_row
 from topk_rkl.objective import PLAIN, Objective
 
@@ -122,7 +123,7 @@ def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
         x = x.to(tl.float32)
         higher = tl.maximum(peak, top)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        mass = mass * tl.exp(peak - base) + sum_rows(tl.exp(x - base[:, None]))
         peak = higher
     return peak, mass
 
