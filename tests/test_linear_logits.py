@@ -107,6 +107,8 @@ def test_any_strides(module, layout: str, dtype) -> None:
     head = LAYOUTS[layout](problem.head)
     got = module.linear_logits(LAYOUTS[layout](problem.hidden), head, None, problem.ids)
     torch.testing.assert_close(got, raw, rtol=1e-5, atol=1e-6)
+    if module.__name__.endswith("triton"):  # whose order of sums is not that of a layout
+        assert same_bits(got, raw)
     got = module.linear_hidden_grad(problem.values.float(), problem.ids, head)
     torch.testing.assert_close(got, dhidden, rtol=1e-5, atol=1e-6)
 
