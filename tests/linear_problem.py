@@ -65,12 +65,39 @@ def draw(
     return replace(problem, **others)
 
 
+def rounding(
+    squares: Tensor,  # the sums of the squared terms
+    deep: int,
+) -> Tensor:
+    """What float32 sums may be off by, of which no term takes part in more than so many additions.
+
+    An addition rounds by at most u times what it gives, in either direction. The terms have either sign too, so the
+    squares of what each layer of additions gives add up to those of the terms. Were every rounding as large as it can
+    be, the deviation would be u sqrt(deep squares). These are four of that, seven with roundings of mean size.
+    """
+    return 4 * U * (deep * squares).sqrt()
+
+
+def deep_product(width: int) -> int:
+    """The lanes of a warp add every 32nd term at the least, and then each other's sums, the blocks', and the bias."""
+    return width // 32 + 16
+
+
+def deep_gradient(k: int) -> int:
+    """At least 4 and at most 32 terms one after the other, and then such sums."""
+    return min(k, 32) + k // 4 + 2
+
+
+def deep_segment(pairs: int) -> int:
+    """A sum of 256 pairs at a time, which are added one after the other."""
+    return min(pairs, 256) + pairs // 256 + 16
+
+
 def tolerances(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) for finite results
     """What the float32 products with the head may move each result by; the rest is float64, rounded once.
 
-    The roundings of a sum have either sign: 16 u |x|, with |x| the root of the summed squares of its terms, is four
-    standard deviations of a sum 48 additions deep. Let that, times the scale, be d, and D the largest log ratio. Then
-    loss moves by sum |g| d <= 2 D d / T to first order, and g by p (6 D + 2) d / T^2, besides what the slope moves by.
+    Let d be the `rounding` of a product, times the scale, and D the largest log ratio. Then loss moves by
+    sum |g| d <= 2 D d / T to first order, and g by p (6 D + 2) d / T^2, besides what the slope moves by.
     """
     x = problem.double()
     live = (x.ids >= 0) & (x.ids < len(x.head)) & (x.values != -torch.inf)
@@ -81,7 +108,7 @@ def tolerances(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, 
     if x.bias is not None:
         raw, size = raw + x.bias[columns], size + x.bias[columns] ** 2
     z, _ = capped(raw, x.logit_scale, x.softcap)
-    d = (16 * U * abs(x.logit_scale) * size.sqrt()).where(live, 0).amax(1, keepdim=True)
+    d = abs(x.logit_scale) * rounding(size, deep_product(x.hidden.shape[1])).where(live, 0).amax(1, keepdim=True)
     t = x.temperature
     log_p = (z / t).where(live, -torch.inf).log_softmax(1)
     log_q = (x.values / t).where(live, -torch.inf).log_softmax(1)
@@ -93,7 +120,8 @@ def tolerances(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, 
     g_off = weight * abs(x.logit_scale) * log_p.exp() * 6 * ratio * d / t**2 + (2 * U + bend) * g.abs()
     g_off = g_off.where(live, 0)
     dhidden_off = torch.einsum("nkh,nk->nh", kept.abs(), g_off)
-    return loss_off, g_off, dhidden_off + 16 * U * torch.einsum("nkh,nk->nh", kept**2, g**2).sqrt()
+    added = rounding(torch.einsum("nkh,nk->nh", kept**2, g**2), deep_gradient(g.shape[1]))
+    return loss_off, g_off, dhidden_off + added
 
 
 def assert_within(got: Tensor, want: Tensor, off: Tensor) -> None:
@@ -123,9 +151,9 @@ def assert_halves_equal_the_reference(module: Any, problem: Problem) -> tuple[Te
     if x.bias is not None:
         want, size = want + x.bias[columns], size + x.bias[columns] ** 2
     assert raw.dtype == dhidden.dtype == FP32
-    assert_within(raw, want.where(known, 0), (16 * U * size.sqrt()).where(known, 0))
+    assert_within(raw, want.where(known, 0), rounding(size, deep_product(x.hidden.shape[1])).where(known, 0))
     terms = rows * x.values.where(known, 0)[..., None]
-    assert_within(dhidden, terms.sum(1), 16 * U * (terms**2).sum(1).sqrt())
+    assert_within(dhidden, terms.sum(1), rounding((terms**2).sum(1), deep_gradient(x.ids.shape[1])))
     assert torch.equal(module.linear_logits(*given), raw)
     assert torch.equal(module.linear_hidden_grad(problem.values, problem.ids, problem.head), dhidden)
     return raw, dhidden
@@ -139,12 +167,12 @@ def weight_grad(module: Any, g: Tensor, ids: Tensor, hidden: Tensor, vocab: int,
 
 
 def assert_weight_grad_equals_the_reference(module: Any, g: Tensor, ids: Tensor, hidden: Tensor, vocab: int) -> None:
-    """48 u, as a sum of hundreds of terms may be a chain; a low precision is that result rounded."""
+    """A low precision is the result in float32, rounded."""
     got = weight_grad(module, g, ids, hidden, vocab, FP32)
     want = weight_grad(reference, g.double(), ids, hidden.double(), vocab, torch.float64)
     squares = weight_grad(reference, g.double() ** 2, ids, hidden.double() ** 2, vocab, torch.float64)
     for x, y, square in zip(got, want, squares, strict=True):
-        assert_within(x, y, 48 * U * square.sqrt())
+        assert_within(x, y, rounding(square, deep_segment(ids.numel())))
     assert all(torch.equal(*pair) for pair in zip(weight_grad(module, g, ids, hidden, vocab, FP32), got, strict=True))
     for dtype in (BF16, FP16):
         for x, low in zip(got, weight_grad(module, g, ids, hidden, vocab, dtype), strict=True):

@@ -53,6 +53,8 @@ def test_any_strides(module, layout: str, dtype) -> None:
     module.linear_weight_grad(g, problem.ids, strided.hidden, outs[0], outs[1][:, 0])
     ulp = 2 * torch.finfo(dtype).eps * want[0].abs().double()
     assert_within(outs[0], want[0].double(), ulp)
+    if module.__name__.endswith("triton"):  # whose order of sums is not that of a layout
+        assert torch.equal(outs[0], want[0])
     torch.testing.assert_close(outs[1][:, 0], want[1])
     assert (outs[1][:, 1] == 99).all()
 

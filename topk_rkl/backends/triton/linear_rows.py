@@ -6,6 +6,8 @@ Kernels that share these loops and a plan of `plan_linear_loss` get the same bit
 import triton
 import triton.language as tl
 
+from topk_rkl.backends.triton.sums import sum_rows
+
 
 @triton.jit
 def multiply_rows(
@@ -32,7 +34,7 @@ def multiply_rows(
         at = column[:, None] * head_row_stride + h[None, :] * head_column_stride  # [SLOTS, BLOCK]
         y = tl.load(head + at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
         products += x[None, :] * y
-    raw = tl.sum(products, 1)  # [SLOTS]
+    raw = sum_rows(products)  # [SLOTS]
     if bias is not None:
         raw += tl.load(bias + column * bias_column_stride, mask=live, other=0.0).to(tl.float32)
     return raw

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topk_rkl.backends.triton.launch import SCRATCH_BYTES, compile_options, plan_linear_weight_grad
 from topk_rkl.backends.triton.memory import on_device_of, rounded
+from topk_rkl.backends.triton.sums import sum_columns
 
 WINDOW = 256
 MAX_PAIRS = 2**31 - 1
@@ -70,7 +71,7 @@ def window_sums_kernel(
         total = _add_pairs(
             total, rows, terms, start, start + WINDOW, hidden, hidden_row_stride, offset, h < width, PAIRS
         )  # fmt: skip
-        tl.store(sums + window.to(tl.int64) * width + h, tl.sum(total, 0), mask=h < width)
+        tl.store(sums + window.to(tl.int64) * width + h, sum_columns(total), mask=h < width)
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def linear_weight_grad_kernel(
         at = window.to(tl.int64)[:, None] * width + h[None, :]  # [PAIRS, BLOCK]
         total += tl.load(sums + at, mask=(window < last_window)[:, None] & inside[None, :], other=0.0)
     total = _add_pairs(total, rows, terms, last_window * WINDOW, end, hidden, hidden_row_stride, offset, inside, PAIRS)
-    out = rounded(tl.sum(total, 0), dhead.dtype.element_ty)
+    out = rounded(sum_columns(total), dhead.dtype.element_ty)
     tl.store(dhead + column * dhead_row_stride + h.to(tl.int64) * dhead_column_stride, out, mask=inside)
 
 

@@ -12,6 +12,7 @@ from topk_rkl.backends.triton import launch
 from topk_rkl.backends.triton.divergence import TAIL, encoded, of_named, slots_loss
 from topk_rkl.backends.triton.launch import compile_options, float32_halves, pad_k, plan_scatter, plan_tail
 from topk_rkl.backends.triton.memory import fence, layout_of, on_device_of, product, rounded, row_of
+from topk_rkl.backends.triton.sums import sum_rows
 from topk_rkl.divergence import MASSES
 from topk_rkl.objective import Objective
 
@@ -46,7 +47,7 @@ def _tail_of_row(
             named = tl.load(ids + slot, mask=slot < k, other=-1).to(tl.int32)
         higher = tl.maximum(peak, tl.max(x, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp((peak - base) * inv_t) + tl.sum(tl.exp((x - base[:, None]) * inv_t), 1)
+        mass = mass * tl.exp((peak - base) * inv_t) + sum_rows(tl.exp((x - base[:, None]) * inv_t))
         peak = higher
     highest = tl.max(peak, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)

@@ -21,6 +21,7 @@ from topk_rkl.backends.triton.launch import (
     plan_select,
 )
 from topk_rkl.backends.triton.memory import INTERPRETED, fence, layout_of, on_device_of, row_of
+from topk_rkl.backends.triton.sums import sum_rows
 from topk_rkl.backends.triton.support_loss import store_loss_row
 from topk_rkl.objective import PLAIN, Objective
 
@@ -144,7 +145,8 @@ def _scan_tile(x, peak, mass, out, mask, NORMALIZE: tl.constexpr):
         x = x.to(tl.float32)
         higher = tl.maximum(peak, top)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, :, None]), 2)
+        each = tl.reshape(tl.exp(x - base[:, :, None]), [x.shape[0] * x.shape[1], x.shape[2]])
+        mass = mass * tl.exp(peak - base) + tl.reshape(sum_rows(each), [x.shape[0], x.shape[1]])
         peak = higher
     return peak, mass
 
