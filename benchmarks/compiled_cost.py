@@ -49,7 +49,7 @@ FAMILIES = {
 MASSES = ("tail_logit", "mass_loss", "mass_grad")
 kernels = Direct(backend)
 HEADS = ("linear_loss", "linear_weight_grad")
-HALVES = ("linear_logits", "linear_hidden_grad")  # of linear_loss
+HALVES = ("linear_logits", "linear_hidden_grad", "scale_rows")  # of linear_loss, and its backward pass
 # Each line is a product: kernels, dtypes, vocabularies, K, and H where there are hidden states. Rows of 4099 and 50257
 # may start at any address.
 ROW_KERNELS = [
@@ -243,6 +243,8 @@ def call_head_launcher(case: Case) -> None:
         kernels.linear_logits(hidden, head, head[:, 0].contiguous(), ids)
     elif case.kernel == "linear_hidden_grad":
         kernels.linear_hidden_grad(slots, ids, head)
+    elif case.kernel == "scale_rows":
+        kernels.scale_rows(hidden.float(), slots[:, 0].contiguous(), hidden)
     else:
         kernels.linear_weight_grad(slots, ids, hidden, head, None)
 

@@ -279,6 +279,21 @@ class Largest(TorchDispatchMode):
         return [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("shape", [(3, 70), (2, 3, 5_000), (70,), (0, 70), (3, 0)], ids=str)
+def test_hidden_gradients_are_scaled_to_the_bit_and_nothing_stays_nothing(backend, shape, dtype) -> None:
+    g, scale = torch.randn(shape, device=DEVICE), torch.randn(shape[:-1], device=DEVICE)
+    if g.numel() > 70:
+        g[0, ..., 3], g[-1, ..., :3] = 0, torch.tensor([torch.inf, torch.nan, 0])
+        scale[0], scale[-1] = torch.inf, 0
+    want = rows.times(g, scale).to(dtype)
+    got = ops.scaled(g, scale, dtype, backend)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert same_bits(got.nan_to_num(nan=7), want.nan_to_num(nan=7))
+    if g.numel() > 70:
+        assert same_bits(got[-1], torch.zeros_like(got[-1])) and got[0].isinf().any()
+
+
 @pytest.mark.parametrize("weight_grad", ["dense", "sparse"])
 def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad: str) -> None:
     """N V is 360,000 elements here, N K H 5,760, and V H, the gradient of the head itself, 8,000."""
