@@ -186,10 +186,10 @@ struct Mass {
 #pragma unroll
     for (int e = 0; e < PACKS * SIZE; ++e) top = fmaxf(top, to_float(x[e / SIZE].template element<T>(e % SIZE)));
     const float base = top == -INFINITY ? 0 : top;
-    sum *= expf(peak - base);
+    sum *= short_exp(peak - base);
     float added = 0;  // before they join the sum of the others, so that a long sum does not lose bits
 #pragma unroll
-    for (int e = 0; e < PACKS * SIZE; ++e) added += expf(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
+    for (int e = 0; e < PACKS * SIZE; ++e) added += short_exp(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
     sum += added;
     peak = top;
   }
@@ -268,18 +268,17 @@ __device__ inline bool is_left_out(const Selection& s, int64_t row, double weigh
   return true;
 }
 
-// One block sorts and compares while the others of its processor read: 80 registers leave room for three. The sums of
+// One block sorts and compares while the others of its processor read: 64 registers leave room for four. The sums of
 // exponentials, and packs gathered from columns that are apart, take more.
 template <class T, bool PACKED, bool NORMALIZE>
-__global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 4 : 2)
     select_kernel(Selection s, int parts, Order order) {
   const int64_t row_index = blockIdx.x / parts;
   const int part = int(blockIdx.x % parts);
   Shared shared = shared_memory();
   SelectPieces pieces(shared, s.k());
   Candidates& best = pieces.best;
-  const double weight = weight_of(s.loss.weights, row_index);
-  if (is_left_out(s, row_index, weight, parts == 1)) return;
+  if (is_left_out(s, row_index, weight_of(s.loss.weights, row_index), parts == 1)) return;
 
   const Row<T> row(s.to.logits, row_index);
   best.clear();
@@ -315,6 +314,7 @@ __global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
     for (int j = threadIdx.x; j < s.k(); j += THREADS) to[j] = best.items[j];
     return;
   }
+  const double weight = weight_of(s.loss.weights, row_index);  // read again, and not kept in registers all along
   store_row(s, row_index, row, pieces, weight, NORMALIZE ? mass.log_total(pieces.slots.of_warp) : 0.0);
 }
 
