@@ -65,6 +65,25 @@ def test_no_list_is_too_short(cuda, name: str) -> None:
         assert_selects(cuda, cases.rows(20_000, 1_024, dtype, [name], DEVICE).expand(9, -1), 1_024)
 
 
+@pytest.mark.parametrize("k", [1, 64, 65, 256, 257, 1_024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sample_leaves_out_none_of_the_k_best(cuda, k: int, dtype: torch.dtype) -> None:
+    """The first tile sets the first threshold: at the most K of each size of sample, and one more."""
+    tile, rows = 1_024 * 16 // dtype.itemsize, torch.randn(6, 20_000)
+    rows[0, :tile] = -torch.inf
+    rows[1, :tile] = torch.nan
+    rows[2, :tile] = rows[2].max()
+    rows[3] = -9.0
+    rows[3, :tile][torch.arange(tile) % 2_048 < k // 4 + 1] = 1.0  # of some threads alone
+    rows[4] = -torch.inf
+    rows[4, torch.randperm(tile)[:k]] = -torch.arange(k).float()  # as many as are wanted, and all of them sampled
+    rows[5, :tile] = -3e38 + torch.zeros(tile)
+    rows = rows.to(dtype).to(DEVICE)
+    assert_selects(cuda, rows, k)  # whole
+    for row in rows:
+        assert_selects(cuda, row[None], k)  # split
+
+
 def test_a_selection_does_not_depend_on_the_rows_beside_it(cuda) -> None:
     """The loss of a row whose selection is split over blocks has the bits of the same row in a batch."""
     student, teacher = torch.randn(2, 12, 30_000, device=DEVICE)

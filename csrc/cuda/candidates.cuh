@@ -29,20 +29,34 @@ __device__ inline int64_t id_of(Item item) { return int64_t(uint32_t(~uint32_t(i
 
 class Candidates {
  public:
-  static constexpr int THREADS = 256, CAPACITY = 4096;
+  static constexpr int THREADS = 256, CAPACITY = 4096, SAMPLE = CAPACITY / THREADS;
 
   __host__ __device__ Candidates(Shared& shared, int k)
-      : items(shared.take<Item>(CAPACITY)), bins_(shared.take<int>(BINS)), state_(shared.take<State>(1)), k_(k) {}
+      : items(shared.take<Item>(CAPACITY)), bins_(shared.take<int>(BINS)), found_(shared.take<Found>(1)),
+        count_(shared.take<int>(1)), k_(k) {}
 
-  // Met by a barrier.
+  // To be met by a barrier before an offer.
   __device__ void clear() {
     floor_ = Item(MINUS_INF_KEY + 1) << 32;
-    if (threadIdx.x == 0) state_->count = 0;
-    __syncthreads();
+    if (threadIdx.x == 0) *count_ = 0;
   }
 
   // The least item that is still wanted, the same for all threads.
   __device__ Item floor() const { return floor_; }
+
+  // How many elements of each thread are a sample: four times as many of all as are wanted.
+  __device__ int sample_size() const { return k_ <= THREADS / 4 ? 1 : k_ <= THREADS ? 4 : SAMPLE; }
+
+  // Raises the floor to what a sample of the stream tells; none of it is taken. The list must be empty. Met by barriers.
+  __device__ void raise_floor(const float (&sample)[SAMPLE]) {
+    const int each = sample_size();
+#pragma unroll
+    for (int i = 0; i < SAMPLE; ++i) {
+      if (i < each) items[i * THREADS + threadIdx.x] = Item(key_of(sample[i])) << 32;
+    }
+    const Item found = least_of_best(each * THREADS, k_ / 4, SAMPLE_DIGIT);
+    if (found > floor_) floor_ = found;
+  }
 
   // Takes the items of the bits of the mask of each thread.
   template <class ItemOf>
@@ -50,17 +64,17 @@ class Candidates {
     int seen = append(mask, item_of_bit);
     // The last warp to append sees the count that all of them leave.
     while (__syncthreads_or(mask != 0 || seen >= 2 * k_ + ROOM)) {
-      cut();
+      cut(SLACK);
       seen = append(mask, item_of_bit);
     }
   }
 
   // Leaves the K best in `items`, in order, and 0 where there are fewer.
   __device__ void finish() {
-    cut();
+    cut(k_ <= THREADS ? SLACK : 0);  // sorting a few more costs less than telling them apart
+    const int count = *count_;
     int padded = 1;
-    while (padded < k_) padded *= 2;
-    const int count = state_->count;
+    while (padded < k_ || padded < count) padded *= 2;
     for (int i = count + threadIdx.x; i < padded; i += THREADS) items[i] = 0;
     __syncthreads();
     for (int size = 2; size <= padded; size *= 2) {
@@ -70,7 +84,9 @@ class Candidates {
           const Item a = items[low], b = items[high];
           if ((a < b) == ((low & size) == 0)) items[low] = b, items[high] = a;
         }
-        __syncthreads();
+        // Strides of up to WARP keep to the 2 WARP items of a warp.
+        if (stride > WARP || (stride == 1 && (size > WARP || size == padded))) __syncthreads();
+        else __syncwarp();
       }
     }
   }
@@ -79,8 +95,9 @@ class Candidates {
 
  private:
   static constexpr int BINS = 256, ROOM = 256;
-  struct State {
-    int count;  // of the items offered since the last cut; not all need have found room
+  static constexpr int SLACK = 64;        // items beyond the K best that a cut may keep, to end sooner
+  static constexpr int SAMPLE_DIGIT = 48;  // the last digit of the floor that a sample gives
+  struct Found {
     int bin, inside, above;  // the bin in which the K-th is, and how many are in it and in those above it
   };
 
@@ -93,7 +110,7 @@ class Candidates {
       const Item item = mask ? item_of_bit(__ffs(mask) - 1) : 0;
       const unsigned wanted = __ballot_sync(ALL, item >= floor_);
       int at = 0;
-      if (lane == 0) at = atomicAdd(&state_->count, __popc(wanted));
+      if (lane == 0) at = atomicAdd(count_, __popc(wanted));
       at = __shfl_sync(ALL, at, 0);
       seen = at + __popc(wanted);
       const int place = at + __popc(wanted & ((1u << lane) - 1));
@@ -105,12 +122,12 @@ class Candidates {
     return seen;
   }
 
-  // Keeps the K best and raises the floor. Between barriers, as `offer` leaves them.
-  __device__ void cut() {
-    const int n = state_->count < CAPACITY ? state_->count : CAPACITY;
-    if (n <= k_) return;
-    floor_ = least_of_best(n);
-    if (threadIdx.x == 0) state_->count = 0;
+  // Keeps the K best, and up to `slack` more, and raises the floor. Between barriers, as `offer` leaves them.
+  __device__ void cut(int slack) {
+    const int n = *count_ < CAPACITY ? *count_ : CAPACITY;
+    if (n <= k_ + slack) return;
+    floor_ = least_of_best(n, slack, 0);
+    if (threadIdx.x == 0) *count_ = 0;
     for (int start = 0; start < n; start += THREADS) {
       const int i = start + threadIdx.x;
       const Item item = i < n ? items[i] : 0;
@@ -121,11 +138,12 @@ class Candidates {
     __syncthreads();
   }
 
-  // An item that exactly k of the n first are at or above, n > k: found a digit at a time from the top.
-  __device__ Item least_of_best(int n) {
+  // Met by barriers: an item that at least k of the n first are at or above, n >= k: found a digit at a time from the top, until it is
+  // no more than k + slack or the last digit is found.
+  __device__ Item least_of_best(int n, int slack, int last) {
     Item prefix = 0;
     int wanted = k_;
-    for (int shift = 56; shift >= 0; shift -= 8) {
+    for (int shift = 56; shift >= last; shift -= 8) {
       for (int i = threadIdx.x; i < BINS; i += THREADS) bins_[i] = 0;
       __syncthreads();
       for (int i = threadIdx.x; i < n; i += THREADS) {
@@ -135,9 +153,9 @@ class Candidates {
       __syncthreads();
       if (threadIdx.x < WARP) find_bin(wanted);
       __syncthreads();
-      prefix |= Item(state_->bin) << shift;
-      wanted -= state_->above;
-      if (state_->inside == wanted) break;
+      prefix |= Item(found_->bin) << shift;
+      wanted -= found_->above;
+      if (found_->inside - wanted <= slack) break;
     }
     return prefix;
   }
@@ -157,11 +175,12 @@ class Candidates {
     if (above >= wanted || upto < wanted) return;
     int bin = top;
     for (; above + bins_[bin] < wanted; --bin) above += bins_[bin];
-    state_->bin = bin, state_->inside = bins_[bin], state_->above = above;
+    found_->bin = bin, found_->inside = bins_[bin], found_->above = above;
   }
 
   int* bins_;     // (BINS)
-  State* state_;  // (1)
+  Found* found_;  // (1)
+  int* count_;    // (1) of the items offered since the last cut; not all need have found room
   int k_;
   Item floor_ = 0;
 };

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 constexpr int AHEAD = 4;                   // rows that a warp has in flight
+constexpr int EACH = 4;                    // columns of a thread, in the gradient of the hidden state
 constexpr int TERMS = 32;                  // added up before they join the sum of the others
 constexpr int64_t ROOM = 96 << 10;         // bytes of a block, of which two fit on a processor of sm_90
 constexpr int64_t LEAST_SLICE = 256;       // columns
@@ -104,29 +105,29 @@ __device__ void multiply(const Slice<T>& slice, const HeadPieces<T>& pieces) {
   }
 }
 
-// The sum over the slots of the gradient times the row of the head, for columns of this block, two per thread.
+// The sum over the slots of the gradient times the row of the head, for columns of this block, a few per thread.
 template <class T>
 __device__ void store_dhidden(const Slice<T>& slice, const HeadPieces<T>& pieces) {
-  struct alignas(2 * sizeof(T)) Two {
-    T at[2];
+  struct alignas(EACH * sizeof(T)) Few {
+    T at[EACH];
   };
   const Problem& p = slice.p;
-  for (int h = 2 * int(threadIdx.x); h < slice.columns; h += 2 * THREADS) {
-    float total[2] = {};
+  for (int h = EACH * int(threadIdx.x); h < slice.columns; h += EACH * THREADS) {
+    float total[EACH] = {};
     for (int start = 0; start < p.k(); start += TERMS) {
       const int end = start + TERMS < p.k() ? start + TERMS : p.k();
-      float sum[2] = {};
+      float sum[EACH] = {};
       for (int j = start; j < end; ++j) {
         const float factor = pieces.factor[j];
         if (factor == 0) continue;  // its row of the head need not even be finite
-        const Two two = j < p.kept
-                            ? *reinterpret_cast<const Two*>(pieces.rows + int64_t(j) * p.slice + h)
-                            : slice.template few_at<Two, 2>(integer_at(p.op.ids, slice.row, j), h);
-        for (int e = 0; e < 2; ++e) sum[e] += factor * to_float(two.at[e]);
+        const Few few = j < p.kept
+                            ? *reinterpret_cast<const Few*>(pieces.rows + int64_t(j) * p.slice + h)
+                            : slice.template few_at<Few, EACH>(integer_at(p.op.ids, slice.row, j), h);
+        for (int e = 0; e < EACH; ++e) sum[e] += factor * to_float(few.at[e]);
       }
-      for (int e = 0; e < 2; ++e) total[e] += sum[e];
+      for (int e = 0; e < EACH; ++e) total[e] += sum[e];
     }
-    for (int e = 0; e < 2 && h + e < slice.columns; ++e) {
+    for (int e = 0; e < EACH && h + e < slice.columns; ++e) {
       p.op.dhidden.data[slice.row * p.op.hidden.columns + slice.first + h + e] = total[e];
     }
   }

@@ -68,22 +68,25 @@ struct Row {
   __device__ float at(int64_t column) const { return to_float(data[column * column_stride]); }
   __device__ int64_t packs() const { return (columns + lead + SIZE - 1) / SIZE; }
   __device__ int64_t first_column(int pack) const { return int64_t(pack) * SIZE - lead; }
-  __device__ bool is_whole(int pack) const { return pack >= first_whole && pack < first_whole + whole; }
+
+  // All of a tile, which is whole.
+  __device__ bool is_whole(int first_pack, int packs) const {
+    return first_pack >= first_whole && first_pack + packs <= first_whole + whole;
+  }
+  __device__ Words whole_pack(int i) const {
+    const uint4 read = __ldcs(reinterpret_cast<const uint4*>(data - lead) + i);
+    return {read.x, read.y, read.z, read.w};
+  }
 
   // -inf where there is nothing, and with PACKED where it is cut off.
   template <bool PACKED>
   __device__ Words pack(int i) const {
     if (!PACKED) return gathered(i);
-    Words words = filled();
-    if (is_whole(i)) {
-      const uint4 read = __ldcs(reinterpret_cast<const uint4*>(data - lead) + i);
-      words = {read.x, read.y, read.z, read.w};
-    }
-    return words;
+    return is_whole(i, 1) ? whole_pack(i) : filled();
   }
 
   // -inf where there is nothing or it is whole.
-  __device__ Words end(int i) const { return is_whole(i) ? filled() : gathered(i); }
+  __device__ Words end(int i) const { return is_whole(i, 1) ? filled() : gathered(i); }
 
   __device__ Words gathered(int i) const {
     Words words = filled();
@@ -150,6 +153,28 @@ __device__ int element_of(int bit) {
   return sizeof(T) == 2 ? bit % 16 * 2 + bit / 16 : bit;
 }
 
+// Raises the floor to what the first tile tells: of each part of what a thread has, the largest is a sample. In place of
+// a NaN any other will do, as it is lower.
+template <class T>
+__device__ void raise_floor(Candidates& best, const Words (&x)[PACKS]) {
+  constexpr int EACH = 4 / int(sizeof(T));
+  static_assert(4 * PACKS == Candidates::SAMPLE);
+  float top[4 * PACKS];
+#pragma unroll
+  for (int i = 0; i < 4 * PACKS; ++i) {
+    const Words& words = x[i / 4];
+    top[i] = to_float(words.template element<T>(i % 4 * EACH));
+    if (EACH == 2) top[i] = fmaxf(top[i], to_float(words.template element<T>(i % 4 * EACH + EACH - 1)));
+  }
+  const auto largest = [&](int i) { return fmaxf(fmaxf(top[i], top[i + 1]), fmaxf(top[i + 2], top[i + 3])); };
+  if (best.sample_size() <= PACKS) {
+#pragma unroll
+    for (int v = 0; v < PACKS; ++v) top[v] = largest(4 * v);
+  }
+  if (best.sample_size() == 1) top[0] = largest(0);
+  best.raise_floor(top);
+}
+
 // The running sum of exponentials of what a thread has seen, less the largest.
 struct Mass {
   float peak = -INFINITY, sum = 0;
@@ -161,10 +186,10 @@ struct Mass {
 #pragma unroll
     for (int e = 0; e < PACKS * SIZE; ++e) top = fmaxf(top, to_float(x[e / SIZE].template element<T>(e % SIZE)));
     const float base = top == -INFINITY ? 0 : top;
-    sum *= expf(peak - base);
+    sum *= short_exp(peak - base);
     float added = 0;  // before they join the sum of the others, so that a long sum does not lose bits
 #pragma unroll
-    for (int e = 0; e < PACKS * SIZE; ++e) added += expf(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
+    for (int e = 0; e < PACKS * SIZE; ++e) added += short_exp(to_float(x[e / SIZE].template element<T>(e % SIZE)) - base);
     sum += added;
     peak = top;
   }
@@ -175,31 +200,25 @@ struct Mass {
   }
 };
 
-// Which segments of THREADS packs are read one after the other: each `stride` after the last.
+// A row is read in tiles of TILE packs, each `stride` after the last.
+constexpr int TILE = PACKS * THREADS;
 struct Order {
-  int segments, stride;
+  int tiles, stride;
 };
 
 template <class T, bool PACKED>
 struct Tile {
   Words packs[PACKS];
-  uint32_t first;  // index of the first pack
+  int first;  // index of the first pack of this thread; the next is THREADS further on
 
-  // Of any pack: worked out for the few that hold a candidate, and not kept in a register each.
-  __device__ int index(int v, const Order& order) const {
-    const uint32_t all = uint32_t(order.segments) * THREADS;
-    uint32_t i = first + uint32_t(v) * uint32_t(order.stride) * THREADS;  // below 4 all, which 32 bits hold
-    if (i >= 2 * all) i -= 2 * all;
-    return int(i >= all ? i - all : i);
-  }
-
-  __device__ void load(const Row<T>& row, int (&segment), const Order& order, int left) {
-    first = uint32_t(segment * THREADS) + threadIdx.x;
+  __device__ void load(const Row<T>& row, int tile) {
+    first = tile * TILE + int(threadIdx.x);
+    if (PACKED && row.is_whole(tile * TILE, TILE)) {
 #pragma unroll
-    for (int v = 0; v < PACKS; ++v) {
-      packs[v] = row.template pack<PACKED>(v < left ? segment * THREADS + int(threadIdx.x) : -1);
-      segment += order.stride;
-      if (segment >= order.segments) segment -= order.segments;
+      for (int v = 0; v < PACKS; ++v) packs[v] = row.whole_pack(first + v * THREADS);
+    } else {
+#pragma unroll
+      for (int v = 0; v < PACKS; ++v) packs[v] = row.template pack<PACKED>(first + v * THREADS);
     }
   }
 
@@ -207,7 +226,7 @@ struct Tile {
   __device__ void load_ends(const Row<T>& row) {
     int end = threadIdx.x == 0 ? 0 : threadIdx.x == 1 ? int(row.packs() - 1) : -1;
     if (threadIdx.x == 1 && end == 0) end = -1;
-    first = uint32_t(end);
+    first = end;
     for (int v = 0; v < PACKS; ++v) packs[v] = row.end(v == 0 ? end : -1);
   }
 };
@@ -249,18 +268,17 @@ __device__ inline bool is_left_out(const Selection& s, int64_t row, double weigh
   return true;
 }
 
-// One block sorts and compares while the others of its processor read: 80 registers leave room for three. The sums of
+// One block sorts and compares while the others of its processor read: 64 registers leave room for four. The sums of
 // exponentials, and packs gathered from columns that are apart, take more.
 template <class T, bool PACKED, bool NORMALIZE>
-__global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 4 : 2)
     select_kernel(Selection s, int parts, Order order) {
   const int64_t row_index = blockIdx.x / parts;
   const int part = int(blockIdx.x % parts);
   Shared shared = shared_memory();
   SelectPieces pieces(shared, s.k());
   Candidates& best = pieces.best;
-  const double weight = weight_of(s.loss.weights, row_index);
-  if (is_left_out(s, row_index, weight, parts == 1)) return;
+  if (is_left_out(s, row_index, weight_of(s.loss.weights, row_index), parts == 1)) return;
 
   const Row<T> row(s.to.logits, row_index);
   best.clear();
@@ -269,17 +287,20 @@ __global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
     if (NORMALIZE) mass.add<T>(tile.packs);
     best.offer(passing(tile.packs, floor_of<T>(best.floor())), [&](int bit) {
       const int element = element_of<T>(bit), v = element / Row<T>::SIZE;
-      const int64_t column = row.first_column(tile.index(v, order)) + element % Row<T>::SIZE;
+      const int64_t column = row.first_column(tile.first + v * THREADS) + element % Row<T>::SIZE;
       return item_of(row.at(column), column);
     });
   };
-  const int first = int(int64_t(order.segments) * part / parts), last = int(int64_t(order.segments) * (part + 1) / parts);
-  int segment = int(int64_t(first) * order.stride % order.segments);
+  const int start = int(int64_t(order.tiles) * part / parts), end = int(int64_t(order.tiles) * (part + 1) / parts);
+  int at = int(int64_t(start) * order.stride % order.tiles);
   Tile<T, PACKED> tile, next;
-  next.load(row, segment, order, last - first);
-  for (int done = first; done < last; done += PACKS) {
+  next.load(row, at);
+  raise_floor<T>(best, next.packs);
+  for (int done = start; done < end; ++done) {
     tile = next;
-    next.load(row, segment, order, last - done - PACKS);  // in flight while the others are compared
+    at += order.stride;
+    if (at >= order.tiles) at -= order.tiles;
+    if (done + 1 < end) next.load(row, at);  // in flight while the others are compared
     visit(tile);
   }
   if (PACKED && part == 0) {
@@ -293,6 +314,7 @@ __global__ void __launch_bounds__(THREADS, PACKED && !NORMALIZE ? 3 : 2)
     for (int j = threadIdx.x; j < s.k(); j += THREADS) to[j] = best.items[j];
     return;
   }
+  const double weight = weight_of(s.loss.weights, row_index);  // read again, and not kept in registers all along
   store_row(s, row_index, row, pieces, weight, NORMALIZE ? mass.log_total(pieces.slots.of_warp) : 0.0);
 }
 
@@ -305,6 +327,7 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(Selection s, int part
   if (is_left_out(s, row_index, weight, true)) return;
 
   pieces.best.clear();
+  __syncthreads();
   const Item* from = s.best + row_index * parts * s.k();
   for (int start = 0; start < parts * s.k(); start += THREADS) {
     const int i = start + int(threadIdx.x);
@@ -315,19 +338,19 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(Selection s, int part
   store_row(s, row_index, Row<T>(s.to.logits, row_index), pieces, weight, 0.0);
 }
 
-// As many segments as read a row of any address. A stride near the golden ratio spreads the first ones over the row.
+// As many tiles as read a row of any address. A stride near the golden ratio spreads the first ones over the row.
 Order order_of(int64_t vocab, Kind kind) {
   const int64_t size = 16 / size_of(kind), packs = (vocab + size - 1) / size + 1;
-  const int segments = int((packs + THREADS - 1) / THREADS);
-  int stride = std::max(1, int(GOLDEN * segments));
-  while (std::gcd(stride, segments) != 1) ++stride;
-  return {segments, stride % segments};
+  const int tiles = int((packs + TILE - 1) / TILE);
+  int stride = std::max(1, int(GOLDEN * tiles));
+  while (std::gcd(stride, tiles) != 1) ++stride;
+  return {tiles, stride % tiles};
 }
 
 // Blocks per row: one, unless that leaves processors idle. Sums of exponentials would depend on it.
 int parts_of(int64_t n, const Order& order, bool normalize, int device) {
   if (normalize || n == 0) return 1;
-  return int(std::clamp<int64_t>(std::min<int64_t>(2 * processors(device) / n, order.segments / PACKS), 1, MAX_PARTS));
+  return int(std::clamp<int64_t>(std::min<int64_t>(2 * processors(device) / n, order.tiles), 1, MAX_PARTS));
 }
 
 void run(const Selection& s, const Where& where) {
