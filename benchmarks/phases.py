@@ -78,7 +78,7 @@ def search_turns(case: Any) -> list[int]:
     """The turns of the two bisections of a selection, from normal logits."""
     if case.kernel not in SELECTS:
         return []
-    plan, idle = plan_select(case.vocab, case.k, case.dtype.itemsize, wide=True), IDLE_BITS[case.dtype]
+    plan, idle = plan_select(case.vocab, case.k, case.dtype.itemsize, wide=True, normalize=False), IDLE_BITS[case.dtype]
     logits = torch.randn(case.vocab, generator=torch.Generator().manual_seed(0)).to(case.dtype)
     groups = torch.nn.functional.pad(logits, (0, -case.vocab % plan.group), value=-torch.inf).view(-1, plan.group)
     maxima = groups.max(1).values

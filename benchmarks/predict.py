@@ -124,7 +124,7 @@ def moved_bytes(cost: Cost, card: Card, programs: int) -> float:
     if cost["kernel"] == "linear_loss":
         hidden = cost["width"] * (itemsize + 4)  # read, and its gradient written
         return needed * (1 + missed) + hidden + 12 * k
-    group = plan_select(cost["vocab"], k, itemsize, wide=True).group
+    group = plan_select(cost["vocab"], k, itemsize, wide=True, normalize=False).group
     maxima = needed / group * 2 * missed  # written and read, in a place that the next row takes over
     student = k * (LINE + 4) if cost["kernel"] == "select_loss" else 0
     return needed + maxima + k * group * itemsize * missed + 8 * k + student

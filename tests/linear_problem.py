@@ -89,8 +89,8 @@ def deep_gradient(k: int) -> int:
 
 
 def deep_segment(pairs: int) -> int:
-    """A sum of 256 pairs at a time, which are added one after the other."""
-    return min(pairs, 256) + pairs // 256 + 16
+    """Fewer than 256 pairs at each end one after the other, and between them sums of 256."""
+    return min(pairs, 512) + pairs // 256 + 16
 
 
 def tolerances(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N, K), (N, H) for finite results

@@ -68,8 +68,10 @@ def test_few_rows_claim_nothing(two_places: list[Tensor]) -> None:
     assert two_places == []
 
 
-@pytest.mark.parametrize(("k", "most"), [(64, 6 << 20), (1_024, 22 << 20)])
-def test_one_launch_of_little_scratch_whatever_the_number_of_rows(monkeypatch, k: int, most: int) -> None:
+@pytest.mark.parametrize(("k", "programs", "most"), [(64, 8, 6 << 20), (1_024, 4, 11 << 20)])
+def test_one_launch_of_little_scratch_whatever_the_number_of_rows(
+    monkeypatch, k: int, programs: int, most: int
+) -> None:
     """On a GPU of 132 cores."""
     launched = []
 
@@ -82,5 +84,5 @@ def test_one_launch_of_little_scratch_whatever_the_number_of_rows(monkeypatch, k
     row = torch.empty(1, 151_936, dtype=torch.bfloat16, device=DEVICE)
     backend.select(row.expand(100_000, -1), k)
     ((grid, args),) = launched
-    scratch = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.shape[0] == 132 * 8]
+    scratch = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.shape[0] == 132 * programs]
     assert grid == (100_000,) and len(scratch) == 1 and 0 < scratch[0].nbytes < most

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-LAUNCH = "topk_rkl.backends.triton.launch"
 SELECT = "topk_rkl.backends.triton.select"
 LINEAR_LOSS = "topk_rkl.backends.triton.linear_loss"
 WEIGHT_GRAD = "topk_rkl.backends.triton.linear_weight_grad"
@@ -25,13 +24,9 @@ DECISIONS = {
     "backend of the head's gradient": "CUDA_LINEAR_FROM_K counts both passes together: topk_rkl/backends/__init__.py.",
     "warps and registers of a selection": "plan_select() gives this K the warps and registers of the form that wins: "
     "topk_rkl/backends/triton/launch.py.",
-    "warps of a narrow row": "NARROW_BYTES goes, and the plan of four warps with it, if eight win: "
-    "topk_rkl/backends/triton/launch.py.",
-    "scratch of a selection": "Every row has scratch of its own, and no program claims a place: _launch() in "
-    "topk_rkl/backends/triton/select.py.",
     "warps of the head": "plan_linear_loss() takes the warps, terms and columns of the form that wins, if it loses "
     "neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
-    "block of the head's gradient": "plan_linear_weight_grad() takes the pairs, columns and warps of the winning form, "
+    "block of the head's gradient": "plan_linear_weight_grad() takes the columns and warps of the winning form, "
     "if it loses neither for spread nor for hot ids: topk_rkl/backends/triton/launch.py.",
 }
 
@@ -58,14 +53,6 @@ def selection(warps: int, registers: int) -> AbstractContextManager[object]:
     return returning(SELECT, "plan_select", plan)
 
 
-def planned_as_wide() -> AbstractContextManager[object]:
-    return mock.patch.object(importlib.import_module(LAUNCH), "NARROW_BYTES", 0)
-
-
-def place_per_row() -> AbstractContextManager[object]:
-    return mock.patch.object(importlib.import_module(SELECT), "RESIDENT_WARPS", 1 << 40)
-
-
 def head(**sizes: int) -> AbstractContextManager[object]:
     return returning(LINEAR_LOSS, "plan_linear_loss", lambda planned: replace(planned, **sizes))
 
@@ -81,26 +68,19 @@ def named(overrides: list[tuple[int, int]]) -> dict[str, Override]:
     return {AS_PLANNED: nullcontext, **forms}
 
 
-# By the place of K in Sizes.ks. What spills by hundreds is left out (Triton 3.7, sm_90), as 8 warps of 80 registers do
-# at K = 1,024, and what holds as many programs as planned.
+# By the place of K in Sizes.ks, with no form that spills by hundreds (Triton 3.6, sm_90).
 SELECTIONS: dict[int, dict[str, Override]] = {
-    1: named([(4, 128), (8, 128), (16, 64)]),
-    2: named([(4, 128), (8, 128), (8, 64), (16, 64)]),
-    3: named([(16, 128), (16, 64)]),
+    1: named([(4, 80), (8, 48)]),
+    2: named([(4, 120), (8, 64)]),
+    3: named([(8, 128)]),
 }
-NARROW: dict[str, Override] = {AS_PLANNED: nullcontext, "8 warps": planned_as_wide}
-SCRATCH: dict[str, Override] = {AS_PLANNED: nullcontext, "a place per row": place_per_row}
 HEADS: dict[str, Override] = {
     AS_PLANNED: nullcontext,
-    "4 warps, 2,048 columns": partial(head, num_warps=4, span=2_048),
-    "8 warps, 2,048 columns": partial(head, num_warps=8, span=2_048),
-    "8 terms": partial(head, terms=8, span=512),
+    "4 warps, 2,048 columns": partial(head, num_warps=4, span=2_048, slots=16),
+    "8 warps, 4,096 columns": partial(head, num_warps=8, span=4_096, slots=16),
 }
 WEIGHT_GRADS: dict[str, Override] = {
     AS_PLANNED: nullcontext,
-    "2 pairs": partial(weight_grad, pairs=2),
-    "8 pairs": partial(weight_grad, pairs=8),
-    "4 warps": partial(weight_grad, num_warps=4),
     "4 warps, 1,024 columns": partial(weight_grad, num_warps=4, block=1_024),
-    "1 warp, 256 columns": partial(weight_grad, num_warps=1, block=256),
+    "1 warp": partial(weight_grad, num_warps=1),
 }

@@ -27,15 +27,15 @@ def registry(inputs: Inputs) -> list[Item]:
         *(loss_and_gradient(inputs, k) for k in (usual, wide)),
         *(linear(inputs, narrow, dhead, rival=True) for dhead in (False, True)),
         *(linear(inputs, usual, dhead) for dhead in (False, True)),
+        linear(inputs, narrow, dhead=True, hot=True),
         head(inputs, narrow),
         head(inputs, narrow, hot=True),
         head(inputs, narrow, dhidden=False),
         head(inputs, usual),
         *(head_gradient(inputs, k, hot) for k, hot in ((narrow, False), (narrow, True), (usual, False))),
         *(select_trial(inputs, place) for place in (2, 3, 1)),
-        *(narrow_trial(inputs, k) for k in (narrow, usual)),
-        *(scratch_trial(inputs, k) for k in (usual, wide)),
-        *(head_trial(inputs, narrow, hot) for hot in (False, True)),
+        *(select_loss_of_a_shard(inputs, k) for k in (narrow, usual)),
+        *(head_trial(inputs, k, hot) for k, hot in ((narrow, False), (narrow, True), (usual, False))),
         *(head_gradient_trial(inputs, narrow, hot) for hot in (False, True)),
         scatter(inputs, usual, unique=True),
         scatter(inputs, usual, unique=False),
@@ -97,19 +97,11 @@ def select_trial(inputs: Inputs, place: int) -> Item:
     return Item(f"select_loss K {k:,}, warps and registers", forms, "select_loss", size, sizes=sizes, decision=decision)
 
 
-def narrow_trial(inputs: Inputs, k: int) -> Item:
+def select_loss_of_a_shard(inputs: Inputs, k: int) -> Item:
     """A shard of the vocabulary on one of eight ranks."""
-    columns, decision = inputs.sizes.shard, "warps of a narrow row"
+    columns, forms = inputs.sizes.shard, by_backend(lambda name: ops.select_loss(*inputs.shards, k, None, None, name))
     size, sizes = 2 * inputs.sizes.n * columns, {**of_logits(inputs, k), "v": columns}
-    forms = by_override(lambda name: ops.select_loss(*inputs.shards, k, None, None, name), experiments.NARROW)
-    return Item(f"select_loss of a shard K {k:,}", forms, "select_loss", size, sizes=sizes, decision=decision)
-
-
-def scratch_trial(inputs: Inputs, k: int) -> Item:
-    size, sizes = inputs.sizes.n * inputs.sizes.row, of_logits(inputs, k)
-    forms = by_override(selected_loss(inputs, k), experiments.SCRATCH)
-    decision = "scratch of a selection"
-    return Item(f"select_loss K {k:,}, scratch", forms, "select_loss", size, sizes=sizes, decision=decision)
+    return Item(f"select_loss of a shard K {k:,}", forms, "select_loss", size, sizes=sizes)
 
 
 def normalize(inputs: Inputs, k: int) -> Item:
@@ -225,7 +217,7 @@ def head_bytes(inputs: Inputs) -> tuple[int, int]:
     return inputs.sizes.n * 2 * inputs.sizes.h, inputs.sizes.v * 2 * inputs.sizes.h
 
 
-def linear(inputs: Inputs, k: int, dhead: bool, rival: bool = False) -> Item:
+def linear(inputs: Inputs, k: int, dhead: bool, rival: bool = False, hot: bool = False) -> Item:
     """The public entry from hidden states: the forward pass, which makes dhidden, or both passes with dhead as well.
 
     Beside it the dense products that a loss over the vocabulary cannot do without, in chunks and the student's alone:
@@ -236,7 +228,8 @@ def linear(inputs: Inputs, k: int, dhead: bool, rival: bool = False) -> Item:
         hidden = inputs.hidden.detach().requires_grad_()
         head = inputs.head.detach().requires_grad_(dhead)
         with use_backend(name):
-            loss = linear_topk_reverse_kl(hidden, head, Support(inputs.ids(k), inputs.values(k)))
+            ids = (inputs.hot_ids if hot else inputs.ids)(k)
+            loss = linear_topk_reverse_kl(hidden, head, Support(ids, inputs.values(k)))
             if dhead:
                 loss.backward()
 
@@ -250,7 +243,7 @@ def linear(inputs: Inputs, k: int, dhead: bool, rival: bool = False) -> Item:
     forms = by_backend(ours)
     if rival:
         forms["dense products"] = Form(dense)
-    name = f"linear K {k:,}, {'dhidden and dhead' if dhead else 'forward with dhidden'}"
+    name = f"linear K {k:,}, {'dhidden and dhead' if dhead else 'forward with dhidden'}{', hot ids' if hot else ''}"
     size = inputs.sizes.n * k * 2 * inputs.sizes.h
     return Item(name, forms, "", size, head_bytes(inputs)[1] if dhead else 0, of_head(inputs, k))
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from topk_rkl.backends.triton.launch import SCRATCH_BYTES, compile_options, plan_linear_weight_grad
 from topk_rkl.backends.triton.memory import on_device_of, rounded
-from topk_rkl.backends.triton.sums import sum_columns
 
 WINDOW = 256
 MAX_PAIRS = 2**31 - 1
@@ -24,7 +23,7 @@ MAX_PAIRS = 2**31 - 1
 
 @triton.jit
 def _add_pairs(
-    total,  # [PAIRS, BLOCK] float32
+    total,  # [BLOCK] float32
     rows,  # (pairs,) int32: of hidden
     terms,  # (pairs,) float32: their factors
     start,
@@ -33,16 +32,12 @@ def _add_pairs(
     hidden_row_stride,
     offset,  # [BLOCK] int64
     inside,  # [BLOCK] bool
-    PAIRS: tl.constexpr,
 ):
-    """total + the pairs from start to end."""
-    for first in range(start, end, PAIRS):
-        pair = first + tl.arange(0, PAIRS)  # [PAIRS]
-        row = tl.load(rows + pair, mask=pair < end, other=0).to(tl.int64)
-        term = tl.load(terms + pair, mask=pair < end, other=0.0)
-        at = row[:, None] * hidden_row_stride + offset[None, :]  # [PAIRS, BLOCK]
-        x = tl.load(hidden + at, mask=(pair < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += term[:, None] * x
+    """total + the pairs from start to end. Most ids have few: several at a time would read as many in vain."""
+    for pair in range(start, end):
+        row = tl.load(rows + pair).to(tl.int64)
+        x = tl.load(hidden + row * hidden_row_stride + offset, mask=inside, other=0.0)
+        total += tl.load(terms + pair) * x.to(tl.float32)
     return total
 
 
@@ -58,7 +53,6 @@ def window_sums_kernel(
     vocab,
     sums,  # (windows, H) float32, written where the window is of one id
     WINDOW: tl.constexpr,
-    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     window = tl.program_id(0)
@@ -66,12 +60,10 @@ def window_sums_kernel(
     column = tl.load(sorted_ids + start)
     if column == tl.load(sorted_ids + start + WINDOW - 1) and column < vocab:
         h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        total = tl.zeros([PAIRS, BLOCK], tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
         offset = h.to(tl.int64) * hidden_column_stride
-        total = _add_pairs(
-            total, rows, terms, start, start + WINDOW, hidden, hidden_row_stride, offset, h < width, PAIRS
-        )  # fmt: skip
-        tl.store(sums + window.to(tl.int64) * width + h, sum_columns(total), mask=h < width)
+        total = _add_pairs(total, rows, terms, start, start + WINDOW, hidden, hidden_row_stride, offset, h < width)
+        tl.store(sums + window.to(tl.int64) * width + h, total, mask=h < width)
 
 
 @triton.jit
@@ -88,7 +80,6 @@ def linear_weight_grad_kernel(
     dhead_row_stride,
     dhead_column_stride,
     WINDOW: tl.constexpr,
-    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64)
@@ -99,15 +90,15 @@ def linear_weight_grad_kernel(
     offset = h.to(tl.int64) * hidden_column_stride
     first_window = (start + WINDOW - 1) // WINDOW
     last_window = tl.maximum(end // WINDOW, first_window)  # those between are of this id alone
-    total = tl.zeros([PAIRS, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     first_end = tl.minimum(first_window * WINDOW, end)
-    total = _add_pairs(total, rows, terms, start, first_end, hidden, hidden_row_stride, offset, inside, PAIRS)
-    for first in range(first_window, last_window, PAIRS):
-        window = first + tl.arange(0, PAIRS)  # [PAIRS]
-        at = window.to(tl.int64)[:, None] * width + h[None, :]  # [PAIRS, BLOCK]
-        total += tl.load(sums + at, mask=(window < last_window)[:, None] & inside[None, :], other=0.0)
-    total = _add_pairs(total, rows, terms, last_window * WINDOW, end, hidden, hidden_row_stride, offset, inside, PAIRS)
-    out = rounded(sum_columns(total), dhead.dtype.element_ty)
+    total = _add_pairs(total, rows, terms, start, first_end, hidden, hidden_row_stride, offset, inside)
+    at = sums + first_window.to(tl.int64) * width + h  # [BLOCK]
+    for _ in range(first_window, last_window):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += width
+    total = _add_pairs(total, rows, terms, last_window * WINDOW, end, hidden, hidden_row_stride, offset, inside)
+    out = rounded(total, dhead.dtype.element_ty)
     tl.store(dhead + column * dhead_row_stride + h.to(tl.int64) * dhead_column_stride, out, mask=inside)
 
 
@@ -144,7 +135,7 @@ def _sum_segments(
     plan = plan_linear_weight_grad(width)
     span = max(1, SCRATCH_BYTES // (4 * max(1, windows) * plan.block)) * plan.block
     sums = torch.empty((windows, min(span, width)), dtype=torch.float32, device=out.device)
-    sizes = {"WINDOW": WINDOW, "PAIRS": plan.pairs, "BLOCK": plan.block, "num_warps": plan.num_warps}
+    sizes = {"WINDOW": WINDOW, "BLOCK": plan.block, "num_warps": plan.num_warps}
     options = compile_options(hip=torch.version.hip is not None)
     with on_device_of(out):
         for first in range(0, width, span):

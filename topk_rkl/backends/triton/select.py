@@ -36,12 +36,12 @@ def _larger(a, b):
 
 @triton.jit
 def _group_max(x):
-    """[R, C, GROUP] -> [R, C] float32; NaN wins. Two 16-bit values per instruction once compiled."""
+    """[GROUPS, G] -> [GROUPS] float32; NaN wins. Two 16-bit values per instruction once compiled."""
     x = x.to(tl.float32)
     if INTERPRETED:  # where a reduction of our own would run element by element, and tl.max drops NaN
-        return tl.where(tl.sum((x != x).to(tl.int32), 2) > 0, float("nan"), tl.max(tl.where(x != x, 0.0, x), 2))
+        return tl.where(tl.sum((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(tl.where(x != x, 0.0, x), 1))
     else:
-        return tl.reduce(x, 2, _larger)
+        return tl.reduce(x, 1, _larger)
 
 
 @triton.jit
@@ -137,16 +137,15 @@ def _store_largest(
 
 
 @triton.jit
-def _scan_tile(x, peak, mass, out, mask, NORMALIZE: tl.constexpr):
+def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
     """Stores the tile's group maxima and carries on the running sum of exponentials of each lane."""
-    top = _group_max(x)  # [R, C]
-    tl.store(out, top, mask=mask)
+    top = _group_max(x)  # [TILE]
+    tl.store(group_max + tile, top, mask=mask)
     if NORMALIZE:
         x = x.to(tl.float32)
         higher = tl.maximum(peak, top)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        each = tl.reshape(tl.exp(x - base[:, :, None]), [x.shape[0] * x.shape[1], x.shape[2]])
-        mass = mass * tl.exp(peak - base) + tl.reshape(sum_rows(each), [x.shape[0], x.shape[1]])
+        mass = mass * tl.exp(peak - base) + sum_rows(tl.exp(x - base[:, None]))
         peak = higher
     return peak, mass
 
@@ -160,33 +159,28 @@ def _scan(
     groups,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    ABREAST: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
     """The only full read of the row: one maximum per group -> the largest of all, and log(sum of exp(x - it)) if
-    NORMALIZE. The two stay apart, since their sum would be rounded like the largest.
-
-    Group c R + r of a tile is number (r, c): a warp, whose groups are some c and all r, then finds neighbours and
-    stores them. Were they anyone's, all warps would wait for each other in every tile.
-    """
-    R: tl.constexpr = BLOCK // GROUP // ABREAST
-    tile = tl.arange(0, ABREAST)[None, :] * R + tl.arange(0, R)[:, None]  # [R, C]
-    column = tile[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]  # [R, C, GROUP]
-    peak = tl.full([R, ABREAST], float("-inf"), tl.float32)
-    mass = tl.zeros([R, ABREAST], tl.float32)
+    NORMALIZE. The two stay apart, since their sum would be rounded like the largest."""
+    TILE: tl.constexpr = BLOCK // GROUP
+    tile = tl.arange(0, TILE)  # [TILE]
+    column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE], tl.float32)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        x = tl.load(logits + (start + column).to(tl.int64) * column_stride)  # [R, C, GROUP]
-        peak, mass = _scan_tile(x, peak, mass, group_max + start // GROUP + tile, None, NORMALIZE)
+        x = tl.load(logits + (start + column).to(tl.int64) * column_stride)  # [TILE, GROUP]
+        peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
     if whole < vocab:
         inside = whole + column < vocab
         x = tl.load(logits + (whole + column).to(tl.int64) * column_stride, mask=inside, other=float("-inf"))
-        group = whole // GROUP + tile
-        peak, mass = _scan_tile(x, peak, mass, group_max + group, group < groups, NORMALIZE)
+        first = whole // GROUP
+        peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
     highest, log_total = 0.0, 0.0
     if NORMALIZE:
-        highest = tl.max(peak)
-        log_total = tl.log(tl.sum((mass * tl.exp(peak - highest)).to(tl.float64)))
+        highest = tl.max(peak, 0)
+        log_total = tl.log(tl.sum((mass * tl.exp(peak - highest)).to(tl.float64), 0))
     return highest, log_total
 
 
@@ -230,7 +224,6 @@ def select_kernel(
     GROUP: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ABREAST: tl.constexpr,
     IDLE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -258,9 +251,7 @@ def select_kernel(
     group_max += place.to(tl.int64) * groups
 
     # 1. The only full read of the row: one maximum per group.
-    highest, log_total = _scan(
-        logits, column_stride, vocab, group_max, groups, GROUP, BLOCK, ABREAST, NORMALIZE
-    )  # fmt: skip
+    highest, log_total = _scan(logits, column_stride, vocab, group_max, groups, GROUP, BLOCK, NORMALIZE)
     fence()
 
     # 2. The K best groups. Until the end the output rows hold what was picked: groups in log_probs, columns in ids.
@@ -351,7 +342,7 @@ def _launch(
     layout = layout_of(logits)
     whole_vectors = layout[3] == 1 and all(x % 16 == 0 for x in (*layout[1:3], logits.data_ptr()))
     family, parameters = encoded(objective.divergence)
-    plan = plan_select(vocab, k, logits.element_size(), wide=whole_vectors and not normalize, family=family)
+    plan = plan_select(vocab, k, logits.element_size(), whole_vectors, normalize, family)
     groups = triton.cdiv(vocab, 16 * plan.group) * 16
     places = min(n, RESIDENT_WARPS // plan.num_warps * cores(logits.device))
     group_max = torch.empty((places, groups), dtype=logits.dtype, device=logits.device)
@@ -363,6 +354,6 @@ def _launch(
             student, student_layout, student_vocab, weights,
             *float32_halves(1.0 / objective.temperature), parameters, loss, g,
             K_PAD=plan.k_pad, PICKED_PAD=plan.picked_pad, GROUP=plan.group, GROUPS_PAD=plan.groups_pad,
-            BLOCK=plan.block, ABREAST=plan.abreast, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=family,
+            BLOCK=plan.block, IDLE=IDLE_BITS[logits.dtype], NORMALIZE=normalize, FAMILY=family,
             num_warps=plan.num_warps, **compile_options(torch.version.hip is not None, plan.registers),
         )  # fmt: skip

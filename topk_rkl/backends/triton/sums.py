@@ -19,14 +19,3 @@ def sum_rows(
         if x.shape[1] > 1:
             x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), 2)
     return tl.reshape(x, [x.shape[0]])
-
-
-@triton.jit
-def sum_columns(
-    x,  # [R, C]
-):
-    """-> [C]"""
-    for _ in tl.static_range(DEEPEST):
-        if x.shape[0] > 1:
-            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), 0)
-    return tl.reshape(x, [x.shape[1]])
