@@ -1,6 +1,6 @@
 """Results as JSON lines, each with the device, the versions, the commit and the date.
 
-Where the repository did not come along, the environment variable TOPK_RKL_COMMIT names the commit.
+The environment variable TOPK_RKL_COMMIT names the commit where the repository did not come along, or is behind.
 """
 
 import contextlib
@@ -43,10 +43,12 @@ def setting(device: str) -> Line:
 
 
 def commit() -> str:
+    if given := os.environ.get("TOPK_RKL_COMMIT"):
+        return given
     head = git("rev-parse", "HEAD")
     # What is measured anew is no change.
     changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-    return head + ("-dirty" if changed else "") if head else os.environ.get("TOPK_RKL_COMMIT") or "unknown"
+    return (head or "unknown") + ("-dirty" if changed else "")
 
 
 def is_clean(commit: str) -> bool:

@@ -182,13 +182,14 @@ def test_only_ours_leaves_out_other_projects_and_torch_compile() -> None:
     assert {"torch.compile", "FlashInfer", "TRL", "Liger, compiled", "Fast-LLM", "verl"} < left
 
 
-def test_the_commit_comes_from_outside_where_there_is_no_repository(monkeypatch) -> None:
-    monkeypatch.setenv("TOPK_RKL_COMMIT", "0123abc")
+def test_the_commit_is_the_one_given_or_that_of_the_repository(monkeypatch) -> None:
+    """A copy of the tree may lie in a repository of another commit, as on a GPU machine."""
     monkeypatch.setattr(records, "git", lambda *arguments: {"rev-parse": "89f8bb8"}.get(arguments[0], " M README.md"))
-    assert records.commit() == "89f8bb8-dirty"
-    monkeypatch.setattr(records, "git", lambda *_: "")
+    monkeypatch.setenv("TOPK_RKL_COMMIT", "0123abc")
     assert records.commit() == records.setting("cpu")["commit"] == "0123abc"
     monkeypatch.delenv("TOPK_RKL_COMMIT")
+    assert records.commit() == "89f8bb8-dirty"
+    monkeypatch.setattr(records, "git", lambda *_: "")
     assert records.commit() == "unknown"
 
 

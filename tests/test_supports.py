@@ -478,6 +478,6 @@ def test_refusals(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_token_warns_where_the_loss_renormalises_it(recwarn: pytest.WarningsRecorder) -> None:
     support = student_topk(Z, W, 1, normalize=True)
     topk_divergence(Z, support, mass="tail")
-    assert not recwarn.list
+    assert not [warning for warning in recwarn.list if "K = 1" in str(warning.message)]
     with pytest.warns(UserWarning, match="K = 1"):
         topk_reverse_kl(Z, support)
