@@ -34,6 +34,33 @@ def read(
 
 
 @triton.jit
+def read_rows_kernel(
+    words,  # (N, words of a row) int32
+    width,
+    out,  # (N,) int32
+    BLOCK: tl.constexpr,
+):
+    row = words + tl.program_id(0).to(tl.int64) * width
+    most = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        most = tl.maximum(most, tl.load(row + at, mask=at < width, other=0))
+    tl.store(out + tl.program_id(0), tl.max(most, 0))
+
+
+def read_rows(
+    x: Tensor,  # (N, V) contiguous
+    block: int,
+    warps: int,
+) -> Tensor:  # (N,) int32
+    """As a selection reads: a program per row, so the rows under way lie far apart."""
+    words = x.view(torch.int32)
+    out = torch.empty(len(words), dtype=torch.int32, device=x.device)
+    read_rows_kernel[(len(words),)](words, words.shape[1], out, BLOCK=block, num_warps=warps)
+    return out
+
+
+@triton.jit
 def fill_kernel(
     words,  # (words,) int32
     BLOCK: tl.constexpr,
@@ -60,6 +87,7 @@ def floors(inputs: Inputs) -> list[Item]:
         )
         for block, warps in READS
     }
+    reads["a row per program"] = Form(lambda _: read_rows(inputs.teacher, min(8_192, most), 8))
     fills = {
         f"{min(block, most):,} words by {warps} warps": Form(
             lambda _, block=block, warps=warps: fill(inputs.gradient, min(block, most), warps)
