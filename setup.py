@@ -1,6 +1,6 @@
 """Builds topk_rkl._native and topk_rkl._cuda with CMake. Where that fails, the package is installed without them.
 
-TOPK_RKL_BUILD_CUDA: "off", the default, leaves out the second, which no GPU has shown to be faster than Triton yet.
+TOPK_RKL_BUILD_CUDA: "off", the default, leaves out the second: on the one GPU that was timed, Triton's were faster.
 "on" insists on it, "auto" tries it where nvcc is found.
 """
 

@@ -1,6 +1,6 @@
 """Every proof that needs a GPU, in one time-boxed command: python3 -m gpu first, later python3 -m gpu second.
 
-Environment: LIMIT, seconds in all (480); OUT, the folder of the results (out); COMMIT, of the code where no .git is.
+Environment: LIMIT, seconds in all (480); OUT, the folder of the results (out); COMMIT, before what git says.
 The exit code is 1 if a step failed, was stopped or was left out. Every step is tried all the same.
 """
 

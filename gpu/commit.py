@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def commit(root: Path) -> str:
-    """COMMIT says it where no .git is; else git does, with -dirty for changes other than results; else unknown."""
+    """COMMIT says it; else git does, with -dirty for changes other than results; else unknown."""
     if given := os.environ.get("COMMIT"):
         return given
     head = git(root, "rev-parse", "HEAD")

@@ -32,8 +32,8 @@ _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # From K = V / DENSE_FROM on, the dense product of the head is taken to be cheaper.
 DENSE_FROM = 4
 
-# From these K on "auto" takes "cuda" before "triton": of the selection and its loss, and of the head. None is never,
-# since no GPU has shown yet from where; `python -m gpu` times both.
+# From these K on "auto" takes "cuda" before "triton": of the selection and its loss, and of the head. None is never: an
+# H200 took longer in every launch of "cuda". Only the host's part of a call is shorter, which no K tells.
 CUDA_FROM_K: int | None = None
 CUDA_LINEAR_FROM_K: int | None = None
 
@@ -63,9 +63,9 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "reference" (plain PyTorch, any device), "native" (the compiled extension, CPU), "triton" (GPU) or "cuda"
             (the CUDA part of the extension, GPU). "auto", the default, is the fastest that can take the tensors:
-            "triton" on a GPU, as long as no measurement shows "cuda" to be faster. "triton" takes CPU tensors only
-            under TRITON_INTERPRET=1, set before the package is imported. The environment variable TOPK_RKL_BACKEND sets
-            the name for a process.
+            "triton" on a GPU, whose kernels took less time than those of "cuda" at every K on an H200. Calls of a few
+            rows wait for the host, less with "cuda". "triton" takes CPU tensors only under TRITON_INTERPRET=1, set
+            before the package is imported. The environment variable TOPK_RKL_BACKEND sets the name for a process.
 
     Raises:
         ValueError: there is no such backend.

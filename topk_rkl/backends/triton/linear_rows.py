@@ -54,7 +54,7 @@ def add_rows(
     TERMS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Writes the sum of g times the rows of the head: the last first, since L2 still holds those of `multiply_rows`."""
+    """Writes the sum of g times the rows of the head: the last first, which L2 may still hold of `multiply_rows`."""
     for start in range(0, width, SPAN):
         h = start + tl.arange(0, SPAN)  # [SPAN]
         total = tl.zeros([SPAN], tl.float32)
