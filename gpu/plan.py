@@ -11,9 +11,9 @@ from gpu.steps import Step
 
 # Ordered so that what takes longest begins first.
 TESTED = (
-    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "linear_logits", "cuda", "divergence", "mass",
-    "supports", "temperature", "composition", "properties", "weighting", "causal", "diagnostics", "backends", "slabs",
-    "outputs", "triton", "compute_sanitizer",
+    "gpu", "ops", "loss", "gradients", "linear", "select", "select_keys", "linear_loss", "linear_logits", "cuda",
+    "divergence", "mass", "supports", "temperature", "composition", "properties", "weighting", "causal", "diagnostics",
+    "backends", "slabs", "outputs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {
