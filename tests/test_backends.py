@@ -185,8 +185,8 @@ def test_a_triton_that_is_too_old_is_told_by_its_version() -> None:
         "print(backends.unavailable('triton'), backends.unavailable('triton'), sep='\\n')\n"
     )
     assert outcome.stdout.splitlines() == 2 * [
-        "Triton 3.4.0 is too old: the kernels need 3.5 or later; install torch 2.9 or later, which brings a Triton that "
-        "fits, or use 'reference'"
+        "Triton 3.4.0 is too old: the kernels need 3.5 or later; install torch 2.9 or later, which brings a Triton "
+        "that fits, or use 'reference'"
     ], outcome.stderr
 
 
