@@ -11,9 +11,9 @@ from gpu.steps import Step
 
 # Ordered so that what takes longest begins first.
 TESTED = (
-    "gpu", "ops", "loss", "gradients", "linear", "select", "linear_loss", "linear_logits", "cuda", "divergence", "mass",
-    "supports", "temperature", "composition", "properties", "weighting", "causal", "diagnostics", "backends", "slabs",
-    "outputs", "triton", "compute_sanitizer",
+    "gpu", "ops", "loss", "gradients", "linear", "select", "select_keys", "linear_loss", "linear_logits", "cuda",
+    "divergence", "mass", "supports", "temperature", "composition", "properties", "weighting", "causal", "diagnostics",
+    "backends", "slabs", "outputs", "triton", "compute_sanitizer",
 )  # fmt: skip
 # What these show is shown without a GPU.
 UNTESTED = {
@@ -67,6 +67,7 @@ UNTESTED = {
 }
 # Of the files that are tested, what shows nothing of a GPU and takes seconds.
 UNTESTED_THERE = {
+    "backends.py::test_a_triton_that_is_too_old_is_told_by_its_version": "a stand-in for another Triton",
     "backends.py::test_the_environment_variable_sets_the_backend": "CPU tensors, on the reference",
     "backends.py::test_the_package_imports_and_works_without_triton": "CPU tensors, on the reference",
     "backends.py::test_the_package_works_where_the_extension_was_not_built": "CPU tensors, on the reference",

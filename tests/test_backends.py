@@ -172,6 +172,24 @@ def test_an_extension_of_another_machine_is_not_said_to_be_absent(monkeypatch) -
     assert "GLIBCXX_3.4.30" in reason and "built for another machine: reinstall it on this one" in reason
 
 
+@pytest.mark.slow
+def test_a_triton_that_is_too_old_is_told_by_its_version() -> None:
+    """Triton 3.3 and 3.4 cannot tell a kernel which GPU it is compiled for."""
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    outcome = python(
+        "import sys, triton, triton.language\n"
+        "triton.__version__ = '3.4.0'\n"
+        "sys.modules['triton.language.target_info'] = None\n"
+        "vars(triton.language).pop('target_info')\n"
+        "from topk_rkl import backends\n"
+        "print(backends.unavailable('triton'), backends.unavailable('triton'), sep='\\n')\n"
+    )
+    assert outcome.stdout.splitlines() == 2 * [
+        "Triton 3.4.0 is too old: the kernels need 3.5 or later; install torch 2.9 or later, which brings a Triton "
+        "that fits, or use 'reference'"
+    ], outcome.stderr
+
+
 def test_a_failed_import_holds_nothing_of_the_call_that_met_it(monkeypatch) -> None:
     """Frames of a kept error would hold the gradient that is being made, which autograd then has to copy."""
     monkeypatch.setattr(backends, "_imported", functools.cache(backends._imported.__wrapped__))

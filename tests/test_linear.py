@@ -294,6 +294,11 @@ def test_hidden_gradients_are_scaled_to_the_bit_and_nothing_stays_nothing(backen
         assert same_bits(got[-1], torch.zeros_like(got[-1])) and got[0].isinf().any()
 
 
+def test_gradients_of_any_strides_are_scaled(backend) -> None:
+    g, scale = torch.randn(5, 3, device=DEVICE).t(), torch.randn(1, device=DEVICE).expand(3)
+    assert same_bits(ops.scaled(g, scale, torch.float32, backend), rows.times(g, scale).contiguous())
+
+
 @pytest.mark.parametrize("weight_grad", ["dense", "sparse"])
 def test_memory_never_holds_the_logits_nor_the_gathered_head(module, weight_grad: str) -> None:
     """N V is 360,000 elements here, N K H 5,760, and V H, the gradient of the head itself, 8,000."""

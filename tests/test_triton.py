@@ -1,6 +1,7 @@
 """How the Triton kernels are launched, and what their programs agree on in memory."""
 
 import importlib
+from itertools import product
 
 import pytest
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from tests.direct import Direct
 from tests.oracles import assert_selects, stable_sort
+from topk_rkl.backends.triton import launch
+from topk_rkl.divergence import ALPHA_BETA, REVERSE
 
 file = importlib.import_module("topk_rkl.backends.triton.select")  # whose name in the package is its function
 backend = Direct(importlib.import_module("topk_rkl.backends.triton"))
@@ -28,6 +31,39 @@ def claim_kernel(
     out,  # (programs,)
 ):
     tl.store(out + tl.program_id(0), claim(taken, places))
+
+
+VOCABS = sorted({v for bits in range(21) for v in (2**bits - 1, 2**bits, 2**bits + 1) if 1 <= v <= launch.MAX_VOCAB})
+KS = sorted({k for bits in range(11) for k in (2**bits - 1, 2**bits, 2**bits + 1) if 1 <= k <= launch.MAX_K})
+FAMILIES = range(REVERSE, ALPHA_BETA + 1)
+
+
+def is_power_of_two(*sizes: int) -> bool:
+    return all(size > 0 and size & (size - 1) == 0 for size in sizes)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_selection_has_a_plan_that_a_gpu_takes(itemsize: int) -> None:
+    """65,536 registers are all that a core has. A count of keys has 16 bits."""
+    for vocab, k, wide, normalize, family in product(VOCABS, KS, (False, True), (False, True), FAMILIES):
+        plan = launch.plan_select(vocab, min(k, vocab), itemsize, wide, normalize, family)
+        assert is_power_of_two(plan.k_pad, plan.picked_pad, plan.group, plan.groups_pad, plan.block, plan.num_warps)
+        assert plan.registers * 32 * plan.num_warps <= 65_536 and plan.num_warps <= 16, (vocab, k, plan)
+        assert max(plan.groups_pad, plan.picked_pad * plan.group) <= 32_768, (vocab, k, plan)
+        assert plan.group <= plan.block and vocab <= plan.groups_pad * plan.group, (vocab, k, plan)
+        assert plan.picked_pad >= min(k, -(-vocab // plan.group)), (vocab, k, plan)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_width_has_plans_that_a_gpu_takes(itemsize: int) -> None:
+    for width in (*range(1, 70), *(2**bits + few for bits in range(7, 15) for few in (-1, 0, 1))):
+        block, warps = launch.plan_scale_rows(width)
+        gradient = launch.plan_linear_weight_grad(width)
+        assert is_power_of_two(block, warps, gradient.block, gradient.num_warps) and block <= 1_024 * warps
+        for k, family in product(KS, FAMILIES):
+            plan = launch.plan_linear_loss(k, width, itemsize, family)
+            assert is_power_of_two(plan.slots, plan.block, plan.terms, plan.span, plan.num_warps), (k, width, plan)
+            assert plan.slots * plan.block <= 2_048 * plan.num_warps and plan.num_warps <= 16, (k, width, plan)
 
 
 @pytest.fixture

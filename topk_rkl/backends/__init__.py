@@ -26,6 +26,8 @@ _WAY_OUT = {
     "cuda": "the CUDA part of the compiled extension was not built; reinstall topk_rkl with TOPK_RKL_BUILD_CUDA=on "
     "where nvcc is installed, use 'triton'",
 }
+_REINSTALL = "it was built for another machine: reinstall it on this one"
+_WAY_OUT_OF_FAILED = {"triton": "install torch 2.9 or later, which brings a Triton that fits"}
 _LOW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -159,7 +161,7 @@ def unavailable(name: str) -> str | None:
     except ModuleNotFoundError as error:
         return f"{error}; {_WAY_OUT[name]}, or use 'reference'"
     except ImportError as error:
-        return f"{error}; it was built for another machine: reinstall it on this one, or use 'reference'"
+        return f"{error}; {_WAY_OUT_OF_FAILED.get(name, _REINSTALL)}, or use 'reference'"
     if name == "cuda" and not module.HOST and not torch.cuda.is_available():
         return "there is no GPU that torch can use; use 'native' or 'reference'"
     if name == "triton" and not module.INTERPRETED and not torch.cuda.is_available():

@@ -133,7 +133,7 @@ def scaled(
     module = choose(backend, 1, g, linear=True)
     scale_rows = getattr(module, "scale_rows", reference.scale_rows)
     shape = g.shape[:-1].numel(), g.shape[-1]
-    scale_rows(g.reshape(shape), grad_output.reshape(-1), out.view(shape))
+    scale_rows(g.contiguous().view(shape), grad_output.contiguous().view(-1), out.view(shape))
 
 
 @op("dhead", "dbias")

@@ -7,7 +7,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import target_info
+
+try:
+    from triton.language import target_info
+except ImportError:
+    raise ImportError(f"Triton {triton.__version__} is too old: the kernels need 3.5 or later") from None
 
 # Set before this module is imported, as Triton itself reads it when a kernel is decorated.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"))

@@ -26,7 +26,7 @@ def scale_rows_kernel(
 
 def scale_rows(
     g: Tensor,  # (N, X) contiguous
-    grad_output: Tensor,  # (N,)
+    grad_output: Tensor,  # (N,) contiguous
     out: Tensor,  # (N, X) contiguous, written
 ) -> None:
     (n, width) = g.shape
@@ -35,6 +35,4 @@ def scale_rows(
     block, num_warps = plan_scale_rows(width)
     blocks = triton.cdiv(width, block)
     with on_device_of(out):
-        scale_rows_kernel[(n * blocks,)](
-            g, grad_output.contiguous(), out, width, blocks, BLOCK=block, num_warps=num_warps
-        )
+        scale_rows_kernel[(n * blocks,)](g, grad_output, out, width, blocks, BLOCK=block, num_warps=num_warps)

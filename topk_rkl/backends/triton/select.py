@@ -61,6 +61,12 @@ def _of_order_key(key, IDLE: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """Two counts up to 2^15, packed in one uint32: as int32 their sum would overflow, which the interpreter refuses."""
+    return (x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)
+
+
+@triton.jit
 def _kth_largest(
     key,  # [R, 16], no more than 2^15 numbers
     low,
@@ -80,9 +86,8 @@ def _kth_largest(
         third = span // 3 + (span % 3 != 0).to(tl.uint32)
         first = low + third.to(tl.int32, bitcast=True)
         second = high - ((span - third) >> 1).to(tl.int32, bitcast=True)  # from first to high
-        reached = tl.sum((key >= (first << IDLE)).to(tl.int32) + ((key >= (second << IDLE)).to(tl.int32) << 16))
-        of_first = reached & 0xFFFF
-        of_second = (reached >> 16) & 0xFFFF
+        reached = (key >= (first << IDLE)).to(tl.uint32) + ((key >= (second << IDLE)).to(tl.uint32) << 16)
+        of_first, of_second = _halves(tl.sum(reached))
         below = tl.where(of_first > k, second - 1, tl.where(of_first == k, first, first - 1))
         high = tl.where(of_second > k, high, tl.where(of_second == k, second, below))
         low = tl.where(of_second >= k, second, tl.where(of_first >= k, first, low))
@@ -91,11 +96,11 @@ def _kth_largest(
 
 @triton.jit
 def _ones(x):
-    """The bits that are set, counted in each half of an int32."""
+    """The bits of an int32 that are set, counted in each half -> uint32."""
     x -= (x >> 1) & 0x55555555
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x + (x >> 8)) & 0x001F001F
+    return ((x + (x >> 8)) & 0x001F001F).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -117,15 +122,16 @@ def _store_largest(
     # The identity, in a layout of its own: keys loaded from odd addresses leave sixteen copies of every row.
     row = tl.gather(row, tl.arange(0, R), 0)
     ones = _ones(row)
-    total = tl.sum(ones, 0)
-    before = tl.cumsum(ones, 0) - ones
-    allowed = k - (total & 0xFFFF)  # of the ties
-    tied_before = tl.minimum((before >> 16) & 0xFFFF, allowed)
-    room = tl.minimum(allowed - tied_before, (ones >> 16) & 0xFFFF)  # [R] the ties this row may take
-    place = (before & 0xFFFF) + tied_before
+    taken, ties = _halves(tl.sum(ones, 0))
+    taken_before, tied_before = _halves(tl.cumsum(ones, 0) - ones)  # [R] each
+    taken_row, tied_row = _halves(ones)  # [R] each
+    allowed = k - taken  # of the ties
+    tied_before = tl.minimum(tied_before, allowed)
+    room = tl.minimum(allowed - tied_before, tied_row)  # [R] the ties this row may take
+    place = taken_before + tied_before
     above = row & 0xFFFF
     tied = (row >> 16) & 0xFFFF
-    for i in range(tl.max((ones & 0xFFFF) + room, 0)):  # a row seldom holds more than two or three
+    for i in range(tl.max(taken_row + room, 0)):  # a row seldom holds more than two or three
         left = above | tl.where(room > 0, tied, 0)
         lowest = left & -left
         first = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
@@ -133,7 +139,7 @@ def _store_largest(
         room -= ((tied & lowest) != 0).to(tl.int32)
         above &= ~lowest
         tied &= ~lowest
-    return (total & 0xFFFF) + tl.minimum((total >> 16) & 0xFFFF, allowed)
+    return taken + tl.minimum(ties, allowed)
 
 
 @triton.jit
