@@ -35,7 +35,7 @@ APART = 0.925
 # programs of which each reads 262 KB twice. The whole cache would give 34 %.
 NEAR = 0.5
 # Cycles on the card over simulated ones, the same for all phases. By ncu's samples it is 1.2 for bisections, and 1.2 to
-# 1.4 for all that is no scan: no simulated warp misses a bank, and the simulated memory answers as if it were idle.
+# 1.4 for all that is no scan. The simulation has no bank conflicts, and its memory answers as if it were idle.
 SLOWER = 1.3
 ROWS = 16_384
 
