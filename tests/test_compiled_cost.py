@@ -195,7 +195,7 @@ def test_spills_and_loops_are_seen() -> None:
     assert sass.names == ["S2R", "STL", "LDS", "BRA", "LDG", "FMNMX", "LDL", "BRA", "BRA", "EXIT"]
     assert sass.spills == 2
     assert sass.ranges == [range(2, 4), range(4, 8)]
-    assert sass.scan_length == 4
+    assert sass.scan_length == 4 and sass.scan_vectors == 1
     # A turn of the second loads 16 bytes, 8 elements of 2 bytes.
     assert sass.loops(2) == [Loop(2, 0, 0, 0, None), Loop(4, 128, 0, 16, 0.5)]
 
