@@ -296,8 +296,10 @@ def measure_kernel(
         registers, sass = nvidia_cost(kernel.asm["cubin"])
         spills, instructions, loops = sass.spills, len(sass.codes), sass.loops(case.dtype.itemsize)
         if case.kernel in (*SELECTS, *HEADS):
-            tile = launch["BLOCK"] * launch.get("SLOTS", launch.get("PAIRS", 1))
-            per_element = sass.scan_length * warps * target.warp_size / tile
+            tile, threads = launch["BLOCK"] * launch.get("SLOTS", 1), warps * target.warp_size
+            if case.kernel == "linear_weight_grad":  # one pair at a time, of which a compiled turn has several
+                tile = max(tile, sass.scan_vectors * 16 // case.dtype.itemsize * threads)
+            per_element = sass.scan_length * threads / tile
     else:
         counts = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
         registers, spills, scalars = (counts[name] for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count"))

@@ -20,7 +20,7 @@ KERNELS = (*SELECTS, "linear_loss", "scatter")
 TARGETS = ("sm_90", "sm_100")
 DTYPES = (torch.bfloat16, torch.float32)  # float16 compiles to the code of bfloat16 but for conversions
 PICKS = 2  # turns of the loop that places what was picked: as many as one of its rows of sixteen keys holds
-LONGEST = 60_000  # steps of a warp: what is longer takes minutes to simulate
+LONGEST = 80_000  # steps of a warp: what is longer takes minutes to simulate
 
 
 @dataclass(frozen=True)

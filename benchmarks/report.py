@@ -23,7 +23,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import predict
+from benchmarks import phases, predict
 from benchmarks.fit import exponents
 from benchmarks.gpu_report import gpu
 from benchmarks.records import FOLDER, Line, load
@@ -162,26 +162,25 @@ def compiled(_: str) -> str:
             + ["" if cost["scan_per_element"] is None else f"{cost['scan_per_element']:.1f}"]
             + [f"{widest} bit" if widest else ""]
             + ["" if share is None else f"{share:.2f}" for share in shares]
-            + [measured_share(cost)]
+            + [measured_share(*(cost[size] for size in ("kernel", "dtype", "vocab", "k", "width")))]
         )
     for cost in json.loads((FOLDER / "cuda_cost.json").read_text()):
         if cost["target"] == "sm_90a" and cost["variant"] in ("packed", "") and cost["load_bits"] == 128:
             scan = "" if cost["scan_per_element"] is None else f"{cost['scan_per_element']:.1f}"
             name, used = f"`{cost['kernel']}` in CUDA C++", [str(cost["registers"]), str(cost["spills"])]
-            rows.append([name, cost["dtype"], *used, "", "", scan, "128 bit", "", "", "", "not measured"])
+            kernel = cost["kernel"].removesuffix("_kernel")
+            share = measured_share(kernel, cost["dtype"], 151_936, 64, 4096 if kernel == "linear_loss" else 0, "cuda")
+            rows.append([name, cost["dtype"], *used, "", "", scan, "128 bit", "", "", "", share])
     return table(rows)
 
 
-def measured_share(cost: Line) -> str:
-    work = {"select": "select", "select_loss": "loss", "linear_loss": "linear"}.get(cost["kernel"])
-    for case, contest in contests("gpu", ["select", "loss", "linear"]):
-        sizes = (case["work"], case["v"], case["k"], case["dtype"])
-        if sizes == (work, cost["vocab"], cost["k"], cost["dtype"]) and not gap(contest["topk_rkl"]):
-            shares = [
-                contest["floor"][i]["forward_ms"] / line["forward_ms"] for i, line in enumerate(contest["topk_rkl"])
-            ]
-            return f"{statistics.median(shares):.2f}, {contest['topk_rkl'][0]['device']}"
-    return "not measured" if work else ""
+def measured_share(kernel: str, dtype: str, vocab: int, k: int, width: int, form: str = "triton") -> str:
+    file = FOLDER / "gpu_items.jsonl"
+    for line in load(file) if file.exists() else []:
+        sizes = (line.get("kernel"), line.get("dtype"), line.get("v"), line.get("k"), line.get("h", 0), line["form"])
+        if sizes == (kernel, dtype, vocab, k, width, form) and "share" in line:
+            return f"{line['share']:.2f}, {line['device']}"
+    return "not measured" if kernel in phases.KERNELS else ""
 
 
 def held(arguments: str) -> str:

@@ -102,7 +102,16 @@ class Sass:
     @property
     def scan_length(self) -> int | None:
         """Instructions in the first loop that reads global memory."""
-        return next((len(loop) for loop in self.ranges if "LDG" in self.names[loop.start : loop.stop]), None)
+        return None if self._scan is None else len(self._scan)
+
+    @property
+    def scan_vectors(self) -> int:
+        """Loads of 16 bytes in that loop."""
+        return 0 if self._scan is None else [load_bits(self.codes[i]) for i in self._scan].count(128)
+
+    @property
+    def _scan(self) -> range | None:
+        return next((loop for loop in self.ranges if "LDG" in self.names[loop.start : loop.stop]), None)
 
     def loops(self, itemsize: int) -> list[Loop]:
         """A single instruction that jumps to itself is what follows the end of a program."""

@@ -1,4 +1,6 @@
-"""The cycles of compiled code on one core, by a simulation of its warps. Nothing here was measured on a GPU.
+"""The cycles of compiled code on one core, by a simulation of its warps. No constant here was measured.
+
+`predict.SLOWER` says how many more a GPU took.
 
 What is simulated: four schedulers that issue one instruction per cycle each, the oldest ready warp first; the stall
 count, the scoreboards and the wait mask of every instruction; the pace of each kind of unit; the port through which

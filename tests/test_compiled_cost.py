@@ -1,4 +1,4 @@
-"""What the kernels cost once compiled for a GPU: no spill anywhere, and few instructions an element of the scan."""
+"""What the kernels cost once compiled for a GPU: no spill but those named, few instructions an element of the scan."""
 
 import json
 import os
@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import cuda_cost
 from benchmarks.compiled_cost import CASES, CORES, FAMILIES, TARGETS, kept, loose_barriers, write
+from benchmarks.phases import SELECTS
 from benchmarks.sass import Loop, Sass
 from tests.processes import built_for_sm_90a, can_build
 
@@ -61,6 +62,26 @@ def instruction_limit(record: dict[str, Any]) -> int:
     return limits[0] if half else limits[1]
 
 
+# Instructions that spill, at most, by target and K of a selection. From K = 512 on it has 16 warps of 64 registers. An
+# H200 took 3.588 ms with their spills (select_loss, K = 1,024), and 3.901 with 8 warps of 128, which have none. All
+# targets have one plan, since it is a function of sizes alone.
+SPILLS = {
+    ("sm_80", 256): 12, ("sm_80", 1024): 39,
+    ("sm_90", 1024): 12,
+    ("sm_100", 256): 3, ("sm_100", 1024): 51,
+    ("sm_120", 256): 14, ("sm_120", 1024): 54,
+}  # fmt: skip
+
+
+def spill_limit(record: dict[str, Any]) -> int:
+    return SPILLS.get((record["target"], record["k"]), 0) if record["kernel"] in SELECTS else 0
+
+
+def spilling(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A scalar register that does not fit goes to a lane of a vector register, on gfx targets."""
+    return [record for record in records if record["spills"] > spill_limit(record) or record["spilled_scalars"]]
+
+
 ON_TARGETS = {"small": ["sm_90"], "few": ["sm_80", "gfx942"], "rows": ["sm_100"], "slots": ["sm_120"]}
 
 
@@ -74,7 +95,7 @@ def test_every_target_and_every_kernel_is_compiled() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cases", "targets"), ON_TARGETS.items(), ids=list(ON_TARGETS))
-def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path: Path) -> None:
+def test_few_spills_and_few_instructions(cases: str, targets: list[str], tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     quick = [] if cases == "few" else ["--no-cycles"]  # a simulation of some is enough: of each kernel, once
     done = run("--cases", cases, "--targets", *targets, "--json", str(out), *quick, cache=tmp_path / "cache")
@@ -82,8 +103,7 @@ def test_no_spill_and_few_instructions(cases: str, targets: list[str], tmp_path:
     assert done.returncode == 0, done.stderr
     records = json.loads(out.read_text())
     assert {record["target"] for record in records} == set(targets)
-    # A scalar register that does not fit goes to a lane of a vector register, on gfx targets.
-    assert [record for record in records if record["spills"] or record["spilled_scalars"]] == []
+    assert spilling(records) == []
     assert [record for record in records if record["loose_barriers"]] == []
     scans = [record for record in records if record["target"] == "sm_90" and record["scan_per_element"] is not None]
     assert bool(scans) == ("sm_90" in targets)
@@ -126,6 +146,18 @@ def test_the_cuda_kernels_are_no_dearer() -> None:
         assert_no_dearer(records, committed, itemgetter("target", "kernel", "dtype", "variant"))
 
 
+def test_only_what_is_named_spills_in_the_table() -> None:
+    """And as much as is named: a limit that is too high hides what it should show."""
+    assert spilling(COMMITTED) == []
+    found: dict[tuple[str, int], int] = {}
+    for record in COMMITTED:
+        if record["spills"]:
+            key = record["target"], record["k"]
+            found[key] = max(found.get(key, 0), record["spills"])
+    assert found == SPILLS
+    assert {k for target, k in SPILLS if target == "sm_90"} == {1024}
+
+
 def test_a_barrier_that_does_not_wait_for_stores_is_seen() -> None:
     fenced = ";;#ASMSTART\n\ts_waitcnt vmcnt(0)\n\t;;#ASMEND\n\t.loc 1 2 3\n\ts_barrier ; memory.py\n"
     for_shared_memory = "\ts_waitcnt lgkmcnt(0)\n\ts_barrier\n"
@@ -163,7 +195,7 @@ def test_spills_and_loops_are_seen() -> None:
     assert sass.names == ["S2R", "STL", "LDS", "BRA", "LDG", "FMNMX", "LDL", "BRA", "BRA", "EXIT"]
     assert sass.spills == 2
     assert sass.ranges == [range(2, 4), range(4, 8)]
-    assert sass.scan_length == 4
+    assert sass.scan_length == 4 and sass.scan_vectors == 1
     # A turn of the second loads 16 bytes, 8 elements of 2 bytes.
     assert sass.loops(2) == [Loop(2, 0, 0, 0, None), Loop(4, 128, 0, 16, 0.5)]
 
@@ -185,7 +217,7 @@ def test_what_a_core_holds() -> None:
 
 def test_every_kernel_is_in_the_table_for_every_target() -> None:
     kernels = {"select", "normalize", "select_loss", "support_loss", "scatter", "scatter_repeated", "linear_loss"}
-    kernels |= {"tail_logit", "mass_loss", "mass_grad", "linear_logits", "linear_hidden_grad", *FAMILIES}
+    kernels |= {"tail_logit", "mass_loss", "mass_grad", "linear_logits", "linear_hidden_grad", "scale_rows", *FAMILIES}
     for target in TARGETS:
         found = [record for record in COMMITTED if record["target"] == target]
         assert kernels | {"linear_weight_grad", "window_sums"} == {record["kernel"] for record in found}

@@ -1,4 +1,4 @@
-"""The model of a whole card: its queue and its bytes by hand, and what was counted by hand for compiled kernels."""
+"""The model of a whole card: its queue and its bytes by hand, and its shares beside those that an H200 measured."""
 
 import json
 from itertools import pairwise
@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, so there are no block sizes to count with")
 
 from benchmarks import phases, predict
-from benchmarks.predict import CARDS, Card, expected, milliseconds, share, throughput
+from benchmarks.predict import APART, CARDS, SLOWER, Card, expected, milliseconds, share, throughput
+from benchmarks.records import load
 
 COMMITTED = json.loads((Path(predict.FOLDER) / "compiled_cost.json").read_text())
 
@@ -39,69 +40,72 @@ def test_the_queue_keeps_its_bounds() -> None:
     assert rates[1] > 0.99 * 10 / 20.1 and rates[-1] > 0.99 * 10.0
 
 
-# Kernel, K, H, programs on a core, cycles alone, of the scan and beside others: simulated from code of Triton 3.7.1 as
-# it was before its bisections ended early. Then milliseconds for 16,384 rows on an H100, and shares on H100 and H200,
-# as counted by hand from the same source compiled by Triton 3.6: the middle of a range where it was one.
-BY_HAND = [
-    ("select", 32, 0, 4, (39808, 15744, 54990), 1.84, 0.94, None),
-    ("select", 64, 0, 4, (41612, 15019, 55670), 1.84, 0.93, None),
-    ("select_loss", 64, 0, 3, (45578, 15496, 59338), 1.93, 0.885, 0.815),
-    ("select_loss", 256, 0, 1, (56144, 9547, 56144), 3.87, 0.44, 0.31),
-    ("select_loss", 1024, 0, 1, (83709, 9372, 83709), None, 0.31, None),
-    ("linear_loss", 32, 4096, 4, (94727, 88979, 111553), 2.65, None, None),
-    ("scatter", 64, 0, 16, (613, 0, 2512), 1.75, None, None),
+UNTABLED = "select_loss of a shard K 32"  # its code is not in compiled_cost.json
+# What an H200 measured of kernels that the model predicts.
+MEASURED = [
+    line
+    for line in load(predict.FOLDER / "gpu_items.jsonl")
+    if line["form"] == "triton" and line.get("kernel") in phases.KERNELS and line["item"] != UNTABLED
 ]
 
 
-@pytest.mark.parametrize(("kernel", "k", "width", "programs", "cycles", "time", "h100", "h200"), BY_HAND)
-def test_as_counted_by_hand(kernel, k, width, programs, cycles, time, h100, h200) -> None:
-    found = cost(kernel, k, programs, cycles, width=width)
-    if time:
-        assert milliseconds(found, CARDS["H100"]) == pytest.approx(time, rel=0.1)
-    for name, counted in (("H100", h100), ("H200", h200)):
-        if counted:
-            assert share(found, CARDS[name]) == pytest.approx(counted, rel=0.1)
+@pytest.mark.parametrize("line", MEASURED, ids=[line["item"] for line in MEASURED])
+def test_what_an_h200_measured(line: dict[str, Any]) -> None:
+    """Within 10 %. SLOWER was fitted to selections of K = 64 and K = 1,024 from bfloat16; the others check it.
+
+    The share of `scatter` is of a fill, which was 2 % faster than the read that it is predicted for.
+    """
+    sizes = (line["kernel"], line["dtype"], line["v"], line["k"], line.get("h", 0))
+    found = expected(*sizes, line["device"], line["n"])
+    assert found == pytest.approx(line["share"], rel=0.1)
+
+
+def test_what_was_measured_covers_the_targets() -> None:
+    found = {(line["kernel"], line["k"]) for line in MEASURED}
+    assert found >= {(kernel, k) for kernel in ("select", "select_loss") for k in (32, 64, 256, 1024)}
+    assert found >= {("linear_loss", 32), ("linear_loss", 64), ("scatter", 64), ("normalize", 64)}
+    assert len(MEASURED) == 15
 
 
 def test_one_row_takes_the_cycles_of_a_program_alone() -> None:
-    assert milliseconds(cost(cycles=(17_550, 10_000, 40_000)), CARDS["H100"], n=1) == pytest.approx(0.010)
+    assert milliseconds(cost(cycles=(19_600, 10_000, 40_000)), CARDS["H100"], n=1) == pytest.approx(0.010 * SLOWER)
 
 
 def test_a_core_in_part_full() -> None:
     """Two of four programs on each core: one other stretches a job by a third of what three do."""
     fast = Card("sm_90", 100, 1.0, 1e6, 50)
-    assert milliseconds(cost(cycles=(1_000, 0, 4_000)), fast, n=200) == pytest.approx(2e-3, rel=1e-3)
+    assert milliseconds(cost(cycles=(1_000, 0, 4_000)), fast, n=200) == pytest.approx(2e-3 * SLOWER, rel=1e-3)
 
 
 def test_the_first_rows_are_read_together() -> None:
     """132 rows at once share the bandwidth; 2,000 cycles of the scan are hidden behind what they wait for."""
     card = CARDS["H100"]
-    together = 132 * 2 * 151_936 / (3.35e12 * 0.86)
+    together = 132 * 2 * 151_936 / (3.35e12 * 0.86 * APART)
     found = cost(programs=1, cycles=(20_000, 2_000, 20_000))
-    assert milliseconds(found, card, n=132) == pytest.approx(1e3 * (18_000 / 1.755e9 + together))
+    assert milliseconds(found, card, n=132) == pytest.approx(1e3 * (18_000 * SLOWER / 1.96e9 + together))
 
 
 def test_the_last_programs_leave_the_card_half_empty() -> None:
     """Memory without bound: two full rounds and a half, and half a round at the end."""
     fast = Card("sm_90", 100, 1.0, 1e6, 50)
     found = cost("linear_loss", k=1, programs=1, cycles=(1_000, 1_000, 1_000), width=16)
-    assert milliseconds(found, fast, n=250) == pytest.approx(3e-3, rel=1e-3)
-    assert milliseconds(found, fast, n=101) == pytest.approx(2e-3, rel=1e-3)  # one row is a round
+    assert milliseconds(found, fast, n=250) == pytest.approx(3e-3 * SLOWER, rel=1e-3)
+    assert milliseconds(found, fast, n=101) == pytest.approx(2e-3 * SLOWER, rel=1e-3)  # one row is a round
 
 
 def test_bytes_beside_those_that_must_move() -> None:
     card, row = CARDS["H100"], 2 * 151_936
-    few = 100  # rows under way, which the cache holds
+    few = 50  # rows under way, which half of the cache holds
     group, outputs = 64, 8 * 64
     assert predict.moved_bytes(cost(), card, few) == row + outputs
     student = 64 * (64 + 4)
     assert predict.moved_bytes(cost("select_loss"), card, few) == row + outputs + student
-    many = 2 * 50e6 / row  # half of it is read again
+    many = 2 * 25e6 / row  # half of it is read again
     again = row / group + 64 * group * 2 / 2
     assert predict.moved_bytes(cost(), card, many) == pytest.approx(row + again + outputs)
     head = cost("linear_loss", width=4096)
     rows = 64 * 4096 * 2
-    assert predict.moved_bytes(head, card, 2 * 50e6 / rows) == pytest.approx(1.5 * rows + 4096 * 6 + 12 * 64)
+    assert predict.moved_bytes(head, card, 2 * 25e6 / rows) == pytest.approx(1.5 * rows + 4096 * 6 + 12 * 64)
 
 
 def test_jobs_of_a_row() -> None:
