@@ -31,9 +31,9 @@ LINE = 64  # bytes that a load of one element moves
 # Of the pace of a plain read, where each program has a row of its own: a fill by rows took 1.155 ms, one in the order
 # of memory 1.068.
 APART = 0.925
-# Of the second-level cache: each half keeps what its cores read. ncu counted 17 % hits in linear_loss at K = 32, 264
-# programs of which each reads 262 KB twice. The whole cache would give 34 %.
-NEAR = 0.5
+# Of the second-level cache. ncu counted 17 % hits in linear_loss at K = 32 on an H200: 264 programs of which each reads
+# 262 KB twice. The whole cache would give 45 %, 0.4 of it 18 %.
+NEAR = 0.4
 # Cycles on the card over simulated ones, the same for all phases. By ncu's samples it is 1.2 for bisections, and 1.2 to
 # 1.4 for all that is no scan. The simulation has no bank conflicts, and its memory answers as if it were idle.
 SLOWER = 1.3
@@ -44,8 +44,9 @@ ROWS = 16_384
 class Card:
     """Of the SXM boards. Bandwidths and caches are the vendor's.
 
-    `reached` is the part of the bandwidth that a plain read reaches. On the H200 it was measured, and ncu saw 1.95 to
-    1.98 GHz. The H100 has the same chip and highest clock. Its read is quack's, which is taken for the B200 too.
+    `reached` is the part of the bandwidth that a plain read reaches: measured on the H200, quack's on the H100, which
+    is taken for the B200 too. ncu saw 1.95 to 1.98 GHz on the H200, and the driver reports 63 MB of cache. The H100
+    has the same chip and highest clock.
     """
 
     target: str
@@ -63,7 +64,7 @@ class Card:
 
 CARDS = {
     "H100": Card("sm_90", 132, 1.96, 3.35, 50),
-    "H200": Card("sm_90", 132, 1.96, 4.8, 50, reached=0.96),
+    "H200": Card("sm_90", 132, 1.96, 4.8, 63, reached=0.96),
     "B200": Card("sm_100", 148, 1.85, 8.0, 126),
 }
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}

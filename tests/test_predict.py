@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, so there are no block sizes to count with")
 
 from benchmarks import phases, predict
-from benchmarks.predict import APART, CARDS, SLOWER, Card, expected, milliseconds, share, throughput
+from benchmarks.predict import APART, CARDS, NEAR, SLOWER, Card, expected, milliseconds, share, throughput
 from benchmarks.records import load
 
 COMMITTED = json.loads((Path(predict.FOLDER) / "compiled_cost.json").read_text())
@@ -95,17 +95,18 @@ def test_the_last_programs_leave_the_card_half_empty() -> None:
 
 def test_bytes_beside_those_that_must_move() -> None:
     card, row = CARDS["H100"], 2 * 151_936
-    few = 50  # rows under way, which half of the cache holds
+    kept = NEAR * 50e6
+    few = 50  # rows under way, which that part of the cache holds
     group, outputs = 64, 8 * 64
     assert predict.moved_bytes(cost(), card, few) == row + outputs
     student = 64 * (64 + 4)
     assert predict.moved_bytes(cost("select_loss"), card, few) == row + outputs + student
-    many = 2 * 25e6 / row  # half of it is read again
+    many = 2 * kept / row  # half of it is read again
     again = row / group + 64 * group * 2 / 2
     assert predict.moved_bytes(cost(), card, many) == pytest.approx(row + again + outputs)
     head = cost("linear_loss", width=4096)
     rows = 64 * 4096 * 2
-    assert predict.moved_bytes(head, card, 2 * 25e6 / rows) == pytest.approx(1.5 * rows + 4096 * 6 + 12 * 64)
+    assert predict.moved_bytes(head, card, 2 * kept / rows) == pytest.approx(1.5 * rows + 4096 * 6 + 12 * 64)
 
 
 def test_jobs_of_a_row() -> None:
