@@ -6,6 +6,7 @@ Each rank holds some rows of the LM heads of student and teacher. Everything bef
 The losses see the shard of this rank and its group, and each rank gets the gradient of one process for what it holds.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -105,4 +106,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a thread of gloo may let go of a tensor while Python ends, which would abort the process

@@ -190,3 +190,4 @@ if __name__ == "__main__":  # on each of two ranks, under torchrun
         value, gradients = steps_of_one_batch(Tiny(folder), name, 2, 1, k=8)
         outcomes[name] = value, {key.removeprefix("module."): x.tolist() for key, x in gradients.items()}
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
+    os._exit(0)  # a thread of gloo may let go of a tensor while Python ends, which would abort the process
