@@ -1,13 +1,12 @@
 """Results as JSON lines, each with the device, the versions, the commit and the date.
 
-The environment variable TOPK_RKL_COMMIT names the commit where the repository did not come along, or is behind.
+The environment variable COMMIT names the commit where the repository did not come along, or is behind.
 """
 
 import contextlib
 import datetime
 import importlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -18,9 +17,11 @@ from typing import Any
 import torch
 import triton
 
+from gpu.commit import commit
 from topk_rkl import backends
 
-FOLDER = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
 
 Line = dict[str, Any]
 
@@ -28,7 +29,7 @@ Line = dict[str, Any]
 def setting(device: str) -> Line:
     shared: Line = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": commit(ROOT),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -42,23 +43,9 @@ def setting(device: str) -> Line:
     return shared
 
 
-def commit() -> str:
-    if given := os.environ.get("TOPK_RKL_COMMIT"):
-        return given
-    head = git("rev-parse", "HEAD")
-    # What is measured anew is no change.
-    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-    return (head or "unknown") + ("-dirty" if changed else "")
-
-
 def is_clean(commit: str) -> bool:
     """Whether it names a state that can be checked out."""
     return re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
-
-
-def git(*arguments: str) -> str:
-    """What it says, or nothing outside a repository."""
-    return said("git", "-C", str(FOLDER), *arguments)
 
 
 def driver() -> str:

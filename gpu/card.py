@@ -71,7 +71,7 @@ def card() -> Line:
 def main() -> int:
     found = {
         "card": card(),
-        "commit": os.environ.get("TOPK_RKL_COMMIT", "unknown"),
+        "commit": os.environ.get("COMMIT", "unknown"),
         "python": sys.version.split()[0],
         "system": platform.platform(),
         "processors": os.cpu_count(),

@@ -95,7 +95,7 @@ def environment(root: Path, commit: str, small: bool) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
-        "TOPK_RKL_COMMIT": commit,
+        "COMMIT": commit,
         "TRITON_CACHE_DIR": str(root / "build" / "triton"),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # or every product warns under deterministic algorithms
         **({"TRITON_INTERPRET": "1"} if small else {}),

@@ -182,21 +182,10 @@ def test_only_ours_leaves_out_other_projects_and_torch_compile() -> None:
     assert {"torch.compile", "FlashInfer", "TRL", "Liger, compiled", "Fast-LLM", "verl"} < left
 
 
-def test_the_commit_is_the_one_given_or_that_of_the_repository(monkeypatch) -> None:
-    """A copy of the tree may lie in a repository of another commit, as on a GPU machine."""
-    monkeypatch.setattr(records, "git", lambda *arguments: {"rev-parse": "89f8bb8"}.get(arguments[0], " M README.md"))
-    monkeypatch.setenv("TOPK_RKL_COMMIT", "0123abc")
-    assert records.commit() == records.setting("cpu")["commit"] == "0123abc"
-    monkeypatch.delenv("TOPK_RKL_COMMIT")
-    assert records.commit() == "89f8bb8-dirty"
-    monkeypatch.setattr(records, "git", lambda *_: "")
-    assert records.commit() == "unknown"
-
-
 def test_results_of_a_changed_tree_are_not_kept_with_the_others(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     for commit in ("89f8bb8-dirty", "unknown"):
-        monkeypatch.setattr(records, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(records, "commit", lambda _root, commit=commit: commit)
         with pytest.raises(SystemExit, match=f"of commit {commit}.*commit the changes first, or .*--out"):
             run.run(options(None))
     assert list(tmp_path.iterdir()) == []

@@ -287,7 +287,7 @@ def test_hidden_gradients_are_scaled_to_the_bit_and_nothing_stays_nothing(backen
         g[0, ..., 3], g[-1, ..., :3] = 0, torch.tensor([torch.inf, torch.nan, 0])
         scale[0], scale[-1] = torch.inf, 0
     want = rows.times(g, scale).to(dtype)
-    got = ops.scaled(g, scale, dtype, backend)
+    got = ops.scale_rows(g, scale, dtype, backend)
     assert torch.equal(got.isnan(), want.isnan())
     assert same_bits(got.nan_to_num(nan=7), want.nan_to_num(nan=7))
     if g.numel() > 70:
@@ -296,7 +296,7 @@ def test_hidden_gradients_are_scaled_to_the_bit_and_nothing_stays_nothing(backen
 
 def test_gradients_of_any_strides_are_scaled(backend) -> None:
     g, scale = torch.randn(5, 3, device=DEVICE).t(), torch.randn(1, device=DEVICE).expand(3)
-    assert same_bits(ops.scaled(g, scale, torch.float32, backend), rows.times(g, scale).contiguous())
+    assert same_bits(ops.scale_rows(g, scale, torch.float32, backend), rows.times(g, scale).contiguous())
 
 
 @pytest.mark.parametrize("weight_grad", ["dense", "sparse"])

@@ -46,7 +46,7 @@ def samples() -> dict[str, tuple]:
         "linear_hidden_grad": (values, ids, head, hidden.clone(), "reference"),
         "linear_tail_logit": (hidden, head, bias, ids, pack(0.7, mass="tail", softcap=3.0), "reference"),
         "linear_loss": (hidden, head, bias, ids, values, weights, CLAMPED, True, "reference"),
-        "scaled": (hidden, weights, torch.float16, "reference"),
+        "scale_rows": (hidden, weights, torch.float16, "reference"),
         "linear_weight_grad": (values, ids, hidden, head.clone(), bias.clone(), False, "reference"),
         "linear_mass_loss": (
             hidden, head, bias, distinct, values, weights, weights, pack(mass="raw"), "reference"

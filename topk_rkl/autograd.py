@@ -247,7 +247,7 @@ class LinearLoss(torch.autograd.Function):
         hidden: Any,  # (..., H), as g
     ) -> Gradients:  # (..., H), (V, H), (V,), and nothing for the other five
         of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        dhidden = ops.scaled(dhidden, grad_output, ctx.dtype, ctx.options.backend) if of_hidden else None
+        dhidden = ops.scale_rows(dhidden, grad_output, ctx.dtype, ctx.options.backend) if of_hidden else None
         g = times(g, grad_output) if of_head or of_bias else None
         return dhidden, *head_grads(ctx, g, ids, hidden), None, None, None, None, None
 

@@ -9,7 +9,7 @@ from topk_rkl.ops.linear import (
     linear_select,
     linear_tail_logit,
     linear_weight_grad,
-    scaled,
+    scale_rows,
 )
 from topk_rkl.ops.logits import kept, mass_grad, mass_loss, scatter, select, select_loss, support_loss, tail_logit
 
@@ -25,7 +25,7 @@ __all__ = [
     "linear_weight_grad",
     "mass_grad",
     "mass_loss",
-    "scaled",
+    "scale_rows",
     "scatter",
     "select",
     "select_loss",

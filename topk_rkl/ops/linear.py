@@ -121,7 +121,7 @@ def linear_loss(
 
 
 @op()
-def scaled(
+def scale_rows(
     g: Tensor,  # (..., X)
     grad_output: Tensor,  # (...)
     dtype: torch.dtype,
@@ -131,9 +131,9 @@ def scaled(
     out = g.new_empty(g.shape, dtype=dtype)
     yield out
     module = choose(backend, 1, g, linear=True)
-    scale_rows = getattr(module, "scale_rows", reference.scale_rows)
+    kernel = getattr(module, "scale_rows", reference.scale_rows)
     shape = g.shape[:-1].numel(), g.shape[-1]
-    scale_rows(g.contiguous().view(shape), grad_output.contiguous().view(-1), out.view(shape))
+    kernel(g.contiguous().view(shape), grad_output.contiguous().view(-1), out.view(shape))
 
 
 @op("dhead", "dbias")

@@ -13,7 +13,7 @@ MAX_K = 1024
 MAX_VOCAB = 1 << 20
 RESIDENT_WARPS = 64  # of one core, at most
 NARROW_BYTES = 48 << 10  # of a row that is read in less time than the rest of a selection takes
-HELD_BYTES = 1 << 16  # of the head per program. From where L2 loses them is not measured: of 256 KB an H200 kept few
+HELD_BYTES = 1 << 16  # of the head per program: L2 of an H200 loses most of 256 KB; the bound itself is not measured
 FLOAT32_MAX = torch.finfo(torch.float32).max
 SCRATCH_BYTES = 48 << 20
 """Scratch memory held at a time; a launch covers as much as fits."""

@@ -1,10 +1,11 @@
 """The gradient of hidden states, kept in float32, times that of each row's loss: five passes in plain PyTorch."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_rkl.backends.triton.launch import plan_scale_rows
+from topk_rkl.backends.triton.launch import compile_options, plan_scale_rows
 from topk_rkl.backends.triton.memory import on_device_of, product
 
 
@@ -35,4 +36,7 @@ def scale_rows(
     block, num_warps = plan_scale_rows(width)
     blocks = triton.cdiv(width, block)
     with on_device_of(out):
-        scale_rows_kernel[(n * blocks,)](g, grad_output, out, width, blocks, BLOCK=block, num_warps=num_warps)
+        scale_rows_kernel[(n * blocks,)](
+            g, grad_output, out, width, blocks, BLOCK=block, num_warps=num_warps,
+            **compile_options(hip=torch.version.hip is not None),
+        )  # fmt: skip
