@@ -4,8 +4,9 @@
     suite.jsonl                 -> gpu.jsonl         the suite of benchmarks/cases.py
     tests.jsonl, steps.jsonl    -> gpu_tests.json    tests by outcome, with the last line of each failure
 
-A file that is not in the folder leaves its result as it was. One line of no clean commit, or of no GPU, and nothing is
-written: a figure of code that nobody can check out again is no result.
+A file that is not in the folder leaves its result as it was. Timed items and tests replace those of the same device;
+those of other devices stay, and devices keep the order in which they first came. The suite is replaced whole. One line
+of no clean commit, or of no GPU, and nothing is written: a figure of code that nobody can check out again is no result.
 """
 
 import json
@@ -13,6 +14,7 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.gpu_report import by, item_lines, runs_of_tests
 from benchmarks.records import FOLDER, Line, is_clean, load
 
 FAILED = ("failed", "error")
@@ -26,14 +28,20 @@ def collect(options: Namespace) -> None:
     found = {}
     if "items.jsonl" in there:
         lines = [line for line in load(folder / "items.jsonl") if "begun" not in line]
-        found["gpu_items.jsonl"] = as_lines(checked(lines, "items.jsonl"))
+        found["gpu_items.jsonl"] = as_lines(merged(item_lines(), checked(lines, "items.jsonl")))
     if "suite.jsonl" in there:
         found["gpu.jsonl"] = as_lines(checked(load(folder / "suite.jsonl"), "suite.jsonl"))
     if "tests.jsonl" in there:
-        found["gpu_tests.json"] = json.dumps(tests(folder), indent=1) + "\n"
+        found["gpu_tests.json"] = json.dumps(merged(runs_of_tests(), [tests(folder)]), indent=1) + "\n"
     for name, text in found.items():
         (FOLDER / name).write_text(text)
         print(f"benchmarks/results/{name}: {len(text.splitlines()):,} lines")
+
+
+def merged(before: list[Line], new: list[Line]) -> list[Line]:
+    """The lines of each device together: the new ones where there are any, else those from before."""
+    found = by("device", before) | by("device", new)
+    return [line for lines in found.values() for line in lines]
 
 
 def checked(lines: list[Line], file: str) -> list[Line]:

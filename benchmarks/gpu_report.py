@@ -1,15 +1,19 @@
 """Tables of what was measured on a GPU: the timed items, the decisions they make, and the targets.
 
 The lines are those that gpu/items writes. A form is one way to do the work of an item: a backend, a rival, a constant
-under trial. Forms of an item took turns; the first is what the code does today.
+under trial. Forms of an item took turns; the first is what the code does today. Each device has a column, a table or
+rows of its own.
 """
 
 import json
+import re
 from collections import defaultdict
 from typing import NamedTuple
 
 from benchmarks.records import FOLDER, Line, load
 from benchmarks.summaries import digits, table
+
+Items = dict[str, list[Line]]  # the lines of each item, one per form
 
 NONE = "No GPU has been measured yet.\n"
 MARGIN = 0.03  # by which another form has to be faster than the first to win
@@ -39,12 +43,33 @@ TARGETS = [
 ]
 
 
-def measured() -> dict[str, list[Line]]:
-    """The lines of each item, one per form."""
-    file, found = FOLDER / "gpu_items.jsonl", defaultdict(list)
-    for line in load(file) if file.exists() else []:
-        found[line["item"]].append(line)
-    return found
+def item_lines() -> list[Line]:
+    file = FOLDER / "gpu_items.jsonl"
+    return load(file) if file.exists() else []
+
+
+def runs_of_tests() -> list[Line]:
+    """One per device."""
+    file = FOLDER / "gpu_tests.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def by(field: str, lines: list[Line]) -> dict[str, list[Line]]:
+    """The lines of each value of the field, values in the order of their first line."""
+    found = defaultdict(list)
+    for line in lines:
+        found[line[field]].append(line)
+    return dict(found)
+
+
+def measured() -> dict[str, Items]:
+    """The items of each device."""
+    return {device: by("item", lines) for device, lines in by("device", item_lines()).items()}
+
+
+def short(device: str) -> str:
+    """The name without maker and memory: "H100" of "NVIDIA H100 80GB HBM3"."""
+    return " ".join(word for word in device.split() if not re.fullmatch(r"NVIDIA|\d+GB|HBM\w+", word))
 
 
 def gpu(arguments: str) -> str:
@@ -53,15 +78,20 @@ def gpu(arguments: str) -> str:
     return {"targets": targets, "items": items, "decisions": decisions}[arguments](found) if found else NONE
 
 
-def targets(found: dict[str, list[Line]]) -> str:
+def targets(found: dict[str, Items]) -> str:
     sizes = "N = 16,384, V = 151,936, H = 4,096, bfloat16"
-    rows = [[sizes, "target", "measured", "by"], ["---", "---:", "---:", "---"]]
+    rows = [[sizes, "target", *map(short, found)], ["---", "---:", *("---:" for _ in found)]]
     for target in TARGETS:
-        lines = timed(found.get(target.item, []))
-        best = min(ours(lines), key=lambda line: line["median_ms"], default=None)
-        value = best and reached(target, best, lines)
-        rows.append([target.work, aim(target), value or "not measured", best["form"] if best else ""])
-    return f"{table(rows)}\n{setting(found)}{tests()}"
+        cells = (fastest(target, timed(of_it.get(target.item, []))) for of_it in found.values())
+        rows.append([target.work, aim(target), *cells])
+    return f"{table(rows)}\n{settings_and_tests(found)}"
+
+
+def fastest(target: Target, lines: list[Line]) -> str:
+    """What the fastest form of the target's item reached, and its name."""
+    best = min(ours(lines), key=lambda line: line["median_ms"], default=None)
+    value = best and reached(target, best, lines)
+    return f"{value}, {best['form']}" if value else "not measured"
 
 
 def aim(target: Target) -> str:
@@ -79,12 +109,16 @@ def reached(target: Target, best: Line, lines: list[Line]) -> str | None:
     return rival and f"{rival['median_ms'] / best['median_ms']:.1f} times"
 
 
-def items(found: dict[str, list[Line]]) -> str:
+def items(found: dict[str, Items]) -> str:
+    return "\n".join(f"**{short(device)}**\n\n{every_form(of_it)}\n{setting(of_it)}" for device, of_it in found.items())
+
+
+def every_form(found: Items) -> str:
     columns = ["item", "form", "ms", "quartiles", "TB/s", "share", "of", "predicted", "measured / predicted"]
     rows = [columns, ["---", "---", *("---:" for _ in columns[2:6]), "---", "---:", "---:"]]
     for name, lines in found.items():
         rows += [[name, line.get("form", ""), *figures(line)] for line in lines]
-    return f"{table(rows)}\n{setting(found)}"
+    return table(rows)
 
 
 def figures(line: Line) -> list[str]:
@@ -103,20 +137,20 @@ def figures(line: Line) -> list[str]:
     ]
 
 
-def decisions(found: dict[str, list[Line]]) -> str:
+def decisions(found: dict[str, Items]) -> str:
     """Per decision what to change, then its items, the times of their forms over the first, and the winner."""
     text = ""
-    named = dict.fromkeys(line["decision"] for lines in found.values() for line in lines if "decision" in line)
-    for decision in named:
-        rows = [["item", "time over the first form", "winner"], ["---", "---", "---"]]
-        of_it = {name: lines for name, lines in found.items() if lines[-1].get("decision") == decision}
-        for name, lines in of_it.items():
-            forms = ours(timed(lines))
-            over = ", ".join(f"{line['form']} {line['over_first']:.2f}" for line in forms)
-            rows.append([name, over, winner(forms)])
-        what = next(iter(of_it.values()))[-1]["if_it_wins"]
+    contests = [(short(device), name, lines) for device, of_it in found.items() for name, lines in of_it.items()]
+    named = {lines[-1]["decision"]: lines[-1]["if_it_wins"] for *_, lines in contests if "decision" in lines[-1]}
+    for decision, what in named.items():
+        rows = [["card", "item", "time over the first form", "winner"], ["---", "---", "---", "---"]]
+        for card, name, lines in contests:
+            if lines[-1].get("decision") == decision:
+                forms = ours(timed(lines))
+                over = ", ".join(f"{line['form']} {line['over_first']:.2f}" for line in forms)
+                rows.append([card, name, over, winner(forms)])
         text += f"**{decision.capitalize()}.** Where another form than the first wins: {what}\n\n{table(rows)}\n"
-    return text + setting(found)
+    return text + "\n".join(map(setting, found.values()))
 
 
 def winner(lines: list[Line]) -> str:
@@ -135,7 +169,14 @@ def ours(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line["backend"] != "torch"]
 
 
-def setting(found: dict[str, list[Line]]) -> str:
+def settings_and_tests(found: dict[str, Items]) -> str:
+    """A paragraph per device."""
+    settings = {device: setting(of_it) for device, of_it in found.items()}
+    tests = {record["device"]: outcomes(record) for record in runs_of_tests()}
+    return "\n".join(settings.get(device, "") + tests.get(device, "") for device in settings | tests)
+
+
+def setting(found: Items) -> str:
     """Device, driver, versions and commits, each as often as it differs."""
     lines = [line for lines in found.values() for line in lines]
     cards = dict.fromkeys(
@@ -146,10 +187,6 @@ def setting(found: dict[str, list[Line]]) -> str:
     return "; ".join(cards) + ".\n"
 
 
-def tests() -> str:
-    file = FOLDER / "gpu_tests.json"
-    if not file.exists():
-        return ""
-    found = json.loads(file.read_text())
-    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in found["outcomes"].items())
-    return f"Tests on {found['device']}, commit {found['commit'][:9]}: {counts}.\n"
+def outcomes(record: Line) -> str:
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in record["outcomes"].items())
+    return f"Tests on {record['device']}, commit {record['commit'][:9]}: {counts}.\n"
