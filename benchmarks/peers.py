@@ -4,9 +4,9 @@
     git clone https://github.com/NVIDIA-NeMo/RL build/peers/nemo-rl  # measured at 7ea279abf
     git clone https://github.com/ServiceNow/Fast-LLM build/peers/fast-llm  # for a GPU
 
-The folder is never on the path. A file is loaded by its name, with stand-ins for the modules of its project that it
-imports and does not need here. axolotl's file also needs numpy and Liger's file,
-TRL's needs packaging and transformers. FlashInfer is taken as it is installed.
+The folder is on the path for Liger's Triton kernels alone, which need transformers. Other files are loaded by name,
+with stand-ins for the modules of their projects that they import and do not need here. axolotl's file also needs numpy
+and Liger's file, TRL's needs packaging and transformers. FlashInfer is taken as it is installed.
 
 Every loss is a mean over the positions. TRL, Liger and Fast-LLM compare the whole vocabulary, so they get a teacher's
 logits, or its hidden states and head. verl and VeOmni compute forward KL.
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -214,8 +215,10 @@ def liger_triton(
     teacher_hidden: Tensor,  # (N, H)
     teacher_head: Tensor,  # (V, H)
 ) -> Loss:
-    """Reverse KL over the vocabulary, by Triton kernels: on a GPU, and with the package installed."""
-    from liger_kernel.transformers import LigerFusedLinearJSD
-
+    """Reverse KL over the vocabulary, by Triton kernels. It takes the package itself, whose stand-ins step aside."""
+    stands = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "liger_kernel"}
+    with mock.patch.object(sys, "path", [str(FOLDER), *sys.path]):
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    sys.modules.update(stands)
     loss = LigerFusedLinearJSD(jsd_beta=1.0)
-    return lambda: loss(hidden, head, teacher_hidden, teacher_head)
+    return lambda: loss(hidden, head, teacher_hidden, teacher_head, None)

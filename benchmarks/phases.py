@@ -107,9 +107,12 @@ def bisected(
     """The number that `_kth_largest` of the kernel finds, and in how many turns."""
     low, high, taken = int(found.min()) if low is None else low, int(found.max()), 0
     while low < high:
-        middle = -(-(low + high) // 2)
-        reached = int((found >= middle).sum())
-        low, high = (middle if reached >= k else low), (high if reached > k else middle - (reached < k))
+        third = -(-(high - low) // 3)
+        first, second = low + third, high - (high - low - third) // 2
+        of_first, of_second = (int((found >= x).sum()) for x in (first, second))
+        below = second - 1 if of_first > k else first - (of_first < k)
+        low = second if of_second >= k else first if of_first >= k else low
+        high = high if of_second > k else second if of_second == k else below
         taken += 1
     return low, taken
 

@@ -1,4 +1,4 @@
-"""Every proof that needs a GPU, in one time-boxed command: python3 -m gpu first, later python3 -m gpu second.
+"""Every proof that needs a GPU, in one time-boxed command: python3 -m gpu first, then second, then beside.
 
 Environment: LIMIT, seconds in all (480); OUT, the folder of the results (out); COMMIT, before what git says.
 The exit code is 1 if a step failed, was stopped or was left out. Every step is tried all the same.
@@ -23,7 +23,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored, which children inherit
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(prog="python3 -m gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("plan", choices=("first", "second"))
+    parser.add_argument("plan", choices=("first", "second", "beside"))
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these, such as: smoke tests")
     parser.add_argument("--small", action="store_true", help="a rehearsal on a CPU, in the interpreter, at small sizes")
     options = parser.parse_args()

@@ -78,7 +78,10 @@ UNTESTED_THERE = {
     "linear.py::test_the_dense_product_is_not_taken_where_it_has_fewer_bits": "settings of a CPU's products",
     "supports.py::test_a_saved_support_loads_with_weights_only": "what torch.load takes",
 }
-CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "scaling")  # of the GPU suite
+# Of the GPU suite.
+CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "sparse head", "scaling")
+# Of these, with the seconds in which other projects are compiled, held to float64 and timed.
+BESIDE_OTHERS = {"linear": 170, "loss on ids": 60, "loss": 60}
 BESIDE = "smoke triton"  # runs while the extension is built
 NEED_EXTENSION = ("smoke cuda", "sanitizer")
 NEED_CARD = ("suite", "sanitizer", "ncu")  # not in a rehearsal
@@ -135,7 +138,9 @@ def steps(plan: str, out: Path, small: bool) -> list[Step]:
         return [replace(step, limit=PATIENCE * step.limit) for step in kept]
     if plan == "first":
         return first
-    suite = {name: Step(f"suite {name}", 60, case(name, out)) for name in CASES}
+    if plan == "beside":
+        return [Step(f"suite {name}", limit, case(name, out)) for name, limit in BESIDE_OTHERS.items()]
+    suite = {name: Step(f"suite {name}", 60, case(name, out, "--only-ours")) for name in CASES}
     scaling = replace(suite.pop("scaling"), limit=150)  # 35 cases
     return [*suite.values(), first[-1], *(step for step in first if step.kind == "tests"), scaling]
 
@@ -155,10 +160,10 @@ def tests(out: Path, small: bool) -> tuple[str, ...]:
     return (*alone, *python("-m", "pytest", *options, "-p", "gpu.stream", "--stream", out / "tests.jsonl", *files))
 
 
-def case(name: str, out: Path) -> tuple[str, ...]:
-    """Few rounds, and neither other projects nor torch.compile, each of which takes seconds to begin."""
-    short = ("--only-ours", "--seconds", 0.5, "--rounds", 9)
-    return python("-m", "benchmarks", "run", "--suite", "gpu", "--case", name, *short, "--out", out / "suite.jsonl")
+def case(name: str, out: Path, *options: str) -> tuple[str, ...]:
+    """Few rounds: other projects and torch.compile take seconds to begin."""
+    few = ("--seconds", 0.5, "--rounds", 9, "--out", out / "suite.jsonl")
+    return python("-m", "benchmarks", "run", "--suite", "gpu", "--case", name, *options, *few)
 
 
 def ncu() -> tuple[str, ...]:

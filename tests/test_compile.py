@@ -3,12 +3,17 @@
 import ast
 import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import ConstructorMoverPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import topk_rkl
 from topk_rkl import (
@@ -19,11 +24,13 @@ from topk_rkl import (
     linear_teacher_topk,
     linear_topk_divergence,
     linear_topk_reverse_kl,
+    ops,
     teacher_topk,
     topk_divergence,
     topk_reverse_kl,
 )
 from topk_rkl.diagnostics import topk_diagnostics
+from topk_rkl.objective import pack
 from topk_rkl.recipe import builders, composition, rewards, rollout, weighting
 
 V, K, H = 50, 6, 8
@@ -163,6 +170,26 @@ def test_compile_with_inductor_keeps_no_old_number(monkeypatch, tmp_path) -> Non
     compiled = torch.compile(annealed, fullgraph=True)
     for t in (*SCHEDULE, 0.4):
         compare(compiled, annealed, t)
+
+
+def test_cuda_graphs_repeat_no_old_number(monkeypatch) -> None:
+    """An op reads its objective on the host, which no CUDA graph would do again: it is left out of graphs, and what it
+    reads stays there. Of an op without one a graph may be captured."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        logits = torch.empty(4, V, device="cuda")
+        support = torch.empty(4, K, dtype=torch.int32, device="cuda"), torch.empty(4, K, device="cuda")
+        call = partial(ops.support_loss, logits, *support, None)
+        traced = make_fx(
+            lambda: (call(pack(temperature=0.7, softcap=3.0), "auto"), call(None, "auto")), select_decomp_table()
+        )()
+    ConstructorMoverPass("cuda", allow_inputs=True, allow_outputs=True)(traced.graph)
+    nodes = {node.target: node for node in traced.graph.nodes if node.op == "call_function"}
+    under_objective, plain = (getattr(torch.ops.topk_rkl.support_loss, x) for x in ("objective", "default"))
+    assert torch.Tag.cudagraph_unsafe in under_objective.tags and torch.Tag.cudagraph_unsafe not in plain.tags
+    assert nodes[under_objective].args[4] is not None and nodes[plain].args[4] is None
+    made = [node.kwargs["device"].type for node in traced.graph.nodes if "device" in node.kwargs]
+    assert made and set(made) == {"cpu"}
 
 
 # Each has a Function whose forward pass ends with a conversion.

@@ -62,15 +62,9 @@ def instruction_limit(record: dict[str, Any]) -> int:
     return limits[0] if half else limits[1]
 
 
-# Instructions that spill, at most, by target and K of a selection. From K = 512 on it has 16 warps of 64 registers. An
-# H200 took 3.588 ms with their spills (select_loss, K = 1,024), and 3.901 with 8 warps of 128, which have none. All
-# targets have one plan, since it is a function of sizes alone.
-SPILLS = {
-    ("sm_80", 256): 12, ("sm_80", 1024): 39,
-    ("sm_90", 1024): 12,
-    ("sm_100", 256): 3, ("sm_100", 1024): 51,
-    ("sm_120", 256): 14, ("sm_120", 1024): 54,
-}  # fmt: skip
+# Instructions that spill, at most, by target and K of a selection. All targets have one plan, since it is a function of
+# sizes alone, and was chosen on an H200.
+SPILLS = {("sm_80", 1024): 88, ("sm_100", 256): 3, ("sm_120", 256): 14}
 
 
 def spill_limit(record: dict[str, Any]) -> int:
@@ -155,7 +149,7 @@ def test_only_what_is_named_spills_in_the_table() -> None:
             key = record["target"], record["k"]
             found[key] = max(found.get(key, 0), record["spills"])
     assert found == SPILLS
-    assert {k for target, k in SPILLS if target == "sm_90"} == {1024}
+    assert "sm_90" not in {target for target, _ in SPILLS}
 
 
 def test_a_barrier_that_does_not_wait_for_stores_is_seen() -> None:

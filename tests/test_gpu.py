@@ -1,5 +1,7 @@
 """The promises that only a GPU can show: graphs, streams, real memory, offsets past 2^31. Run by `make gpu`."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import BACKENDS
@@ -104,6 +106,46 @@ def test_from_hidden_states_no_host_sync_and_capture_in_a_cuda_graph(name: str) 
         replayed = [x.detach().clone() for x in results]
         want = step()
     assert all(torch.equal(a, b) for a, b in zip(replayed, want, strict=True))
+
+
+# The loss of each row, of which t is a number that changes from call to call.
+COMPILED = {
+    "logits": lambda logits, teacher, t: topk_reverse_kl(logits, teacher, k=32, reduction="none") * t,
+    "support": lambda logits, teacher, t: topk_reverse_kl(
+        logits, teacher_topk(teacher, 32), temperature=t, reduction="none"
+    ),
+    "tail": lambda logits, teacher, t: topk_divergence(
+        logits, teacher, k=32, divergence=Mixture(0.4), mass="tail", temperature=t, reduction="none"
+    ),
+    # The logits are the hidden states here, and the teacher's logits the head as well.
+    "hidden": lambda logits, teacher, t: linear_topk_reverse_kl(
+        logits, teacher, teacher_topk(teacher, 32), softcap=t, logit_scale=2**-12, reduction="none"
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("entry", COMPILED)
+def test_compiled_by_inductor(entry: str, mode: str) -> None:
+    """The bits of the eager call, beside operations that Inductor fuses. Of CUDA graphs the last calls are replays."""
+    torch._dynamo.reset()
+    leaf = torch.randn(40, 3_000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(40, 3_000, device="cuda", dtype=torch.bfloat16)
+
+    def loss_of(leaf: torch.Tensor, teacher: torch.Tensor, t: float) -> torch.Tensor:
+        return COMPILED[entry](leaf * 2, teacher * 2, t) * 4
+
+    def step(function: Callable[..., torch.Tensor], t: float) -> list[torch.Tensor]:
+        leaf.grad = None
+        loss = function(leaf, teacher, t)
+        loss.sum().backward()
+        return [loss.detach().clone(), leaf.grad.clone()]
+
+    compiled = torch.compile(loss_of, mode=mode, fullgraph=True)
+    for t in (0.75, 1.25, 0.5, 2.0, 1.5):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = step(compiled, t)
+        assert all(torch.equal(a, b) for a, b in zip(got, step(loss_of, t), strict=True)), t
 
 
 def test_building_a_support_has_no_host_sync_and_is_captured_in_a_cuda_graph() -> None:

@@ -49,9 +49,14 @@ def test_what_is_left_out_of_a_tested_file_is_a_test_that_it_has() -> None:
 def test_the_plans_have_every_case_and_every_group() -> None:
     assert set(plan.CASES) == {case.name for case in SUITES["gpu"]}
     assert {name for names in smoke.GROUPS.values() for name in names} == set(checks.GROUPS)
-    first, second = (plan.steps(name, Path("out"), False) for name in ("first", "second"))
+    first, second, beside = (plan.steps(name, Path("out"), False) for name in ("first", "second", "beside"))
     assert [step.name for step in first] == ["smoke triton", "smoke cuda", "items", "tests", "sanitizer", "ncu"]
     assert [step.kind for step in second] == ["suite"] * (len(plan.CASES) - 1) + ["ncu", "tests", "suite"]
+    assert [step.name for step in beside] == [f"suite {name}" for name in plan.BESIDE_OTHERS]
+    assert plan.BESIDE_OTHERS.keys() <= set(plan.CASES)
+    assert [("--only-ours" in step.command) for step in (*second, *beside) if step.kind == "suite"] == (
+        [True] * len(plan.CASES) + [False] * len(beside)
+    )
     files = {"steps.jsonl", "output.txt", "smoke.jsonl", "items.jsonl", "tests.jsonl", *(step.file for step in first)}
     assert len(files) <= 8
     assert first[0].name == plan.BESIDE and set(plan.NEED_EXTENSION) <= {step.name for step in first}

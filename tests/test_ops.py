@@ -64,8 +64,10 @@ WRITING = ("scatter", "mass_grad", "linear_hidden_grad", "linear_weight_grad", "
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
-    outcome = torch.library.opcheck(getattr(torch.ops.topk_rkl, name).default, samples()[name])
-    assert set(outcome.values()) == {"SUCCESS"}
+    packet = getattr(torch.ops.topk_rkl, name)
+    for overload in packet.overloads():
+        outcome = torch.library.opcheck(getattr(packet, overload), samples()[name])
+        assert set(outcome.values()) == {"SUCCESS"}, overload
 
 
 @pytest.mark.parametrize("name", OPS)

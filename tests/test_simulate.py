@@ -198,8 +198,8 @@ def test_turns_by_what_a_loop_does() -> None:
 
 def test_a_bisection_by_hand() -> None:
     keys = torch.tensor([9, 9, 8, 4, 0], dtype=torch.int32)
-    assert phases.bisected(keys, None, 4) == (2, 2)  # three reach 5, and just four reach 2
-    assert phases.bisected(keys, None, 1) == (9, 4)  # 5, 7, 8 and 9, which two share
+    assert phases.bisected(keys, None, 4) == (3, 1)  # of 3 and 6, just four reach 3
+    assert phases.bisected(keys, None, 1) == (9, 3)  # 3 and 6, 7 and 8, then 9, which two share
     assert phases.bisected(keys, 9, 2) == (9, 0)
 
 
@@ -221,7 +221,8 @@ def test_more_loops_than_expected_are_an_error() -> None:
         phases.turns(Case("select"), {"BLOCK": 100}, three)
 
 
-def test_phases_add_up_and_programs_share_a_core() -> None:
+def test_phases_add_up_and_programs_share_a_core(monkeypatch) -> None:
+    monkeypatch.setattr(phases, "search_turns", lambda _: [20, 20])
     sass = kernel(*loop("scan", *STREAM), *loop("first", *SEARCH), *loop("second", *SEARCH), "NOP | stall=9", "EXIT")
     launch = {"BLOCK": 100, "num_warps": 8}
     one, four = (phases.measure(Case("select"), launch, sass, programs) for programs in (1, 4))

@@ -104,7 +104,7 @@ def test_few_rows_claim_nothing(two_places: list[Tensor]) -> None:
     assert two_places == []
 
 
-@pytest.mark.parametrize(("k", "programs", "most"), [(64, 8, 6 << 20), (1_024, 4, 11 << 20)])
+@pytest.mark.parametrize(("k", "programs", "most"), [(64, 8, 6 << 20), (1_024, 8, 21 << 20)])
 def test_one_launch_of_little_scratch_whatever_the_number_of_rows(
     monkeypatch, k: int, programs: int, most: int
 ) -> None:

@@ -37,8 +37,12 @@ def pack(
         return None
     numbers = (temperature, MASSES.index(mass), logit_scale, math.inf if softcap is None else softcap, *code)
     if torch.compiler.is_compiling():
-        zero = torch.zeros((), dtype=torch.float64, device="cpu")
-        return torch.stack([traced(x, zero) for x in numbers])
+        # Not stacked: where Inductor captures CUDA graphs, it moves a list of scalars to the GPU (torch 2.11 to 2.13).
+        places = torch.arange(len(numbers), device="cpu")
+        packed = torch.zeros(len(numbers), dtype=torch.float64, device="cpu")
+        for i, x in enumerate(numbers):
+            packed = torch.where(places == i, traced(x, packed, places.shape), packed)
+        return packed
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 

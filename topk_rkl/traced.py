@@ -7,10 +7,11 @@ from torch import Tensor
 def traced(
     number: float,
     like: Tensor,  # of the dtype and device that are wanted
-) -> Tensor:  # ()
+    shape: tuple[int, ...] = (),
+) -> Tensor:  # of that shape
     """The number as a tensor. Inductor keeps the first value of a number in anything but plain arithmetic, so it is
     added to 0 (pytorch/pytorch#197889)."""
-    return like.new_zeros(()) + number
+    return like.new_zeros(shape) + number
 
 
 def clamped(

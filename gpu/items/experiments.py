@@ -71,8 +71,8 @@ def named(overrides: list[tuple[int, int]]) -> dict[str, Override]:
 # By the place of K in Sizes.ks, with no form that spills by hundreds (Triton 3.6, sm_90).
 SELECTIONS: dict[int, dict[str, Override]] = {
     1: named([(4, 80), (8, 48)]),
-    2: named([(4, 120), (8, 64)]),
-    3: named([(8, 128)]),
+    2: named([(4, 128), (8, 64)]),
+    3: named([(16, 64)]),
 }
 HEADS: dict[str, Override] = {
     AS_PLANNED: nullcontext,

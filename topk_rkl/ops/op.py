@@ -3,8 +3,10 @@
 The schema is read from the annotations. Logits have any leading dimensions and strides; rows are never copied.
 
 `backend` is a name, so that a backward pass takes the backend of its forward pass, on whatever thread it runs.
-`objective` is what `objective.pack` makes. `terms` is a divergence that is a function: a call with one passes by
-torch.library, whose schemas know no functions.
+`objective` is what `objective.pack` makes. An op reads its numbers on the host, which a CUDA graph would not do again.
+The overload of a call with an objective is therefore one that Inductor leaves out of its graphs.
+
+`terms` is a divergence that is a function: a call with one passes by torch.library, whose schemas know no functions.
 """
 
 import inspect
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from topk_rkl.divergence import Terms
 from topk_rkl.rows import result_dtype, row_views
+
+NOT_CAPTURED = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag)  # torch 2.7 has none
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -40,18 +44,32 @@ def op(*writes: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., A
             parameters=[x for name, x in signature.parameters.items() if name != "terms"],
             return_annotation=None if returned is type(None) else returned,
         )
-        name = f"topk_rkl::{body.__name__}"
-        torch.library.define(name, torch.library.infer_schema(prototype, mutates_args=writes))
-        torch.library.impl(name, "default", real)
-        torch.library.register_fake(name, lambda *args: next(body(*args)))
-        registered = getattr(torch.ops.topk_rkl, body.__name__).default
+        schema = torch.library.infer_schema(prototype, mutates_args=writes)
+        parts = schema, real, lambda *args: next(body(*args))
+        plain, place = _define(body.__name__, *parts), None
+        if "objective" in signature.parameters:
+            place = list(signature.parameters).index("objective")
+            with_objective = _define(f"{body.__name__}.objective", *parts, tags=NOT_CAPTURED)
 
         def call(*args: Any, terms: Terms | None = None) -> Any:
-            return registered(*args) if terms is None else real(*args, terms=terms)
+            if terms is not None:
+                return real(*args, terms=terms)
+            return plain(*args) if place is None or args[place] is None else with_objective(*args)
 
         return call
 
     return register
+
+
+def _define(
+    name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+) -> Any:
+    """The op of that name, or its overload after a dot."""
+    torch.library.define(f"topk_rkl::{name}", schema, tags=tags)
+    torch.library.impl(f"topk_rkl::{name}", "default", real)
+    torch.library.register_fake(f"topk_rkl::{name}", fake)
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.topk_rkl, packet), overload or "default")
 
 
 def new(

@@ -58,12 +58,10 @@ def plan_select(vocab: int, k: int, itemsize: int, wide: bool, normalize: bool, 
     keys = max(groups_pad, k_pad * group)
     # Four warps leave a core twice as many rows, and took 0.6 of the time on an H200. K = 256 would spill.
     narrow = k <= 128 and family == REVERSE and vocab * itemsize <= NARROW_BYTES
-    num_warps = max(4 if narrow else 8, slot_warps(k, family), min(16, keys // (32 * 32)))
-    # For four programs on a core, three, two, or one: as many as fit without spills that matter.
+    num_warps = max(4 if narrow else 8, slot_warps(k, family), min(16, keys // (32 * 64)))
+    # For four programs on a core, three, or two: as many as fit without spills that matter.
     per_thread = keys // (32 * num_warps)
-    registers = 64 if wide and per_thread <= 16 else 80
-    if num_warps == 16:
-        registers = 64 if family == REVERSE and per_thread <= 32 else 128
+    registers = 128 if num_warps == 16 or per_thread > 32 else 64 if wide and per_thread <= 16 else 80
     # 128 bytes in flight per thread cover the latency of memory with two programs on a core, 64 with more of them.
     # Exponentials, and rows that no 16-byte load fits, keep more numbers per element in registers.
     in_flight = num_warps * 32 * ((64 if narrow else 128) // itemsize if wide and not normalize else 16)

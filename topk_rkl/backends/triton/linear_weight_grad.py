@@ -99,7 +99,8 @@ def linear_weight_grad_kernel(
         at += width
     total = _add_pairs(total, rows, terms, last_window * WINDOW, end, hidden, hidden_row_stride, offset, inside)
     out = rounded(total, dhead.dtype.element_ty)
-    tl.store(dhead + column * dhead_row_stride + h.to(tl.int64) * dhead_column_stride, out, mask=inside)
+    at = dhead + column * dhead_row_stride + h.to(tl.int64) * dhead_column_stride
+    tl.store(at, out, mask=inside, eviction_policy="evict_first")  # the hidden states are read again
 
 
 def linear_weight_grad(

@@ -146,7 +146,7 @@ def _store_largest(
 def _scan_tile(x, tile, peak, mass, group_max, mask, NORMALIZE: tl.constexpr):
     """Stores the tile's group maxima and carries on the running sum of exponentials of each lane."""
     top = _group_max(x)  # [TILE]
-    tl.store(group_max + tile, top, mask=mask)
+    tl.store(group_max + tile, top, mask=mask, eviction_policy="evict_last")
     if NORMALIZE:
         x = x.to(tl.float32)
         higher = tl.maximum(peak, top)
@@ -168,7 +168,10 @@ def _scan(
     NORMALIZE: tl.constexpr,
 ):
     """The only full read of the row: one maximum per group -> the largest of all, and log(sum of exp(x - it)) if
-    NORMALIZE. The two stay apart, since their sum would be rounded like the largest."""
+    NORMALIZE. The two stay apart, since their sum would be rounded like the largest.
+
+    The row passes through the second-level cache, and the maxima stay in it: writing them to memory would take time.
+    """
     TILE: tl.constexpr = BLOCK // GROUP
     tile = tl.arange(0, TILE)  # [TILE]
     column = tile[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [TILE, GROUP]
@@ -176,11 +179,13 @@ def _scan(
     mass = tl.zeros([TILE], tl.float32)
     whole = vocab // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        x = tl.load(logits + (start + column).to(tl.int64) * column_stride)  # [TILE, GROUP]
+        at = logits + (start + column).to(tl.int64) * column_stride
+        x = tl.load(at, eviction_policy="evict_first")  # [TILE, GROUP]
         peak, mass = _scan_tile(x, tile, peak, mass, group_max + start // GROUP, None, NORMALIZE)
     if whole < vocab:
         inside = whole + column < vocab
-        x = tl.load(logits + (whole + column).to(tl.int64) * column_stride, mask=inside, other=float("-inf"))
+        at = logits + (whole + column).to(tl.int64) * column_stride
+        x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_first")
         first = whole // GROUP
         peak, mass = _scan_tile(x, tile, peak, mass, group_max + first, first + tile < groups, NORMALIZE)
     highest, log_total = 0.0, 0.0
@@ -285,16 +290,20 @@ def select_kernel(
     count = _store_largest(key, threshold, k, ids, PICKED_PAD * PARTS)
     fence()
 
-    # 4. In order: value descending, id ascending.
+    # 4. In order: value descending, id ascending, which the candidates are. Idle bits of the value hold their number.
     candidate = tl.load(ids + slot, mask=slot < count, other=0)
     column = tl.load(picked + candidate // GROUP, mask=slot < count, other=0) * GROUP + candidate % GROUP
     x = tl.load(logits + column.to(tl.int64) * column_stride, mask=slot < count, other=float("-inf"))
     fence()
-    order = (_order_key(x, IDLE).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
-    order = tl.sort(order, descending=True)  # [K]
+    order = _order_key(x, IDLE)
+    if IDLE == 0:
+        order = order.to(tl.int64) << 32
+    order = tl.sort(order | (K_PAD - 1 - slot), descending=True)  # [K]
     filled = slot < count
-    column = tl.where(filled, 0x7FFFFFFF - (order & 0x7FFFFFFF).to(tl.int32), -1)
-    w = tl.where(filled, _of_order_key((order >> 32).to(tl.int32), IDLE), float("-inf"))
+    column = tl.where(filled, tl.gather(column, K_PAD - 1 - (order & (K_PAD - 1)).to(tl.int32), 0), -1)
+    if IDLE == 0:
+        order >>= 32
+    w = tl.where(filled, _of_order_key(order.to(tl.int32), IDLE), float("-inf"))
     if NORMALIZE:
         w = tl.where(filled, w.to(tl.float64) - highest - log_total, float("-inf")).to(tl.float32)
     tl.store(ids + slot, column, mask=slot < k)
