@@ -4,9 +4,9 @@
     suite.jsonl                 -> gpu.jsonl         the suite of benchmarks/cases.py
     tests.jsonl, steps.jsonl    -> gpu_tests.json    tests by outcome, with the last line of each failure
 
-A file that is not in the folder leaves its result as it was. Timed items and tests replace those of the same device;
-those of other devices stay, and devices keep the order in which they first came. The suite is replaced whole. One line
-of no clean commit, or of no GPU, and nothing is written: a figure of code that nobody can check out again is no result.
+A file that is not in the folder leaves its result as it was. Timed items and tests replace those of the same device,
+and cases of the suite those of the same name; all others stay, in the order in which they first came. One line of no
+clean commit, or of no GPU, and nothing is written: a figure of code that nobody can check out again is no result.
 """
 
 import json
@@ -28,19 +28,20 @@ def collect(options: Namespace) -> None:
     found = {}
     if "items.jsonl" in there:
         lines = [line for line in load(folder / "items.jsonl") if "begun" not in line]
-        found["gpu_items.jsonl"] = as_lines(merged(item_lines(), checked(lines, "items.jsonl")))
+        found["gpu_items.jsonl"] = as_lines(merged("device", item_lines(), checked(lines, "items.jsonl")))
     if "suite.jsonl" in there:
-        found["gpu.jsonl"] = as_lines(checked(load(folder / "suite.jsonl"), "suite.jsonl"))
+        before = load(FOLDER / "gpu.jsonl") if (FOLDER / "gpu.jsonl").exists() else []
+        found["gpu.jsonl"] = as_lines(merged("name", before, checked(load(folder / "suite.jsonl"), "suite.jsonl")))
     if "tests.jsonl" in there:
-        found["gpu_tests.json"] = json.dumps(merged(runs_of_tests(), [tests(folder)]), indent=1) + "\n"
+        found["gpu_tests.json"] = json.dumps(merged("device", runs_of_tests(), [tests(folder)]), indent=1) + "\n"
     for name, text in found.items():
         (FOLDER / name).write_text(text)
         print(f"benchmarks/results/{name}: {len(text.splitlines()):,} lines")
 
 
-def merged(before: list[Line], new: list[Line]) -> list[Line]:
-    """The lines of each device together: the new ones where there are any, else those from before."""
-    found = by("device", before) | by("device", new)
+def merged(field: str, before: list[Line], new: list[Line]) -> list[Line]:
+    """The lines of each value of the field together: the new ones where there are any, else those from before."""
+    found = by(field, before) | by(field, new)
     return [line for lines in found.values() for line in lines]
 
 

@@ -33,6 +33,7 @@ from benchmarks.sass import Loop, Sass
 from tests.direct import Direct
 from topk_rkl.backends import triton as backend
 from topk_rkl.backends.triton.memory import INTERPRETED
+from topk_rkl.backends.triton.scatter import merged
 from topk_rkl.divergence import REVERSE_CODE, AlphaBeta, JensenShannon
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -40,7 +41,7 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS = 9  # more than a core has places for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SLOTS = ("support_loss", "scatter", "scatter_repeated")
+SLOTS = ("support_loss", "scatter", "merge")
 FAMILIES = {
     "support_loss": REVERSE_CODE,
     "support_loss of Jensen-Shannon": JensenShannon().code,
@@ -223,8 +224,10 @@ def call_launcher(case: Case) -> None:
         kernels.mass_loss(logits, ids, slots, weights.double(), weights, 1.0, REVERSE_CODE, "tail")
     elif case.kernel == "mass_grad":
         kernels.mass_grad(slots, ids, torch.empty((ROWS, 2), dtype=torch.float64), weights, logits, 1.0, logits)
-    elif case.kernel in SLOTS:
-        kernels.scatter(slots, ids, weights, logits, unique=case.kernel == "scatter")
+    elif case.kernel == "scatter":
+        kernels.scatter(slots, ids, weights, logits, unique=True)
+    elif case.kernel == "merge":
+        merged(slots, ids)
     else:
         kernels.select(logits, case.k, normalize=case.kernel == "normalize")
 

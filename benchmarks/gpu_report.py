@@ -102,7 +102,7 @@ def aim(target: Target) -> str:
 
 def reached(target: Target, best: Line, lines: list[Line]) -> str | None:
     if target.share:
-        return f"{best['share']:.2f} of {best['of']}" if "share" in best else None
+        return f"{best['share']:.3f} of {best['of']}" if "share" in best else None
     if target.ms:
         return f"{digits(best['median_ms'])} ms"
     rival = next((line for line in lines if line["form"] == target.rival), None)

@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -215,10 +216,16 @@ def liger_triton(
     teacher_hidden: Tensor,  # (N, H)
     teacher_head: Tensor,  # (V, H)
 ) -> Loss:
-    """Reverse KL over the vocabulary, by Triton kernels. It takes the package itself, whose stand-ins step aside."""
+    """Reverse KL over the vocabulary, by Triton kernels."""
+    loss = _liger_package().LigerFusedLinearJSD(jsd_beta=1.0)
+    return lambda: loss(hidden, head, teacher_hidden, teacher_head, None)
+
+
+@cache
+def _liger_package() -> ModuleType:
+    """Liger's Triton kernels, which take the package itself: the stand-ins of its modules step aside."""
     stands = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "liger_kernel"}
     with mock.patch.object(sys, "path", [str(FOLDER), *sys.path]):
-        from liger_kernel.transformers import LigerFusedLinearJSD
+        package = importlib.import_module("liger_kernel.transformers")
     sys.modules.update(stands)
-    loss = LigerFusedLinearJSD(jsd_beta=1.0)
-    return lambda: loss(hidden, head, teacher_hidden, teacher_head, None)
+    return package

@@ -14,8 +14,8 @@ The programs of a launch start together, so their first jobs read together and t
 with the second job they are taken to have drifted apart. The last ones leave the card half empty for one job. Left out:
 the start of a launch, instruction caches and address translation.
 
-Three constants come from H200s (Triton 3.6): PACES and NEAR from measurements of their own, SLOWER from a selection of
-K = 1,024. `test_what_an_h200_measured` compares the others.
+The constants below come from H200s (Triton 3.6): SLOWER from a selection of K = 1,024, the others from measurements of
+their own. `test_what_an_h200_measured` compares what they predict.
 """
 
 import json
@@ -30,7 +30,7 @@ from topk_rkl.backends.triton.launch import plan_scatter, plan_select
 LINE = 64  # bytes that a load of one element moves
 # Of that of a plain read, which took 1.081 ms: a read of a row per program took 1.090. K rows of the head per program,
 # read once with the hidden states (`linear_loss` without dhidden), reached 0.925 of it.
-PACES = {"select": 0.992, "normalize": 0.992, "select_loss": 0.992, "linear_loss": 0.925, "scatter": 1.0}
+APART, PACES = 0.992, {"linear_loss": 0.925, "scatter": 1.0}
 # Of the second-level cache. ncu counted 17 % hits in linear_loss at K = 32 on an H200: 264 programs of which each reads
 # 262 KB twice. The whole cache would give 45 %, 0.4 of it 18 %.
 NEAR = 0.4
@@ -98,7 +98,7 @@ def milliseconds(cost: Cost, card: Card, n: int = ROWS) -> float | None:
     per_row = jobs_per_row(cost)
     jobs = per_row * n
     programs = min(jobs, card.cores * cost["programs"])
-    pace = card.bytes_per_second * PACES[cost["kernel"]]
+    pace = card.bytes_per_second * PACES.get(cost["kernel"], APART)
     transfer = moved_bytes(cost, card, programs) / per_row / pace
     cycle = SLOWER * 1e-9 / card.ghz
     free = job_cycles(cost, programs / card.cores) * cycle  # of a job that never waits for other bytes than its own
@@ -147,7 +147,7 @@ def moved_bytes(cost: Cost, card: Card, programs: int) -> float:
 
 
 def jobs_per_row(cost: Cost) -> int:
-    return ceil(cost["vocab"] / plan_scatter(cost["vocab"], unique=True).span) if cost["kernel"] == "scatter" else 1
+    return ceil(cost["vocab"] / plan_scatter(cost["vocab"])[0]) if cost["kernel"] == "scatter" else 1
 
 
 @cache

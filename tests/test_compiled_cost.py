@@ -210,7 +210,7 @@ def test_what_a_core_holds() -> None:
 
 
 def test_every_kernel_is_in_the_table_for_every_target() -> None:
-    kernels = {"select", "normalize", "select_loss", "support_loss", "scatter", "scatter_repeated", "linear_loss"}
+    kernels = {"select", "normalize", "select_loss", "support_loss", "scatter", "merge", "linear_loss"}
     kernels |= {"tail_logit", "mass_loss", "mass_grad", "linear_logits", "linear_hidden_grad", "scale_rows", *FAMILIES}
     for target in TARGETS:
         found = [record for record in COMMITTED if record["target"] == target]

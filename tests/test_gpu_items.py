@@ -153,21 +153,21 @@ def test_every_form_of_every_item_launches(item: Item) -> None:
             form.call(1)
         assert len(launches) >= 2 or form.backend != "triton", label
     torch_alone = {label for label, form in item.forms.items() if not form.backend}
-    assert item.name in records.FLOORS or torch_alone <= {"torch.topk", "dense products", "read"}
+    assert item.name in records.FLOORS or torch_alone <= {"torch.topk", "dense products", "plain PyTorch", "read"}
 
 
 def test_the_registry_at_full_size() -> None:
     items = registry.registry(Inputs(FULL, "cpu"))  # nothing is allocated before a form is called
     by_name = {item.name: item for item in items}
-    assert len(by_name) == len(items) == 53
+    assert len(by_name) == len(items) == 56
     assert [item.name for item in items[:3]] == list(records.FLOORS)
     assert {item.decision for item in items} == {"", *DECISIONS}
     row, n, k, h = 151_936 * 2, 16_384, 32, 4_096
     moved = {name: (item.read, item.written) for name, item in by_name.items()}
     assert moved["select K 1,024"] == moved["select_loss K 64"] == moved["select float32 K 64"] == (n * row, 0)
     assert moved["select_loss of a shard K 64"] == (n * 19_072 * 2, 0)
-    assert moved["copy"] == moved["loss and gradient K 64"] == (n * row, n * row)
-    assert moved["scatter K 64"] == (0, n * row)
+    assert moved["copy"] == moved["loss and gradient K 64"] == moved["mass_grad K 64"] == (n * row, n * row)
+    assert moved["scatter K 64"] == moved["Support K 64, loss and gradient"] == (0, n * row)
     assert moved["select K 64 N 256"] == (256 * row, 0)
     assert moved["linear_loss K 32"] == (n * k * h * 2, 0)
     assert moved["linear K 32, dhidden and dhead"] == (n * k * h * 2, 151_936 * h * 2)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, so there are no block sizes to count with")
 
 from benchmarks import phases, predict
-from benchmarks.predict import CARDS, NEAR, PACES, SLOWER, Card, expected, milliseconds, share, throughput
+from benchmarks.predict import APART, CARDS, NEAR, SLOWER, Card, expected, milliseconds, share, throughput
 from benchmarks.records import load
 
 COMMITTED = json.loads((Path(predict.FOLDER) / "compiled_cost.json").read_text())
@@ -81,7 +81,7 @@ def test_a_core_in_part_full() -> None:
 def test_the_first_rows_are_read_together() -> None:
     """132 rows at once share the bandwidth; 2,000 cycles of the scan are hidden behind what they wait for."""
     card = CARDS["H100"]
-    together = 132 * 2 * 151_936 / (3.35e12 * 0.86 * PACES["select"])
+    together = 132 * 2 * 151_936 / (3.35e12 * 0.86 * APART)
     found = cost(programs=1, cycles=(20_000, 2_000, 20_000))
     assert milliseconds(found, card, n=132) == pytest.approx(1e3 * (18_000 * SLOWER / 1.96e9 + together))
 

@@ -19,6 +19,7 @@ from topk_rkl.backends.triton import launch
 from topk_rkl.divergence import ALPHA_BETA, REVERSE
 
 file = importlib.import_module("topk_rkl.backends.triton.select")  # whose name in the package is its function
+scatter = importlib.import_module("topk_rkl.backends.triton.scatter")
 backend = Direct(importlib.import_module("topk_rkl.backends.triton"))
 claim = file._claim
 pytestmark = pytest.mark.interpreter
@@ -102,6 +103,15 @@ def test_every_place_is_given_back(two_places: list[Tensor]) -> None:
 def test_few_rows_claim_nothing(two_places: list[Tensor]) -> None:
     assert_selects(backend, torch.randn(2, 700, device=DEVICE), 20)
     assert two_places == []
+
+
+def test_slots_of_one_id_are_merged_into_the_first() -> None:
+    """An id of more than 32 bits is no other's."""
+    ids = torch.tensor([[5, 2**32 + 5, 5, -1, 9, 5]], device=DEVICE)
+    g = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]], device=DEVICE)
+    sums, firsts = scatter.merged(g, ids)
+    assert firsts.tolist() == [[5, 2**32 + 5, -1, -1, 9, -1]]
+    assert [x for x, id_ in zip(sums[0].tolist(), firsts[0].tolist(), strict=True) if id_ >= 0] == [37.0, 2.0, 16.0]
 
 
 @pytest.mark.parametrize(("k", "programs", "most"), [(64, 8, 6 << 20), (1_024, 8, 21 << 20)])

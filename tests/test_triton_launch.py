@@ -110,4 +110,4 @@ def test_the_arguments_arrive(tmp_path: Path) -> None:
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", CALLS], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["select_kernel", "scatter_kernel", "linear_loss_kernel"]
+    assert done.stdout.split() == ["select_kernel", "merge_kernel", "scatter_kernel", "linear_loss_kernel"]

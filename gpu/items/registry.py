@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from gpu.items.floors import floors, read
 from gpu.items.forms import Form, Item
 from gpu.items.inputs import Inputs
 from topk_rkl import Support, linear_topk_reverse_kl, ops, teacher_topk, topk_reverse_kl, use_backend
+from topk_rkl.objective import pack
 
 OURS = ("triton", "cuda")
 
@@ -37,6 +39,8 @@ def registry(inputs: Inputs) -> list[Item]:
         *(select_loss_of_a_shard(inputs, k) for k in (narrow, usual)),
         *(head_trial(inputs, k, hot) for k, hot in ((narrow, False), (narrow, True), (usual, False))),
         *(head_gradient_trial(inputs, narrow, hot) for hot in (False, True)),
+        of_support(inputs, usual),
+        *mass(inputs, usual),
         scatter(inputs, usual, unique=True),
         scatter(inputs, usual, unique=False),
         support_loss(inputs, usual),
@@ -149,6 +153,44 @@ def loss_and_gradient(inputs: Inputs, k: int) -> Item:
     size = inputs.sizes.n * inputs.sizes.row
     forms = by_backend(call)
     return Item(f"loss and gradient K {k:,}", forms, read=size, written=size, sizes=of_logits(inputs, k))
+
+
+def of_support(inputs: Inputs, k: int) -> Item:
+    """The public entry from the teacher's K tokens, to the dense gradient; beside it plain PyTorch."""
+
+    def ours(name: str) -> None:
+        leaf = inputs.student.detach().requires_grad_()
+        with use_backend(name):
+            topk_reverse_kl(leaf, Support(inputs.ids(k), inputs.values(k))).backward()
+
+    def plain(_: int) -> None:
+        leaf = inputs.student.detach().requires_grad_()
+        log_p, log_q = leaf.gather(-1, inputs.ids(k).long()).float().log_softmax(-1), inputs.values(k).log_softmax(-1)
+        (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()
+
+    forms = {**by_backend(ours), "plain PyTorch": Form(plain)}
+    return Item(
+        f"Support K {k:,}, loss and gradient", forms, "", 0, inputs.sizes.n * inputs.sizes.row, of_logits(inputs, k)
+    )
+
+
+def mass(inputs: Inputs, k: int) -> list[Item]:
+    """What is compared outside S too: every logit is read, and every gradient written."""
+    objective, size, sizes = pack(mass="tail"), inputs.sizes.n * inputs.sizes.row, of_logits(inputs, k)
+
+    def loss(_: int) -> tuple[Tensor, Tensor, Tensor]:
+        given = inputs.student, inputs.ids(k), inputs.values(k), inputs.per_row.double(), None, objective
+        return ops.mass_loss(*given, "triton")
+
+    def gradient(_: int) -> None:
+        _, g, outside = found(0)
+        ops.mass_grad(g, inputs.ids(k), outside, inputs.per_row, inputs.student, inputs.gradient, objective, "triton")
+
+    found = cache(loss)
+    return [
+        Item(f"mass_loss K {k:,}", {"triton": Form(loss, "triton")}, "", size, sizes=sizes),
+        Item(f"mass_grad K {k:,}", {"triton": Form(gradient, "triton")}, "", size, size, sizes),
+    ]
 
 
 def scatter(inputs: Inputs, k: int, unique: bool) -> Item:

@@ -69,19 +69,9 @@ def plan_select(vocab: int, k: int, itemsize: int, wide: bool, normalize: bool, 
     return SelectPlan(k_pad, min(k_pad, groups_pad), group, groups_pad, block, num_warps, registers)
 
 
-@dataclass(frozen=True)
-class ScatterPlan:
-    """How one program writes its part of a row."""
-
-    block: int  # columns zeroed at a time
-    span: int  # columns a program writes
-    num_warps: int
-
-
-def plan_scatter(vocab: int, unique: bool) -> ScatterPlan:
-    """Many programs per row; fewer where each has to compare K slots with K slots first."""
-    block = min(8192, max(128, triton.next_power_of_2(vocab)))
-    return ScatterPlan(block, span=block if unique else 8 * block, num_warps=8)
+def plan_scatter(vocab: int) -> tuple[int, int]:
+    """Columns that a program writes, and its warps."""
+    return min(8192, max(128, triton.next_power_of_2(vocab))), 8
 
 
 @dataclass(frozen=True)

@@ -152,13 +152,18 @@ def mass_grad_kernel(
     vocab,
     inv_t,
     k,
+    blocks,  # of a row
     K_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    student = row_of(student, student_layout, tl.program_id(0))
-    out = row_of(out, out_layout, tl.program_id(0))
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
+    row = tl.program_id(0) // blocks
+    student = row_of(student, student_layout, row)
+    out = row_of(out, out_layout, row)
+    row = row.to(tl.int64)
+    slot = tl.arange(0, K_PAD)  # [K]
+    named = tl.load(ids + row * k + slot, mask=slot < k, other=-1)  # [K]
+    g = tl.load(g + row * k + slot, mask=slot < k, other=0.0)  # [K]
+    first = tl.program_id(0) % blocks * BLOCK
     last = tl.minimum(first + BLOCK, vocab)
     column = first + tl.arange(0, BLOCK)  # [BLOCK]
     at = column.to(tl.int64)
@@ -169,13 +174,9 @@ def mass_grad_kernel(
     x = tl.load(student + at * student_layout[3], mask=column < last, other=0.0).to(tl.float32)
     value = tl.where(factor == 0.0, 0.0, factor * tl.exp((x - peak) * inv_t))
     tl.store(out + at * out_layout[3], rounded(value, out.dtype.element_ty), mask=column < last)
-
-    slot = tl.arange(0, K_PAD)  # [K]
-    column = tl.load(ids + row * k + slot, mask=slot < k, other=-1)  # [K]
-    value = tl.load(g + row * k + slot, mask=slot < k, other=0.0)  # [K]
     fence()
-    value = product(value, scale, out.dtype.element_ty)
-    tl.store(out + column.to(tl.int64) * out_layout[3], value, mask=(column >= first) & (column < last))
+    value = product(g, scale, out.dtype.element_ty)
+    tl.store(out + named.to(tl.int64) * out_layout[3], value, mask=(named >= first) & (named < last))
 
 
 def tail_logit(
@@ -235,10 +236,11 @@ def mass_grad(
     if n == 0:
         return
     student = out if student is None else student
-    plan = plan_scatter(vocab, unique=True)
+    block, num_warps = plan_scatter(vocab)
+    blocks = triton.cdiv(vocab, block)
     with on_device_of(out):
-        mass_grad_kernel[(n, triton.cdiv(vocab, plan.block))](
+        mass_grad_kernel[(n * blocks,)](  # in the order of memory, as `scatter` writes
             g, ids, outside, grad_output, student, layout_of(student), out, layout_of(out), vocab, 1.0 / temperature,
-            k, K_PAD=pad_k(k), BLOCK=plan.block, num_warps=plan.num_warps,
+            k, blocks, K_PAD=pad_k(k), BLOCK=block, num_warps=num_warps,
             **compile_options(hip=torch.version.hip is not None),
         )  # fmt: skip
