@@ -181,7 +181,7 @@ def ids_nemo(p: Problem) -> Runner:
 def fast_llm(p: Problem) -> Runner:
     """One kernel makes loss and gradient, in the forward pass."""
     loss, gradients = peers.fast_llm(p.student, p.teacher)
-    return Runner(loss, gradients=gradients)
+    return Runner(loss, gradients=gradients, prepare=lambda: gradients().clear())
 
 
 def linear_ours(p: Problem, from_states: bool = False) -> Runner:

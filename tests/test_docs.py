@@ -35,7 +35,7 @@ SOURCES = {
 } | {path: path.read_text() for path in ROOT.iterdir() if path.suffix in KINDS or path.name == "Makefile"}
 MARKS = {
     "README.md": ["picture"],
-    "docs/benchmarks.md": ["cases", "cases", "exponents", "held", "gpu"],
+    "docs/benchmarks.md": ["cases", "cases", "exponents", "held", "cases", "gpu"],
     "docs/compiled.md": ["compiled"],
     "docs/scaling.md": ["scaling"] * 18,
     "examples/README.md": ["demo", "demo"],
