@@ -78,8 +78,7 @@ UNTESTED_THERE = {
     "linear.py::test_the_dense_product_is_not_taken_where_it_has_fewer_bits": "settings of a CPU's products",
     "supports.py::test_a_saved_support_loads_with_weights_only": "what torch.load takes",
 }
-# Of the GPU suite.
-CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "sparse head", "scaling")
+CASES = ("tiny", "select", "loss", "small N", "loss on ids", "linear", "sparse head", "scaling")  # of the GPU suite
 # Of these, with the seconds in which other projects are compiled, held to float64 and timed.
 BESIDE_OTHERS = {"linear": 170, "loss on ids": 60, "loss": 60}
 BESIDE = "smoke triton"  # runs while the extension is built

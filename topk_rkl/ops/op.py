@@ -20,7 +20,7 @@ from torch import Tensor
 from topk_rkl.divergence import Terms
 from topk_rkl.rows import result_dtype, row_views
 
-NOT_CAPTURED = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag)  # torch 2.7 has none
+NOT_CAPTURED = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()  # torch 2.7 has none
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]

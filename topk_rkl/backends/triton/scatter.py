@@ -67,7 +67,7 @@ def merged(
     g: Tensor,  # (N, K)
     ids: Tensor,  # (N, K)
 ) -> tuple[Tensor, Tensor]:  # (N, K), (N, K)
-    """Once per row: as part of each block of zeros it took a third of their time."""
+    """What `merge_kernel` writes, once per row: for each block of zeros it took a third of their time."""
     (n, k), sums, firsts = ids.shape, torch.empty_like(g), torch.empty_like(ids)
     merge_kernel[(n,)](
         g, ids, sums, firsts, k, K_PAD=pad_k(k), num_warps=slot_warps(k, REVERSE),
