@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import phases, predict
 from benchmarks.fit import exponents
-from benchmarks.gpu_report import gpu
+from benchmarks.gpu_report import gpu, item_lines
 from benchmarks.records import FOLDER, Line, load
 from benchmarks.scaling import tables as scaling
 from benchmarks.summaries import (
@@ -176,8 +176,8 @@ def compiled(_: str) -> str:
 
 def measured_share(kernel: str, dtype: str, vocab: int, k: int, width: int, form: str = "triton") -> str:
     """The share of each device that has one: "0.92, NVIDIA H200; 0.90, NVIDIA H100 80GB HBM3"."""
-    file, found = FOLDER / "gpu_items.jsonl", {}
-    for line in load(file) if file.exists() else []:
+    found: dict[str, str] = {}
+    for line in item_lines():
         sizes = (line.get("kernel"), line.get("dtype"), line.get("v"), line.get("k"), line.get("h", 0), line["form"])
         if sizes == (kernel, dtype, vocab, k, width, form) and "share" in line:
             found.setdefault(line["device"], f"{line['share']:.2f}, {line['device']}")

@@ -71,6 +71,16 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_what_reads_an_objective_is_left_out_of_cuda_graphs(name: str) -> None:
+    """A replay would repeat the numbers that were read on the host."""
+    packet = getattr(torch.ops.topk_rkl, name)
+    tagged = {x for x in packet.overloads() if torch.Tag.cudagraph_unsafe in getattr(packet, x).tags}
+    reads = "objective" in {x.name for x in packet.default._schema.arguments}
+    assert set(packet.overloads()) == {"default", *(["objective"] if reads else [])}
+    assert tagged == ({"objective"} if reads else set())
+
+
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_fake_is_what_the_op_gives(name: str, dtype: torch.dtype) -> None:
     def cast(x):

@@ -196,6 +196,29 @@ def _scan(
 
 
 @triton.jit
+def _in_order(
+    column,  # [K] int32, ascending
+    x,  # [K] their logits
+    filled,  # [K]: the slots that have one, before all others
+    slot,  # [K]
+    K_PAD: tl.constexpr,
+    IDLE: tl.constexpr,
+):
+    """-> columns [K] and values [K], value descending, column ascending; -1 and -inf where there is none.
+
+    The key holds the value, and in its idle bits or below them the slot, which goes up with the column.
+    """
+    order = _order_key(x, IDLE)
+    if IDLE == 0:
+        order = order.to(tl.int64) << 32
+    order = tl.sort(order | (K_PAD - 1 - slot), descending=True)  # [K]
+    column = tl.where(filled, tl.gather(column, K_PAD - 1 - (order & (K_PAD - 1)).to(tl.int32), 0), -1)
+    if IDLE == 0:
+        order >>= 32
+    return column, tl.where(filled, _of_order_key(order.to(tl.int32), IDLE), float("-inf"))
+
+
+@triton.jit
 def _claim(
     taken,  # (places,) int32: 1 where a running program has the place
     places,
@@ -290,20 +313,13 @@ def select_kernel(
     count = _store_largest(key, threshold, k, ids, PICKED_PAD * PARTS)
     fence()
 
-    # 4. In order: value descending, id ascending, which the candidates are. Idle bits of the value hold their number.
+    # 4. In order: value descending, id ascending.
     candidate = tl.load(ids + slot, mask=slot < count, other=0)
     column = tl.load(picked + candidate // GROUP, mask=slot < count, other=0) * GROUP + candidate % GROUP
     x = tl.load(logits + column.to(tl.int64) * column_stride, mask=slot < count, other=float("-inf"))
     fence()
-    order = _order_key(x, IDLE)
-    if IDLE == 0:
-        order = order.to(tl.int64) << 32
-    order = tl.sort(order | (K_PAD - 1 - slot), descending=True)  # [K]
     filled = slot < count
-    column = tl.where(filled, tl.gather(column, K_PAD - 1 - (order & (K_PAD - 1)).to(tl.int32), 0), -1)
-    if IDLE == 0:
-        order >>= 32
-    w = tl.where(filled, _of_order_key(order.to(tl.int32), IDLE), float("-inf"))
+    column, w = _in_order(column, x, filled, slot, K_PAD, IDLE)
     if NORMALIZE:
         w = tl.where(filled, w.to(tl.float64) - highest - log_total, float("-inf")).to(tl.float32)
     tl.store(ids + slot, column, mask=slot < k)
