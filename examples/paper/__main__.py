@@ -1,0 +1,40 @@
+"""python -m examples.paper NAME ... runs studies one after another; each writes NAME.json, NAME.md and NAME.png."""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on shared cores, threads that spin slow every study down
+
+import torch
+
+from examples.paper import study
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.paper",
+        description="The studies of docs/paper.md. Each takes minutes on two cores, and writes tables and a picture.",
+    )
+    parser.add_argument("names", nargs="+", choices=study.NAMES, metavar="NAME", help=", ".join(study.NAMES))
+    parser.add_argument("--full", action="store_true", help="more steps and sizes: up to hours")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="None: those of the study")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
+    parser.add_argument("--redraw", action="store_true", help="the table and the picture from NAME.json in --out")
+    parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder of the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
+    torch.set_num_threads(args.threads)
+    for name in args.names:
+        if args.redraw:
+            study.redraw(name, args.out)
+        else:
+            study.run(name, args.full, args.seeds or study.study(name).SEEDS, args.out)
+        print((args.out / f"{name}.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
