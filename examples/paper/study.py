@@ -52,7 +52,7 @@ def run(name: str, full: bool, seeds: Sequence[int], out: Path) -> Record:
     record |= {"threads": torch.get_num_threads(), **module.measure(size, seeds)}
     record["seconds"] = round(time.perf_counter() - started, 1)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     redraw(name, out)
     return record
 
