@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,12 @@ def test_variance_is_the_mean_square_from_the_mean() -> None:
 
 
 @pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
+def record() -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small, and the same rounding everywhere
     found = {"size": SHORT._asdict(), "seeds": SEEDS, "torch": "", "threads": 1, "seconds": 1}
-    return json.loads(json.dumps(found | control.measure(SHORT, SEEDS)))
+    yield json.loads(json.dumps(found | control.measure(SHORT, SEEDS)))
+    torch.set_num_threads(threads)
 
 
 def verdicts(record: dict[str, Any]) -> list[bool | None]:
@@ -117,7 +121,7 @@ def verdicts(record: dict[str, Any]) -> list[bool | None]:
 class TestStudy:
     def test_teachers_arrive(self, record: dict[str, Any]) -> None:
         assert max(record["teacher"]["distance"]) < 0.5
-        for path, (start, target) in zip(record["paths"]["teacher"].values(), [(2, -3), (-2, 3)]):
+        for path, (start, target) in zip(record["teacher"]["path"].values(), [(2, -3), (-2, 3)]):
             assert len(path) == SHORT.steps + 1
             assert path[0] == start and path[-1] == pytest.approx(target, abs=0.4)
 
@@ -138,17 +142,22 @@ class TestStudy:
         assert max(run[-1] for run in control.curves(record, 0.0, "distance")) < 1
 
     def test_verdicts_follow_the_record(self, record: dict[str, Any]) -> None:
-        good, bad = copy.deepcopy(record), copy.deepcopy(record)
-        for doctored, power in ((good, 3.0), (bad, -3.0)):
+        for power, wanted in ((1.5, [True] * 3), (-1.5, [False] * 3), (0.5, [True, False, True])):
+            doctored = copy.deepcopy(record)
             for gamma, curves in doctored["rates"][str(control.RATE)]["gammas"].items():
-                factor = 10 ** (power * float(gamma))
                 for name in ("variance", "kl"):
-                    curves[name] = [[factor / (i + 1) ** 0.1 for i in range(len(run))] for run in curves[name]]
-        assert verdicts(good) == [True] * 3
-        assert verdicts(bad) == [False] * 3
-        for run in good["rates"][str(control.RATE)]["gammas"]["0.0"]["kl"]:
-            run[0] = 0.01  # gamma = 0 comes away from its teacher as well
-        assert verdicts(good) == [True, True, False]
+                    curves[name] = [[10 ** (power * float(gamma))] * len(run) for run in curves[name]]
+            assert verdicts(doctored) == wanted
+        doctored["rates"][str(control.RATE)]["gammas"]["1.0"]["kl"][0] = [1.0] * 3  # of one seed
+        assert verdicts(doctored) == [True, False, False]
+
+    def test_other_rates_have_verdicts_of_their_own(self, record: dict[str, Any]) -> None:
+        both = copy.deepcopy(record)
+        both["rates"]["0.01"] = copy.deepcopy(both["rates"][str(control.RATE)])
+        assert verdicts(both) == [verdicts(record)[i] for i in (0, 1, 1, 2, 2)]
+        both["rates"]["0.01"]["gammas"]["1.0"]["kl"] = [[1e6] * 3] * len(SEEDS)
+        assert verdicts(both)[-1] and "0.01" in control.claims(both)[-1].claim
+        assert "0.01" in page("control", both)
 
     def test_the_page_and_the_picture(self, record: dict[str, Any], tmp_path: Path) -> None:
         assert set(control.tables(record)) == {"variance", "students", "teachers"}

@@ -56,7 +56,7 @@ class Size(NamedTuple):
     length: int = 32  # where the distances are compared
 
 
-FULL = Size(listed=(2, 4, 8, 10), lengths=(2, 4, 8, 16, 32, 64, 128, 256, 512), samples=16_384)
+FULL = Size(listed=(2, 4, 8, 9), lengths=(2, 4, 8, 16, 32, 64, 128, 256, 512), samples=16_384)
 
 
 def identities(of: Chain, length: int) -> dict[str, float]:
@@ -209,7 +209,9 @@ def reach(values: Sequence[float], form: str) -> str:
 def tables(record: Record) -> dict[str, Rows]:
     lengths = record["size"]["lengths"]
     shown = range(len(lengths))[-FITTED - 1 :: 2]
-    growth = [["case", "estimator", *(f"variance, T = {lengths[at]}" for at in shown), "exponent", "in the bound"]]
+    growth = [
+        ["case", "estimator", *(f"variance, T = {lengths[at]}" for at in shown), "exponent", "exponent of the bound"]
+    ]
     for case in CASES:
         for name in ESTIMATORS:
             medians = [f"{statistics.median(variances(record, case, name, at)):.3g}" for at in shown]
@@ -335,7 +337,7 @@ def draw(record: Record) -> "Figure":
     from matplotlib.figure import Figure
 
     lengths, runs = record["size"]["lengths"], record["runs"]
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for name, colour in COLOURS.items():
         for case, style in zip(CASES, ("-", ":")):
