@@ -25,7 +25,7 @@ class Chain(NamedTuple):
 def chain(vocab: int, seed: int, distance: float = 1.0, halves: bool = False) -> Chain:
     """A random teacher, and a student whose logits are away from it by normal numbers times `distance`.
 
-    With `halves`, a sequence never leaves the half of the vocabulary where it starts.
+    `halves` keeps a sequence in the half of the vocabulary where it starts.
     """
     generator = torch.Generator().manual_seed(seed)
     teacher, away = torch.randn((2, vocab + 1, vocab), generator=generator, dtype=torch.float64)  # (V + 1, V) each

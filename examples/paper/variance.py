@@ -1,8 +1,8 @@
 """Bias and variance of the token-level and the sequence-level gradient: section 2 and appendix D, in exact numbers.
 
 The models are tables, so all sequences of a few tokens can be listed, and expectations over longer ones follow by
-recursion. Only the variances of long sequences are sampled. Two cases: a chain that mixes, and a chain of halves, whose
-first token decides where all the others are. The steps of the latter stay correlated, however long the sequence is.
+recursion. Only the variances of long sequences are sampled. There are two cases, a chain that mixes and a chain of
+halves. The first token of the latter decides where all the others are, so its steps stay correlated.
 
 Appendix D bounds E|g|^2 by T^2 (B_r B_s)^2 at the token level and by T^4 (B_r B_s)^2 at the sequence level, where B_r
 and B_s bound |r_t| and |s_t|. Scores have mean 0 given the past, so E|s_1 + ... + s_T|^2 is at most T B_s^2. Hence
