@@ -79,7 +79,7 @@ def variance(
 
 
 class Point(NamedTuple):
-    """What is measured of each run at one moment, averaged over the two tasks."""
+    """The measurements of each run at one moment, averaged over the two tasks."""
 
     variance: Tensor  # (R,) of the gradient the student is trained by
     same: Tensor  # (R,) of the gradient of that gamma, for the student of gamma = 0
