@@ -1,0 +1,322 @@
+"""Tables, claims and picture of the study `failures`, from its record alone."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from examples.paper.study import PAPER, Claim, Record, Rows, interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MODES = [f"{PAPER}, failure mode {i}" for i in (1, 2, 3)]
+FIVE_PERCENT = 1  # of the quantiles, and of the shares of tokens
+NAMED = {
+    "reward": "abs(reward) of the sampled token",
+    "sampled_grad": "its squared gradient",
+    "topk": "top-K loss",
+    "topk_grad": "its squared gradient ",
+    "full": "full KL",
+    "full_grad": "its squared gradient  ",
+}
+TEACHERS = {
+    "matched": "reads what the student reads",
+    "spelled": "has the prompt's special tokens as plain text",
+    "renamed": "ends answers by another id",
+    "remapped": "the same, its top K remapped",
+}
+
+
+def above(values: Sequence[float], limit: float) -> bool | None:
+    """Whether the mean is above the limit; None where the 95 % confidence interval has the limit inside, or is none."""
+    mean, half = interval(values)
+    return True if mean - half > limit else False if mean + half <= limit else None
+
+
+def both(first: bool | None, second: bool | None) -> bool | None:
+    if False in (first, second):
+        return False
+    return None if None in (first, second) else True
+
+
+def shown(values: Sequence[float], digits: int = 2) -> str:
+    """A mean, with half its confidence interval where there are several values."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def of_runs(record: Record, part: str, name: str) -> list:
+    return [run[part][name] for run in record["runs"]]
+
+
+def carried(record: Record, name: str, few: int = FIVE_PERCENT) -> list[float]:
+    """The part of a sum that the largest tokens carry, per seed."""
+    return [shares[name][few] for shares in of_runs(record, "imbalance", "carried")]
+
+
+def ends(record: Record, teacher: str, name: str, loss: str | None = None) -> list[float]:
+    """A figure of every answer that ends, of all seeds."""
+    found = [run["endings"][teacher][name] for run in record["runs"]]
+    return [x for values in found for x in (values[loss] if loss else values)]
+
+
+def looping(record: Record, name: str) -> list[tuple[float, float]]:
+    """A figure inside and outside of loops, of every greedy answer that has both."""
+    answers = [answer for answer in record["greedy"] if "inside" in answer and "outside" in answer]
+    return [(answer["inside"][name], answer["outside"][name]) for answer in answers]
+
+
+def looped_share(record: Record) -> float:
+    """Of all tokens of the greedy answers, the share inside loops."""
+    tokens = [answer["tokens"] for answer in record["greedy"]]
+    return sum(n * answer["looping"] for n, answer in zip(tokens, record["greedy"])) / sum(tokens)
+
+
+def mask_removes(record: Record, teacher: str) -> float:
+    """How much of what a mismatched teacher changes in the answers' mean abs(reward) is gone under the mask."""
+    before, after = (
+        statistics.fmean(abs(x - y) for x, y in zip(ends(record, teacher, name), ends(record, "matched", name)))
+        for name in ("mean", "masked mean")
+    )
+    return 1 - after / before
+
+
+def tables(record: Record) -> dict[str, Rows]:
+    return {
+        "Rewards": rewards_table(record),
+        "Signal": signal_table(record),
+        "Positions": positions_table(record),
+        "Loops": loops_table(record),
+        "Ends": ends_table(record),
+    }
+
+
+def rewards_table(record: Record) -> Rows:
+    def row(title: str, name: str) -> list[str]:
+        return [title, shown(of_runs(record, "imbalance", name))]
+
+    quantiles = list(zip(*of_runs(record, "imbalance", "quantiles")))
+    return [
+        ["reward log q(y) - log p(y), nats", "mean over seeds"],
+        row("share below 0", "negative"),
+        row("mean of the sampled tokens", "mean"),
+        row("exact mean over the vocabulary, -KL(p, q)", "exact mean"),
+        row("skew", "skew"),
+        *(
+            [f"quantile {at}", shown(x)]
+            for at, x in zip(("1 %", "5 %", "25 %", "50 %", "75 %", "95 %", "99 %"), quantiles)
+        ),
+        row("share of sampled tokens outside the teacher's top K", "outside"),
+    ]
+
+
+def signal_table(record: Record) -> Rows:
+    rows = [[title.strip(), *(shown(carried(record, name, few)) for few in (0, 1))] for name, title in NAMED.items()]
+    return [["sum over all tokens", "in the top 1 %", "in the top 5 %"], *rows]
+
+
+def positions_table(record: Record) -> Rows:
+    size, runs = record["size"], [run["positions"] for run in record["runs"]]
+    head = ["positions", "mean reward", "1 % quantile", "5 % quantile", "median", "teacher's log q(y)"]
+    rows = [[*head, "teacher's entropy", "student's entropy"]]
+    edges = [size["length"] * b // size["buckets"] for b in range(size["buckets"] + 1)]
+    for b, (first, last) in enumerate(pairwise(edges)):
+        columns = [[run["reward"][b] for run in runs], *([run["quantiles"][b][i] for run in runs] for i in (0, 1, 3))]
+        columns += [
+            [run[name][b] for run in runs] for name in ("teacher log-prob", "teacher entropy", "student entropy")
+        ]
+        rows.append([f"{first + 1} to {last}", *map(shown, columns)])
+    return rows
+
+
+def loops_table(record: Record) -> Rows:
+    rows = [["place", "student's p", "teacher's q", "mean reward"]]
+    for n in range(record["size"]["repeats"] + 1):
+        columns = [[x[n] for x in of_runs(record, "loops", name)] for name in ("student", "teacher", "reward")]
+        rows.append([f"phrase after {n} copies of it", *map(shown, columns)])
+    for place, index in {"inside": 0, "outside": 1}.items():
+        reward, q = ([pair[index] for pair in looping(record, name)] for name in ("reward", "teacher"))
+        rows.append([f"greedy answers, {place} loops", "", shown(q), shown(reward)])
+    return rows
+
+
+def ends_table(record: Record) -> Rows:
+    head = ["teacher", "log p(end)", "log q(end)", "largest reward", "part of abs(reward)", "part of sampled signal"]
+    rows = [[*head, "mean abs(reward)", "masked", "end in S", "top-K loss", "part of top-K signal"]]
+    for teacher, says in TEACHERS.items():
+        of_token = [ends(record, teacher, name) for name in ("student log-prob", "teacher log-prob", "is largest")]
+        of_token += [ends(record, teacher, "share", loss) for loss in ("reward", "sampled")]
+        of_token += [ends(record, teacher, name) for name in ("mean", "masked mean")]
+        of_top_k = [
+            *(ends(record, teacher, name) for name in ("in support", "topk")),
+            ends(record, teacher, "share", "topk"),
+        ]
+        sampled = [""] * len(of_token) if teacher == "remapped" else list(map(shown, of_token))
+        rows.append([f"{teacher}: {says}", *sampled, *map(shown, of_top_k)])
+    return rows
+
+
+def claims(record: Record) -> list[Claim]:
+    return [*imbalance_claims(record), *reliability_claims(record), *mismatch_claims(record)]
+
+
+def imbalance_claims(record: Record) -> list[Claim]:
+    negative, mean, exact = (of_runs(record, "imbalance", x) for x in ("negative", "mean", "exact mean"))
+    sampled, topk = carried(record, "sampled_grad"), carried(record, "topk_grad")
+    gained = [x - y for x, y in zip(sampled, topk)]
+    largest = max(of_runs(record, "imbalance", "largest gradient outside"))
+    return [
+        Claim(
+            MODES[0],
+            "Most sampled tokens get a reward below 0.",
+            f"share below 0: {shown(negative)}; mean {shown(mean)}, exact mean -KL {shown(exact)}",
+            above(negative, 0.5),
+        ),
+        Claim(
+            MODES[0],
+            "A few tokens dominate the rewards: 5 % of the tokens carry more than half of the summed abs(reward).",
+            f"top 5 %: {shown(carried(record, 'reward'))}; top 1 %: {shown(carried(record, 'reward', 0))}",
+            above(carried(record, "reward"), 0.5),
+        ),
+        Claim(
+            MODES[0],
+            "A few tokens dominate the update: 5 % of the tokens carry more than half of the squared logit gradient.",
+            f"top 5 %: {shown(sampled)}; top 1 %: {shown(carried(record, 'sampled_grad', 0))}",
+            above(sampled, 0.5),
+        ),
+        Claim(
+            f"{PAPER}, section 3.2",
+            "The top-K loss spreads its squared gradient over more tokens than the sampled-token objective.",
+            f"part of the top 5 %: top-K {shown(topk)}, sampled {shown(sampled)}, difference {shown(gained)}",
+            above(gained, 0),
+        ),
+        Claim(
+            f"{PAPER}, section 3.2",
+            "The top-K loss gives no gradient to a logit outside the teacher's top K.",
+            f"largest abs(gradient) at sampled tokens outside: {largest:g}; "
+            f"they are {shown(of_runs(record, 'imbalance', 'outside'))} of all sampled tokens",
+            largest == 0,
+        ),
+    ]
+
+
+def reliability_claims(record: Record) -> list[Claim]:
+    tails = [[bucket[FIVE_PERCENT] for bucket in x] for x in of_runs(record, "positions", "quantiles")]
+    first, last = ([tail[b] for tail in tails] for b in (0, -1))
+    once, often = ([x[n] for x in of_runs(record, "loops", "teacher")] for n in (1, -1))
+    reward = [x[-1] for x in of_runs(record, "loops", "reward")]
+    inside, outside = (list(x) for x in zip(*looping(record, "reward")))
+    return [
+        Claim(
+            MODES[1],
+            "The lower tail of log q(y) - log p(y) widens with the position: 5 % quantile, last bucket against first.",
+            f"first bucket {shown(first)}, last {shown(last)}, over {sum(of_runs(record, 'positions', 'answers'))} "
+            f"answers of {record['size']['length']} tokens (the paper's have up to 16,384)",
+            above([x - y for x, y in zip(first, last)], 0),
+        ),
+        Claim(
+            MODES[1],
+            "The teacher agrees with loops: it gives a phrase more probability the more copies precede, and over 0.5.",
+            f"teacher's mean q per token after 1 copy {shown(once)}, after {record['size']['repeats']} {shown(often)}",
+            both(above([y - x for x, y in zip(once, often)], 0), above(often, 0.5)),
+        ),
+        Claim(
+            MODES[1],
+            "The reward does not speak against a made loop: its mean per token there is above 0.",
+            f"after {record['size']['repeats']} copies {shown(reward)}",
+            above(reward, 0),
+        ),
+        Claim(
+            MODES[1],
+            "The student's own loops are punished less than its other tokens (greedy answers, means of each answer).",
+            f"mean reward inside repeated 4-grams {shown(inside)}, outside {shown(outside)}; "
+            f"{looped_share(record):.0%} of greedy and {statistics.fmean(of_runs(record, 'loops', 'looping')):.1%} of "
+            f"sampled tokens are inside; {len(inside)} greedy answers have both",
+            above([x - y for x, y in zip(inside, outside)], 0),
+        ),
+    ]
+
+
+def mismatch_claims(record: Record) -> list[Claim]:
+    student = shown(ends(record, "matched", "student log-prob"))
+    matched = shown(ends(record, "matched", "teacher log-prob"))
+    found = []
+    for teacher in ("renamed", "spelled"):
+        here = f"a teacher that {TEACHERS[teacher]}"
+        largest, shares = ends(record, teacher, "is largest"), ends(record, teacher, "share", "reward")
+        sampled, topk = (ends(record, teacher, "share", loss) for loss in ("sampled", "topk"))
+        found += [
+            Claim(
+                MODES[2],
+                f"One mismatched token dominates, {here}: abs(reward) is largest at the end in most answers.",
+                f"largest in {shown(largest)} of {len(largest)} answers, {shown(shares)} of the summed abs(reward); "
+                f"log p {student}, matched log q {matched}, here {shown(ends(record, teacher, 'teacher log-prob'))}",
+                above(largest, 0.5),
+            ),
+            Claim(
+                f"{PAPER}, section 3",
+                f"The mask of special tokens removes most (nine tenths) of what changes with {here}.",
+                f"{mask_removes(record, teacher):.0%} of the change in an answer's mean abs(reward) is gone",
+                mask_removes(record, teacher) > 0.9,
+            ),
+            Claim(
+                f"{PAPER}, table 1",
+                f"The top-K loss suffers less than the sampled token, {here}: part of the squared gradient at the end.",
+                f"sampled {shown(sampled)}, top-K {shown(topk)}; means over answers",
+                above([x - y for x, y in zip(sampled, topk)], 0),
+            ),
+        ]
+    return found
+
+
+def draw(record: Record) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    (rewards, tail), (loop, end) = figure.subplots(2, 2)
+    histogram = record["histogram"]
+    for name, colour in {"reward": "tab:orange", "exact mean": "tab:blue"}.items():
+        label = {"reward": "reward of the sampled token", "exact mean": "its exact mean, -KL"}[name]
+        total = sum(histogram[name])
+        rewards.stairs([x / total for x in histogram[name]], histogram["edges"], color=colour, label=label)
+    rewards.axvline(0, color="0.7", linewidth=0.8)
+    rewards.set(
+        yscale="log", xlabel="log q - log p, nats", ylabel="share of tokens", title="rewards", xticks=range(-15, 6, 5)
+    )
+    positions, size = [run["positions"] for run in record["runs"]], record["size"]
+    middle = [(b + 0.5) * size["length"] / size["buckets"] for b in range(size["buckets"])]
+    for index, (name, colour) in {
+        3: ("median", "0.3"),
+        2: ("25 %", "tab:green"),
+        1: ("5 %", "tab:orange"),
+        0: ("1 %", "tab:red"),
+    }.items():
+        for run in positions:
+            tail.plot(middle, [x[index] for x in run["quantiles"]], color=colour, alpha=0.25, linewidth=0.8)
+        mean = [statistics.fmean(run["quantiles"][b][index] for run in positions) for b in range(size["buckets"])]
+        tail.plot(middle, mean, marker=".", color=colour, label=name)
+    tail.set(xlabel="position in the answer, tokens", ylabel="log q - log p, nats", title="quantiles of the reward")
+    for name, colour in {"teacher": "tab:blue", "student": "tab:orange"}.items():
+        probs = [run["loops"][name] for run in record["runs"]]
+        for x in probs:
+            loop.plot(x, color=colour, alpha=0.25, linewidth=0.8)
+        loop.plot([statistics.fmean(x) for x in zip(*probs)], marker=".", color=colour, label=name)
+    loop.set(xlabel="copies of the phrase before", ylabel="mean probability per token", title="loops", ylim=(0, 1))
+    bars = {
+        "reward": "abs(reward)",
+        "sampled": "squared gradient, sampled token",
+        "topk": "squared gradient, top-K loss",
+    }
+    groups = [(teacher, "share") for teacher in ("matched", "spelled", "renamed")] + [("renamed", "masked share")]
+    for place, (loss, label) in enumerate(bars.items()):
+        heights = [statistics.fmean(ends(record, teacher, name, loss)) for teacher, name in groups]
+        where = [x + 0.27 * (place - 1) for x in range(len(groups))]
+        drawn = end.bar(where, heights, 0.25, color=("tab:red", "tab:orange", "tab:blue")[place], label=label)
+        end.bar_label(drawn, fmt="%.2f", fontsize=7)
+    end.set(ylabel="part of the answer's sum", title="the token that ends an answer", xticks=range(len(groups)))
+    end.set_xticklabels(["matched", "spelled", "renamed", "renamed,\nmasked"])
+    end.set_ylim(0, 1.35 * end.get_ylim()[1])  # room for the legend
+    for axes in (rewards, tail, loop, end):
+        axes.legend(fontsize=8)
+    return figure
