@@ -47,6 +47,14 @@ def parts(sample: Rollout) -> Iterator[Rollout]:
         yield rows_of(sample, rows)
 
 
+def trimmed(sample: Rollout) -> Rollout:
+    """Without the last columns, where no answer has a token."""
+    _, real = response(sample)  # (B, T)
+    length = int(real.any(0).sum())
+    end = sample.ids.shape[1] - sample.length + length
+    return Rollout(sample.ids[:, :end], sample.mask[:, :end], length)
+
+
 def response(sample: Rollout) -> tuple[Tensor, Tensor]:  # (B, T), (B, T) bool
     """The ids of the answers, and which are real tokens."""
     return sample.ids[:, -sample.length :], sample.mask[:, -sample.length :]
@@ -55,7 +63,7 @@ def response(sample: Rollout) -> tuple[Tensor, Tensor]:  # (B, T), (B, T) bool
 def token_table(models: Models, sample: Rollout, reading: Reading, k: int) -> Table:
     """Answer, position, log-probs, reward, and the value and gradient of three losses, at each real token."""
     both = zip(parts(sample), parts(reading.sample), strict=True)
-    tables = [_part_table(models, ours, reading._replace(sample=theirs), k) for ours, theirs in both]
+    tables = [_part_table(models, trimmed(ours), reading._replace(sample=trimmed(theirs)), k) for ours, theirs in both]
     for index, table in enumerate(tables):
         table["answer"] += index * AT_ONCE
     return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}

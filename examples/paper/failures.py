@@ -33,13 +33,14 @@ GREEDY = 1e-9  # a nucleus of the best token alone
 
 class Size(NamedTuple):
     layers: int = 24  # kept of the teacher's 30
-    prompts: int = 16
+    nearer: int = 28  # layers of a better student, for the positions alone
+    prompts: int = 12
     length: int = 192  # most tokens of an answer
     buckets: int = 6  # of equally many positions
     k: int = 32
     phrase: int = 12  # tokens of an answer that are made a loop
     repeats: int = 8
-    greedy: int = 24  # prompts answered greedily
+    greedy: int = 16  # prompts answered greedily
 
 
 FULL = Size(prompts=32, length=384, greedy=32)
@@ -60,20 +61,23 @@ def load(layers: int) -> "Models":
 
 def measured(models: "Models", size: Size, seeds: Sequence[int]) -> Record:
     from examples.paper.failure_modes import Reading, token_table
-    from examples.smollm2 import read_prompts, rollout
+    from examples.smollm2 import read_prompts, rollout, without_layers
 
     student, tokenizer = models.student, models.tokenizer
+    nearer = models._replace(student=without_layers(models.teacher, size.nearer).requires_grad_(False))
     prompts = [prompt for section in read_prompts(PROMPTS).values() for prompt in section]
     runs, drawn = [], []
     for seed in bar(seeds, "failures"):
         source = torch.Generator().manual_seed(seed)
         sample = rollout(student, tokenizer, prompts[: size.prompts], size.length, 1.0, source)
         table = token_table(models, sample, Reading(sample), size.k)
+        other = rollout(nearer.student, tokenizer, prompts[: size.prompts], size.length, 1.0, source)
         drawn.append({name: table[name] for name in ("reward", "full")})
         runs.append(
             {
                 "imbalance": imbalance(table),
                 "positions": by_position(table, size),
+                "nearer": by_position(token_table(nearer, other, Reading(other), size.k), size),
                 "loops": loops(models, sample, size),
                 "endings": endings(models, sample, prompts, size.k),
             }
@@ -111,9 +115,11 @@ def carried(
     return ranked[: max(1, round(share * len(ranked)))].sum() / ranked.sum()
 
 
-def by_position(table: "Table", size: Size) -> Record:
+def by_position(table: "Table", size: Size) -> Record | None:
     """Statistics by bucket of positions, over the answers that reach the last position: the same in every bucket."""
     tokens = table["answer"].bincount()  # (B,)
+    if not (tokens == size.length).any():
+        return None
     whole = (tokens == size.length)[table["answer"]]  # (n,)
     bucket = table["position"] * size.buckets // size.length  # (n,)
     taken = [{name: x[whole & (bucket == b)] for name, x in table.items()} for b in range(size.buckets)]

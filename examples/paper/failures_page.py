@@ -20,6 +20,7 @@ NAMED = {
     "full": "full KL",
     "full_grad": "its squared gradient  ",
 }
+STUDENTS = {"positions": "layers", "nearer": "nearer"}  # a part of a run: its layers in Size
 TEACHERS = {
     "matched": "reads what the student reads",
     "spelled": "has the prompt's special tokens as plain text",
@@ -30,6 +31,8 @@ TEACHERS = {
 
 def above(values: Sequence[float], limit: float) -> bool | None:
     """Whether the mean is above the limit; None where the 95 % confidence interval has the limit inside, or is none."""
+    if not values:
+        return None
     mean, half = interval(values)
     return True if mean - half > limit else False if mean + half <= limit else None
 
@@ -42,12 +45,19 @@ def both(first: bool | None, second: bool | None) -> bool | None:
 
 def shown(values: Sequence[float], digits: int = 2) -> str:
     """A mean, with half its confidence interval where there are several values."""
+    if not values:
+        return "none"
     mean, half = interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
 def of_runs(record: Record, part: str, name: str) -> list:
     return [run[part][name] for run in record["runs"]]
+
+
+def by_position(record: Record, part: str) -> list[Record]:
+    """Of the seeds that have an answer of full length."""
+    return [run[part] for run in record["runs"] if run[part] is not None]
 
 
 def carried(record: Record, name: str, few: int = FIVE_PERCENT) -> list[float]:
@@ -117,16 +127,17 @@ def signal_table(record: Record) -> Rows:
 
 
 def positions_table(record: Record) -> Rows:
-    size, runs = record["size"], [run["positions"] for run in record["runs"]]
-    head = ["positions", "mean reward", "1 % quantile", "5 % quantile", "median", "teacher's log q(y)"]
+    size = record["size"]
+    head = ["student", "positions", "mean reward", "1 % quantile", "5 % quantile", "median", "teacher's log q(y)"]
     rows = [[*head, "teacher's entropy", "student's entropy"]]
     edges = [size["length"] * b // size["buckets"] for b in range(size["buckets"] + 1)]
-    for b, (first, last) in enumerate(pairwise(edges)):
-        columns = [[run["reward"][b] for run in runs], *([run["quantiles"][b][i] for run in runs] for i in (0, 1, 3))]
-        columns += [
-            [run[name][b] for run in runs] for name in ("teacher log-prob", "teacher entropy", "student entropy")
-        ]
-        rows.append([f"{first + 1} to {last}", *map(shown, columns)])
+    for part, layers in STUDENTS.items():
+        runs = by_position(record, part)
+        for b, (first, last) in enumerate(pairwise(edges)):
+            columns = [[run["quantiles"][b][i] for run in runs] for i in (0, 1, 3)]
+            names = ("teacher log-prob", "teacher entropy", "student entropy")
+            columns = [[run["reward"][b] for run in runs], *columns, *([run[x][b] for run in runs] for x in names)]
+            rows.append([f"{size[layers]} layers", f"{first + 1} to {last}", *map(shown, columns)])
     return rows
 
 
@@ -201,20 +212,26 @@ def imbalance_claims(record: Record) -> list[Claim]:
     ]
 
 
+def tail_claim(record: Record, part: str) -> Claim:
+    runs, size = by_position(record, part), record["size"]
+    first, last = ([run["quantiles"][b][FIVE_PERCENT] for run in runs] for b in (0, -1))
+    answers = sum(run["answers"] for run in runs)
+    return Claim(
+        MODES[1],
+        f"The lower tail of log q(y) - log p(y) widens with the position: student of {size[STUDENTS[part]]} layers, "
+        "5 % quantile.",
+        f"first of {size['buckets']} buckets {shown(first)}, last {shown(last)}, over {answers} "
+        f"answers of {size['length']} tokens (the paper's have up to 16,384)",
+        above([x - y for x, y in zip(first, last)], 0),
+    )
+
+
 def reliability_claims(record: Record) -> list[Claim]:
-    tails = [[bucket[FIVE_PERCENT] for bucket in x] for x in of_runs(record, "positions", "quantiles")]
-    first, last = ([tail[b] for tail in tails] for b in (0, -1))
     once, often = ([x[n] for x in of_runs(record, "loops", "teacher")] for n in (1, -1))
     reward = [x[-1] for x in of_runs(record, "loops", "reward")]
     inside, outside = (list(x) for x in zip(*looping(record, "reward")))
     return [
-        Claim(
-            MODES[1],
-            "The lower tail of log q(y) - log p(y) widens with the position: 5 % quantile, last bucket against first.",
-            f"first bucket {shown(first)}, last {shown(last)}, over {sum(of_runs(record, 'positions', 'answers'))} "
-            f"answers of {record['size']['length']} tokens (the paper's have up to 16,384)",
-            above([x - y for x, y in zip(first, last)], 0),
-        ),
+        *(tail_claim(record, part) for part in STUDENTS),
         Claim(
             MODES[1],
             "The teacher agrees with loops: it gives a phrase more probability the more copies precede, and over 0.5.",
@@ -284,7 +301,7 @@ def draw(record: Record) -> "Figure":
     rewards.set(
         yscale="log", xlabel="log q - log p, nats", ylabel="share of tokens", title="rewards", xticks=range(-15, 6, 5)
     )
-    positions, size = [run["positions"] for run in record["runs"]], record["size"]
+    positions, size = by_position(record, "positions"), record["size"]
     middle = [(b + 0.5) * size["length"] / size["buckets"] for b in range(size["buckets"])]
     for index, (name, colour) in {
         3: ("median", "0.3"),
