@@ -154,6 +154,17 @@ def test_repeated_ngrams_are_found() -> None:
     assert not modes.repeated(ids[:3], 4).any()
 
 
+def test_natural_loops_split_the_reward(models: modes.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tokens, of which the last ends a 4-gram seen before, and a padding."""
+    ids, mask = torch.tensor([[9, 1, 2, 3, 4, 1, 2, 3, 4, 0]]), torch.arange(10)[None] < 9
+    known = {models.student: -1.0, models.teacher: -3.0}
+    inside = torch.tensor([[0.0] * 8 + [2.5, 0.0]])  # what the teacher adds in the loop
+    monkeypatch.setattr(modes, "log_probs", lambda model, _: known[model] + inside * (model is models.teacher))
+    (found,) = failures.plain(failures.natural_loops(models, Rollout(ids, mask, 10)))
+    assert found["tokens"] == 9 and found["looping"] == pytest.approx(1 / 9, rel=1e-4)
+    assert found["inside"]["reward"] == 0.5 and found["outside"]["reward"] == -2.0
+
+
 def test_mismatched_end_dominates_and_the_mask_removes_it(ends: study.Record) -> None:
     matched, renamed, spelled = (ends[name] for name in ("matched", "renamed", "spelled"))
     answers = range(len(ANSWERS))
@@ -219,13 +230,20 @@ def test_claims_follow_the_record(record: study.Record) -> None:
             end["is largest"] = [0] * len(end["mean"])
             end["masked mean"] = [x + 1 for x in end["mean"]]
             end["share"]["topk"] = [x + 0.1 for x in end["share"]["sampled"]]
-    for words in ("below 0", "spreads its squared", "no gradient", "agrees with loops", "made loop", "another id: abs"):
+    for words in (
+        "below 0",
+        "spreads its squared",
+        "no gradient",
+        "agrees with loops",
+        "made loop",
+        "dominates where the teacher ends",
+    ):
         assert held(worse, words) is False, words
     for words in ("dominate the rewards", "dominate the update", "of 24 layers"):
         assert held(worse, words) is True, words
     for words in (
         "no gradient",
-        "mask of special tokens removes most (nine tenths) of what changes with a teacher that ends",
+        "mask of special tokens removes most (nine tenths) of what changes where the teacher ends",
     ):
         assert held(record, words) is True and held(worse, words) is False, words
 

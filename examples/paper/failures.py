@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.paper.failures_page import claims, draw, tables
+from examples.paper.failures_page import claims, tables
+from examples.paper.failures_picture import draw
 from examples.paper.study import Record, bar
 from topk_rkl.recipe.rewards import log_ratio
 from topk_rkl.recipe.weighting import special_token_mask

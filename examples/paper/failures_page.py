@@ -1,24 +1,20 @@
-"""Tables, claims and picture of the study `failures`, from its record alone."""
+"""Tables and claims of the study `failures`, from its record alone."""
 
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from examples.paper.study import PAPER, Claim, Record, Rows, interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MODES = [f"{PAPER}, failure mode {i}" for i in (1, 2, 3)]
 FIVE_PERCENT = 1  # of the quantiles, and of the shares of tokens
 NAMED = {
-    "reward": "abs(reward) of the sampled token",
-    "sampled_grad": "its squared gradient",
-    "topk": "top-K loss",
-    "topk_grad": "its squared gradient ",
-    "full": "full KL",
-    "full_grad": "its squared gradient  ",
+    "reward": "sampled token: abs(reward)",
+    "sampled_grad": "sampled token: squared gradient",
+    "topk": "top-K loss: value",
+    "topk_grad": "top-K loss: squared gradient",
+    "full": "full KL: value",
+    "full_grad": "full KL: squared gradient",
 }
 STUDENTS = {"positions": "layers", "nearer": "nearer"}  # a part of a run: its layers in Size
 TEACHERS = {
@@ -122,7 +118,7 @@ def rewards_table(record: Record) -> Rows:
 
 
 def signal_table(record: Record) -> Rows:
-    rows = [[title.strip(), *(shown(carried(record, name, few)) for few in (0, 1))] for name, title in NAMED.items()]
+    rows = [[title, *(shown(carried(record, name, few)) for few in (0, 1))] for name, title in NAMED.items()]
     return [["sum over all tokens", "in the top 1 %", "in the top 5 %"], *rows]
 
 
@@ -260,80 +256,28 @@ def mismatch_claims(record: Record) -> list[Claim]:
     matched = shown(ends(record, "matched", "teacher log-prob"))
     found = []
     for teacher in ("renamed", "spelled"):
-        here = f"a teacher that {TEACHERS[teacher]}"
+        here = f"where the teacher {TEACHERS[teacher]}"
         largest, shares = ends(record, teacher, "is largest"), ends(record, teacher, "share", "reward")
         sampled, topk = (ends(record, teacher, "share", loss) for loss in ("sampled", "topk"))
         found += [
             Claim(
                 MODES[2],
-                f"One mismatched token dominates, {here}: abs(reward) is largest at the end in most answers.",
+                f"One token dominates {here}: abs(reward) is largest at the end in most answers.",
                 f"largest in {shown(largest)} of {len(largest)} answers, {shown(shares)} of the summed abs(reward); "
                 f"log p {student}, matched log q {matched}, here {shown(ends(record, teacher, 'teacher log-prob'))}",
                 above(largest, 0.5),
             ),
             Claim(
                 f"{PAPER}, section 3",
-                f"The mask of special tokens removes most (nine tenths) of what changes with {here}.",
+                f"The mask of special tokens removes most (nine tenths) of what changes {here}.",
                 f"{mask_removes(record, teacher):.0%} of the change in an answer's mean abs(reward) is gone",
                 mask_removes(record, teacher) > 0.9,
             ),
             Claim(
                 f"{PAPER}, table 1",
-                f"The top-K loss suffers less than the sampled token, {here}: part of the squared gradient at the end.",
+                f"The top-K loss suffers less than the sampled token {here}: part of the squared gradient at the end.",
                 f"sampled {shown(sampled)}, top-K {shown(topk)}; means over answers",
                 above([x - y for x, y in zip(sampled, topk)], 0),
             ),
         ]
     return found
-
-
-def draw(record: Record) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 7.2), layout="constrained")
-    (rewards, tail), (loop, end) = figure.subplots(2, 2)
-    histogram = record["histogram"]
-    for name, colour in {"reward": "tab:orange", "exact mean": "tab:blue"}.items():
-        label = {"reward": "reward of the sampled token", "exact mean": "its exact mean, -KL"}[name]
-        total = sum(histogram[name])
-        rewards.stairs([x / total for x in histogram[name]], histogram["edges"], color=colour, label=label)
-    rewards.axvline(0, color="0.7", linewidth=0.8)
-    rewards.set(
-        yscale="log", xlabel="log q - log p, nats", ylabel="share of tokens", title="rewards", xticks=range(-15, 6, 5)
-    )
-    positions, size = by_position(record, "positions"), record["size"]
-    middle = [(b + 0.5) * size["length"] / size["buckets"] for b in range(size["buckets"])]
-    for index, (name, colour) in {
-        3: ("median", "0.3"),
-        2: ("25 %", "tab:green"),
-        1: ("5 %", "tab:orange"),
-        0: ("1 %", "tab:red"),
-    }.items():
-        for run in positions:
-            tail.plot(middle, [x[index] for x in run["quantiles"]], color=colour, alpha=0.25, linewidth=0.8)
-        mean = [statistics.fmean(run["quantiles"][b][index] for run in positions) for b in range(size["buckets"])]
-        tail.plot(middle, mean, marker=".", color=colour, label=name)
-    tail.set(xlabel="position in the answer, tokens", ylabel="log q - log p, nats", title="quantiles of the reward")
-    for name, colour in {"teacher": "tab:blue", "student": "tab:orange"}.items():
-        probs = [run["loops"][name] for run in record["runs"]]
-        for x in probs:
-            loop.plot(x, color=colour, alpha=0.25, linewidth=0.8)
-        loop.plot([statistics.fmean(x) for x in zip(*probs)], marker=".", color=colour, label=name)
-    loop.set(xlabel="copies of the phrase before", ylabel="mean probability per token", title="loops", ylim=(0, 1))
-    bars = {
-        "reward": "abs(reward)",
-        "sampled": "squared gradient, sampled token",
-        "topk": "squared gradient, top-K loss",
-    }
-    groups = [(teacher, "share") for teacher in ("matched", "spelled", "renamed")] + [("renamed", "masked share")]
-    for place, (loss, label) in enumerate(bars.items()):
-        heights = [statistics.fmean(ends(record, teacher, name, loss)) for teacher, name in groups]
-        where = [x + 0.27 * (place - 1) for x in range(len(groups))]
-        drawn = end.bar(where, heights, 0.25, color=("tab:red", "tab:orange", "tab:blue")[place], label=label)
-        end.bar_label(drawn, fmt="%.2f", fontsize=7)
-    end.set(ylabel="part of the answer's sum", title="the token that ends an answer", xticks=range(len(groups)))
-    end.set_xticklabels(["matched", "spelled", "renamed", "renamed,\nmasked"])
-    end.set_ylim(0, 1.35 * end.get_ylim()[1])  # room for the legend
-    for axes in (rewards, tail, loop, end):
-        axes.legend(fontsize=8)
-    return figure
