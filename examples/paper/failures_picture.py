@@ -4,7 +4,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from examples.paper.failures_page import FIVE_PERCENT, by_position, ends, of_runs
-from examples.paper.study import Record
+from examples.paper.study import Record, interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def draw_rewards(axes: "Axes", record: Record) -> None:
 
 
 def draw_positions(axes: "Axes", record: Record) -> None:
-    """Means over seeds; a thin line is one seed."""
+    """Means over seeds, with their confidence intervals."""
     size = record["size"]
     middle = [(b + 0.5) * size["length"] / size["buckets"] for b in range(size["buckets"])]
     for index, colour, label in (
@@ -56,7 +56,7 @@ def draw_positions(axes: "Axes", record: Record) -> None:
 
 
 def draw_loops(axes: "Axes", record: Record) -> None:
-    """Means over seeds; a thin line is one seed."""
+    """Means over seeds, with their confidence intervals."""
     for name, colour in {"teacher": "tab:blue", "student": "tab:orange"}.items():
         lines = of_runs(record, "loops", name)
         draw_mean(axes, list(range(len(lines[0]))), lines, colour, name)
@@ -64,10 +64,10 @@ def draw_loops(axes: "Axes", record: Record) -> None:
 
 
 def draw_mean(axes: "Axes", where: list[float], lines: list[list[float]], colour: str, label: str) -> None:
-    for line in lines:
-        axes.plot(where, line, color=colour, alpha=0.25, linewidth=0.8)
-    if lines:
-        axes.plot(where, [statistics.fmean(x) for x in zip(*lines)], marker=".", color=colour, label=label)
+    if not lines:
+        return
+    mean, half = zip(*map(interval, zip(*lines)))
+    axes.errorbar(where, mean, half if len(lines) > 1 else None, marker=".", color=colour, label=label, elinewidth=0.8)
 
 
 def draw_ends(axes: "Axes", record: Record) -> None:
