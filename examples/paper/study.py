@@ -82,8 +82,8 @@ def verdicts(claims: Iterable[Claim]) -> Rows:
 
 
 def markdown(rows: Rows) -> str:
-    """A table; a column of numbers is flush right."""
-    right = [all(cell[:1] in "+-0123456789" or not cell for cell in column) for column in zip(*rows[1:])]
+    """A table; a column of numbers is flush right. A list, such as an arXiv number and a section, is no number."""
+    right = [all(cell[:1] in "+-0123456789" and ", " not in cell for cell in column) for column in zip(*rows[1:])]
     lines = [rows[0], ["---:" if x else "---" for x in right], *rows[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
