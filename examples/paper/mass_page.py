@@ -193,7 +193,7 @@ def of_raw(record: Record) -> list[Claim]:
     return [
         Claim(
             f"{PAPER}, section 5",
-            "Without renormalisation, training collapses rapidly and the entropy blows up.",
+            "Without renormalisation, training collapses within few steps, and the entropy rises.",
             f"{told(record, 'raw', 'student_mass')}, {lost['raw']:.3f} of which in {reached} steps (renormalised: "
             f"{lost['renormalized']:.3f}); {told(record, 'raw', 'student_entropy')}; {told(record, 'raw', 'full')}",
             rapid and rises(change(record, "raw", "student_entropy")) and rises(change(record, "raw", "full")),
