@@ -16,8 +16,8 @@ from topk_rkl.loss import teacher_topk, topk_divergence
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2, 3)
 SMALL = mass.Size(
-    vocab=32, k=4, rank=16, length=8, pretraining=200, steps=300, short=30, free_steps=800, contexts=4
-)  # fmt: skip
+    vocab=32, k=4, rank=16, length=8, pretraining=120, lr=0.03, steps=250, short=40, free_steps=400, contexts=4
+)
 BLOCK = re.search(r"```python\n(.*?)```", (ROOT / "docs/paper.md").read_text(), re.DOTALL)[1]
 
 
@@ -56,10 +56,11 @@ def test_a_loss_that_sees_the_mass_brings_it_back(record: study.Record, form: st
 
 @pytest.mark.slow
 def test_the_forms_stand_in_order(record: study.Record) -> None:
-    order = ["full", "tail", "raw_stop_grad", "renormalized", "raw"]
-    for name in ("full", "student_entropy"):
-        found = [end(record, form, name) for form in order]
-        assert found == sorted(found) or name == "student_entropy" and found[2:] == sorted(found[2:])
+    good, bad = ("full", "tail", "raw_stop_grad"), ("renormalized", "raw")
+    found = [end(record, form, "full") for form in good]
+    assert found == sorted(found) and found[-1] + 0.5 < min(end(record, form, "full") for form in bad)
+    entropies = {form: end(record, form, "student_entropy") for form in (*good, *bad)}
+    assert max(entropies[form] for form in good) + 0.1 < entropies["renormalized"] < entropies["raw"] - 0.1
     assert end(record, "raw_stop_grad", "student_mass") > end(record, "blend", "student_mass")
     assert end(record, "blend", "student_mass") > end(record, "renormalized", "student_mass") + 0.06
 
@@ -70,7 +71,7 @@ def test_the_raw_loss_collapses_to_the_teachers_mass_over_e(record: study.Record
     raw = record["free"]["forms"]["raw"]
     teachers = study.interval(record["free"]["teacher"])[0]
     assert study.interval(raw["expected"])[0] == pytest.approx(teachers / 2.718281828, rel=1e-4)
-    assert study.interval(raw["mass"])[0] == pytest.approx(teachers / 2.718281828, abs=0.05)
+    assert study.interval(raw["mass"])[0] == pytest.approx(teachers / 2.718281828, abs=0.08)
 
 
 @pytest.mark.slow
@@ -88,10 +89,10 @@ def test_free_logits_end_where_the_closed_form_says(record: study.Record) -> Non
 
 @pytest.mark.slow
 def test_a_student_that_can_represent_the_teacher_hardly_leaks(record: study.Record) -> None:
-    lost = {
-        name: study.interval(found["start"]["student_mass"])[0] - study.interval(found["renormalized"]["student_mass"])[0]
-        for name, found in record["settings"].items()
-    }  # fmt: skip
+    lost = {}
+    for name, found in record["settings"].items():
+        before, after = (study.interval(found[when]["student_mass"])[0] for when in ("start", "renormalized"))
+        lost[name] = before - after
     assert lost["as above"] > lost["as many features as ranks"] + 0.005
     assert lost["no noise: learnt from the teacher"] > 0.01
     assert abs(lost["free logits"]) < 0.02
@@ -167,9 +168,9 @@ def test_the_record_is_small_and_the_page_and_the_picture_are_made(record: study
     assert 10_000 < (tmp_path / "mass.png").stat().st_size < 150_000
 
 
-@pytest.mark.slow
-def test_a_verdict_follows_the_record(record: study.Record) -> None:
-    """Runs of the forms change places, and the identity and the closed form are off: claims fall, or stand up."""
+def test_a_verdict_follows_the_record() -> None:
+    """Runs of the forms change places, and identity and closed forms are off: every claim falls or stands up."""
+    record = study.load("mass")
     other = copy.deepcopy(record)
     runs, spread = other["runs"], other["spread"]
     runs["renormalized"], runs["tail"] = runs["tail"], runs["renormalized"]
@@ -179,9 +180,6 @@ def test_a_verdict_follows_the_record(record: study.Record) -> None:
     other["free"]["forms"]["renormalized"]["outside moved"] = 0.1
     raw = other["free"]["forms"]["raw"]
     raw["error"] = 1.0 if raw["error"] < 0.01 else 0.0
-    for x in (record, other):  # a rise of the entropy, as the full size has it, and its opposite
-        run = x["runs"]["renormalized"]
-        run["end"]["student_entropy"] = [y + (1 if x is record else -1) for y in run["start"]["student_entropy"]]
     real, doctored = verdicts(record), verdicts(other)
     assert len(real) == 12
     unmoved = {name for name in real if real[name] == doctored[name]}

@@ -36,6 +36,7 @@ class Size(NamedTuple):
     rank: int = 64  # of the teacher's logits
     length: int = 16  # positions of an answer
     pretraining: int = 1500
+    lr: float = 0.01
     steps: int = 8000
     short: int = 1500  # steps of each setting
     free_steps: int = 2000
@@ -50,7 +51,7 @@ class Setting(NamedTuple):
     wider: int = 1  # K over that of the size
     top_p: float = 1.0  # S is the teacher's nucleus, of at most K tokens
     sgd: bool = False  # Adam otherwise
-    lr: float = 0.01
+    rate: float = 1.0  # times the learning rate of the size
     decay: float = 0.0  # of the weights, decoupled
     batch: int = 0  # contexts drawn in a step; 0 is the exact mean
     on_policy: bool = True  # otherwise every context has the same weight
@@ -61,8 +62,8 @@ SETTINGS = {
     "as above": Setting(),
     "no noise: learnt from the teacher": Setting(noise=0.0),
     "every context alike": Setting(on_policy=False),
-    "a tenth of the learning rate": Setting(lr=0.001),
-    "gradient descent": Setting(sgd=True, lr=3.0),
+    "a tenth of the learning rate": Setting(rate=0.1),
+    "gradient descent": Setting(sgd=True, rate=300.0),
     "batches of 8 contexts": Setting(batch=8),
     "weight decay 0.01": Setting(decay=0.01),
     "4 K tokens in S": Setting(wider=4),
@@ -130,7 +131,7 @@ def trained(
     """The student's head before each step."""
     head = task.head.clone().requires_grad_()
     kind = torch.optim.SGD if setting.sgd else torch.optim.AdamW
-    optimizer = kind([head], lr=setting.lr, weight_decay=setting.decay)
+    optimizer = kind([head], lr=setting.rate * size.lr, weight_decay=setting.decay)
     while True:
         yield head.detach()
         logits = task.features @ head  # (R, V, V)
