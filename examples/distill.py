@@ -33,18 +33,20 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from topk_rkl.diagnostics import topk_diagnostics
 from topk_rkl.loss import topk_reverse_kl
 from topk_rkl.recipe.rollout import sampled_token_loss
 
 LR = {"topk": 1e-4, "sampled": 6e-5}
 REPEATS = 2  # answers to each held-back prompt: less noise than one
 ROWS = {"teacher": "teacher", "before": "before", "topk": "after, top-K", "sampled": "after, sampled token"}
-METRICS = {
+IN_NATS = {
     "topk": "top-K loss",
     "sampled": "sampled-token loss",
     "full": "full reverse KL",
     "full_fixed": "full reverse KL, fixed responses",
 }
+METRICS = IN_NATS | {"student_mass": "student's mass on S"}
 
 
 class Demo(NamedTuple):
@@ -81,20 +83,22 @@ def losses(
     theirs: Tensor,  # (B, T, V) the teacher's
     sample: Rollout,
 ) -> dict[str, Tensor]:  # each ()
-    """Both objectives and the full-vocabulary reverse KL, means over the tokens that count."""
+    """Both objectives, the full-vocabulary reverse KL and the student's mass on S, means over the tokens that count."""
     response, weights = response_weights(demo.tokenizer, sample)  # (B, T), (B, T)
     with torch.no_grad():
         log_p, log_q = ours[weights].log_softmax(-1), theirs[weights].log_softmax(-1)  # (n, V)
         full = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    watched = topk_diagnostics(ours[weights], theirs[weights], ["student_mass"], k=demo.args.k)  # (n,) each
     return {
         "topk": topk_reverse_kl(ours, theirs, k=demo.args.k, weights=weights),
         "sampled": sampled_token_loss(ours, theirs, response, weights=weights),
         "full": full,
+        "student_mass": watched["student_mass"].mean(),
     }
 
 
 def train(demo: Demo, student: nn.Module, objective: str) -> list[dict[str, float]]:
-    """On-policy steps; returns the losses on each step's own rollouts, before the step."""
+    """On-policy steps; returns what `losses` says of each step's own rollouts, before the step."""
     args, prompts = demo.args, demo.prompts["train"]
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr or LR[objective], weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)
@@ -112,7 +116,8 @@ def train(demo: Demo, student: nn.Module, objective: str) -> list[dict[str, floa
         optimizer.step()
         optimizer.zero_grad()
         history.append({name: value.item() for name, value in values.items()})
-        bar.set_postfix({"loss": f"{history[-1][objective]:.3f}", "full KL": f"{history[-1]['full']:.3f}"})
+        shown = {"loss": objective, "full KL": "full", "mass": "student_mass"}
+        bar.set_postfix({label: f"{history[-1][name]:.3f}" for label, name in shown.items()})
     return history
 
 
@@ -156,18 +161,19 @@ def table(scores: dict[str, dict[str, float]], answers: dict[str, str], prompt: 
 
 def plot(scores: dict[str, dict[str, float]], histories: dict[str, list[dict[str, float]]], path: Path) -> None:
     colours = {"before": "0.65", "sampled": "tab:orange", "topk": "tab:blue"}
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[2, 3])
-    for name, history in histories.items():
-        left.plot([step["full"] for step in history], marker=".", color=colours[name], label=ROWS[name])
-    left.set(xlabel="step", ylabel="full reverse KL", title="training: each step's own rollouts")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[2, 2, 4])
+    for panel, metric in ((left, "full"), (middle, "student_mass")):
+        for name, history in histories.items():
+            panel.plot([step[metric] for step in history], marker=".", color=colours[name], label=ROWS[name])
+        panel.set(xlabel="step", ylabel=METRICS[metric], title="training: each step's own rollouts")
     width = 0.8 / len(scores)
     for place, (name, score) in enumerate(scores.items()):
-        where = [column + place * width for column in range(len(METRICS))]
-        bars = right.bar(where, [score[metric] for metric in METRICS], width, color=colours[name], label=ROWS[name])
+        where = [column + place * width for column in range(len(IN_NATS))]
+        bars = right.bar(where, [score[metric] for metric in IN_NATS], width, color=colours[name], label=ROWS[name])
         right.bar_label(bars, fmt="%.2f", fontsize=8)
-    right.set_xticks([column + 0.4 - width / 2 for column in range(len(METRICS))])
-    right.set_xticklabels([metric.replace(", ", "\n") for metric in METRICS.values()])
+    right.set_xticks([column + 0.4 - width / 2 for column in range(len(IN_NATS))])
+    right.set_xticklabels([metric.replace(", ", "\n") for metric in IN_NATS.values()])
     right.set(title="held-back prompts", ylabel="nats per token")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(scores))
     figure.savefig(path, dpi=150)
