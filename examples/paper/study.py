@@ -10,6 +10,7 @@ Pages and pictures are written from the record alone, so `tables` and `claims` n
 """
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +53,9 @@ def run(name: str, full: bool, seeds: Sequence[int], out: Path) -> Record:
     record |= {"threads": torch.get_num_threads(), **module.measure(size, seeds)}
     record["seconds"] = round(time.perf_counter() - started, 1)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, allow_nan=False)
+    flat = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a curve on one line
+    (out / f"{name}.json").write_text(flat + "\n", encoding="utf-8")
     redraw(name, out)
     return record
 
