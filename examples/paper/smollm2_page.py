@@ -1,0 +1,218 @@
+"""What the record of the study `smollm2` says: tables, claims and a picture."""
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from examples.paper.study import PAPER, Claim, Record, Rows, interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS, BASELINE = "top-K + top-p", "sampled"
+SMALL = 0.05  # of a step's time
+OURS_ALONE, PLAIN_FULL = "topk_reverse_kl", "plain PyTorch, whole vocabulary"
+VARIANTS = {
+    "V2": "the student's top K and the sampled token",
+    "V3": "the teacher's top K and the sampled token",
+    "V4": "EMA-PG on the student's top K",
+    "V5": "EMA-PG on the teacher's top K",
+}
+
+
+def tables(record: Record) -> dict[str, Rows]:
+    return {
+        "questions": outcomes(record, "questions"),
+        "open text": outcomes(record, "text"),
+        "step": costs(record),
+        "loss alone": alone(record),
+    }
+
+
+def outcomes(record: Record, task: str) -> Rows:
+    """Means over seeds with 95 % intervals."""
+    asked, seeds = record[task]["asked"], len(record[task]["seeds"])
+    fields = {"own": "full reverse KL, own answers", "fixed": "full reverse KL, the teacher's answers"}
+    if record[task]["teacher"] is not None:
+        fields = {"score": f"right of {asked} questions"} | fields
+    rows = [["student", "seeds", *fields.values()]]
+    if "score" in fields:
+        rows.append(["the teacher itself", "", f"{record[task]['teacher']:.3f}", "0", "0"])
+    rows.append(["before", "", *(f"{record[task]['before'][name]:.3f}" for name in fields)])
+    for objective in record["size"]["objectives"]:
+        values = [with_interval(after(record, task, objective, name)) for name in fields]
+        rows.append([objective, str(seeds), *values])
+    return rows
+
+
+def costs(record: Record) -> Rows:
+    """Medians over steps, then over seeds."""
+    parts = list(record["questions"]["runs"][0]["seconds"])
+    rows = [["task", "objective", *(f"{part}, s" for part in parts), "share of the loss", "peak memory, MiB"]]
+    for task in ("questions", "text"):
+        for objective in record["size"]["objectives"]:
+            seconds = part_seconds(record, task, objective)
+            peaks = [run["peak_mib"] for run in runs(record, task, objective) if run["peak_mib"] is not None]
+            peak = f"{max(peaks):.0f}" if peaks else ""
+            cells = [f"{seconds[part]:.3g}" for part in parts]
+            rows.append([task, objective, *cells, percent(share_of_loss(seconds)), peak])
+    return rows
+
+
+def alone(record: Record) -> Rows:
+    size, cost = record["size"], record["loss_cost"]
+    where = f"N = {size['positions']}, V = {size['vocab']:,}, K = {size['k']}"
+    rows = [[f"loss, both passes, {where}", "ms", f"over {OURS_ALONE}", "memory added, gradient included, MiB"]]
+    for name, value in cost.items():
+        ratio = value["seconds"] / cost[OURS_ALONE]["seconds"]
+        extra = "" if value["extra_mib"] is None else f"{value['extra_mib']:.0f}"
+        rows.append([name, f"{1000 * value['seconds']:.1f}", f"{ratio:.2f}", extra])
+    return rows
+
+
+def claims(record: Record) -> list[Claim]:
+    """The first objective of each pair is said to be better: more right answers, less divergence."""
+    before, said, has = None, [], record["size"]["objectives"]
+    setting = f"{record['questions']['asked']} held-back questions"
+
+    def add(source: str, claim: str, task: str, first: str, second: str | None, field: str) -> None:
+        if first in has and second in (None, *has):
+            said.append(compared(record, f"{PAPER}, {source}", claim, task, first, second, field))
+
+    add("equation 8", f"Training by {OURS} brings the student closer to the teacher, on its own answers to {setting}.",
+        "questions", OURS, before, "own")  # fmt: skip
+    add("equation 8", f"Training by {OURS} brings the student closer to the teacher on open text.",
+        "text", OURS, before, "own")  # fmt: skip
+    add("table 1", f"Training by {OURS} raises the score, here on {setting}.", "questions", OURS, before, "score")
+    add("table 1", f"{OURS} scores above the sampled-token baseline, here on {setting}.",
+        "questions", OURS, BASELINE, "score")  # fmt: skip
+    add("section 3", f"{OURS} comes closer to the teacher than the sampled-token baseline, here on {setting}.",
+        "questions", OURS, BASELINE, "own")  # fmt: skip
+    add("section 3", f"{OURS} comes closer to the teacher than the sampled-token baseline, here on open text.",
+        "text", OURS, BASELINE, "own")  # fmt: skip
+    add("table 3", "Top-K needs top-p rollouts: top-K alone scores below top-K + top-p.",
+        "questions", OURS, "top-K", "score")  # fmt: skip
+    add("table 3", "Top-K alone scores below the sampled-token baseline.", "questions", BASELINE, "top-K", "score")
+    add("table 1", "Masked special tokens raise the score of the baseline; here both models share the tokenizer.",
+        "questions", "sampled + mask", BASELINE, "score")  # fmt: skip
+    for name, what in VARIANTS.items():
+        add("table 4", f"{OURS} scores above {name}, {what}.", "questions", OURS, name, "score")
+    add("section 5", "Without renormalisation the score collapses.", "questions", OURS, "raw", "score")
+    return [*said, small_cost(record)]
+
+
+def compared(record: Record, source: str, claim: str, task: str, first: str, second: str | None, field: str) -> Claim:
+    """Paired by seed. Held where the interval of the differences is on the side that was said, None where it has 0."""
+    ours = after(record, task, first, field)
+    theirs = [record[task]["before"][field]] * len(ours) if second is None else after(record, task, second, field)
+    name = "right" if field == "score" else "full reverse KL"
+    means = f"{name} {statistics.fmean(ours):.3f} with {first}, {statistics.fmean(theirs):.3f} {versus(second)}"
+    differences = [a - b for a, b in zip(ours, theirs)]
+    if len(differences) < 2:
+        return Claim(source, claim, f"{means}; one seed, so no interval", None)
+    measured = f"{means}; paired difference {with_interval(differences)}, {len(differences)} seeds"
+    return Claim(source, claim, measured, verdict(differences, +1 if field == "score" else -1))
+
+
+def versus(second: str | None) -> str:
+    return "before" if second is None else f"with {second}"
+
+
+def verdict(differences: Sequence[float], sign: int) -> bool | None:
+    mean, half = interval(differences)
+    return sign * mean > 0 if abs(mean) > half else None
+
+
+def small_cost(record: Record) -> Claim:
+    objectives = record["size"]["objectives"]
+    shares = [share_of_loss(part_seconds(record, task, OURS)) for task in ("questions", "text") if OURS in objectives]
+    times = [1000 * record["loss_cost"][name]["seconds"] for name in (OURS_ALONE, PLAIN_FULL)]
+    measured = (
+        f"{percent(min(shares))} to {percent(max(shares))} of a step; alone {times[0]:.1f} ms, "
+        f"the whole vocabulary in plain PyTorch {times[1]:.1f} ms"
+    )
+    claim = f"The top-K loss takes a small part of a step's time: below {SMALL:.0%} on either task."
+    return Claim("topk_rkl", claim, measured, max(shares) < SMALL)
+
+
+def draw(record: Record) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    (divergence, right), (mass, time) = figure.subplots(2, 2)
+    colours = {name: f"C{place}" for place, name in enumerate(record["size"]["objectives"])}
+    for name, colour in colours.items():
+        curve(divergence, record, "text", name, "full", colour)
+        curve(mass, record, "questions", name, "student_mass", colour)
+    divergence.set(title="open text: each step's own answers", xlabel="step", ylabel="full reverse KL, nats per token")
+    mass.set(title="questions: each step's own answers", xlabel="step", ylabel="student's mass on the teacher's top K")
+    scores(right, record, colours)
+    parts(time, record)
+    handles, labels = divergence.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), title="objective")
+    return figure
+
+
+def curve(axes: Any, record: Record, task: str, objective: str, field: str, colour: str) -> None:
+    """The mean over seeds, in a band from the least to the greatest."""
+    found = runs(record, task, objective)
+    columns = list(zip(*(run["curves"][field] for run in found)))
+    at = found[0]["steps"]
+    axes.plot(at, [statistics.fmean(column) for column in columns], marker=".", color=colour, label=objective)
+    if len(found) > 1:
+        axes.fill_between(at, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12, linewidth=0)
+
+
+def scores(axes: Any, record: Record, colours: dict[str, str]) -> None:
+    for place, (name, colour) in enumerate(colours.items()):
+        values = after(record, "questions", name, "score")
+        mean, half = interval(values)
+        axes.bar(place, mean, color=colour, width=0.6)
+        if len(values) > 1:
+            axes.errorbar(place, mean, half, color="0.2", capsize=4)
+    levels = {"teacher": record["questions"]["teacher"], "before": record["questions"]["before"]["score"]}
+    for (name, level), style in zip(levels.items(), ("--", ":")):
+        axes.axhline(level, color="0.4", linestyle=style, label=name)
+    axes.set_xticks(range(len(colours)), [name.replace(" + ", "\n+ ") for name in colours])
+    asked, seeds = record["questions"]["asked"], len(record["questions"]["seeds"])
+    axes.set(title=f"{asked} held-back questions, {seeds} seeds, 95 % intervals", ylabel="share answered right")
+    axes.legend(loc="upper left")
+
+
+def parts(axes: Any, record: Record) -> None:
+    names, objectives = list(record["questions"]["runs"][0]["seconds"]), record["size"]["objectives"]
+    left = [0.0] * len(objectives)
+    for place, part in enumerate(names):
+        widths = [part_seconds(record, "questions", objective)[part] for objective in objectives]
+        axes.barh(objectives, widths, left=left, color=f"C{place + 3}", label=part, height=0.6)
+        left = [a + b for a, b in zip(left, widths)]
+    axes.invert_yaxis()
+    axes.set(title="questions: a step's parts", xlabel="seconds, medians")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
+
+
+def runs(record: Record, task: str, objective: str) -> list[Record]:
+    """In the order of the seeds."""
+    return [run for run in record[task]["runs"] if run["objective"] == objective]
+
+
+def after(record: Record, task: str, objective: str, field: str) -> list[float]:
+    return [run["after"][field] for run in runs(record, task, objective)]
+
+
+def part_seconds(record: Record, task: str, objective: str) -> dict[str, float]:
+    found = runs(record, task, objective)
+    return {part: statistics.median(run["seconds"][part] for run in found) for part in found[0]["seconds"]}
+
+
+def share_of_loss(seconds: dict[str, float]) -> float:
+    return seconds["loss, both passes"] / sum(seconds.values())
+
+
+def with_interval(values: Sequence[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {half:.3f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
