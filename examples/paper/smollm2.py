@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 from examples.paper import questions
 from examples.paper.loss_cost import Clock, loss_cost, peak_mib, reset_peak
+from examples.paper.smollm2_losses import OBJECTIVES, Objective, Tokens
 from examples.paper.smollm2_page import claims, draw, tables
 from examples.paper.study import Record, bar
 from topk_rkl.diagnostics import topk_diagnostics
-from topk_rkl.loss import teacher_topk, topk_divergence, topk_reverse_kl
-from topk_rkl.recipe.builders import student_topk, with_sampled
-from topk_rkl.recipe.rewards import k1
-from topk_rkl.recipe.rollout import sampled_token_loss
 
 if TYPE_CHECKING:
     from examples.smollm2 import Rollout, Tokenizer
@@ -35,7 +32,6 @@ PROMPTS = Path(__file__).parents[1] / "prompts.txt"
 BEST = 1e-9  # a nucleus that holds the best token alone
 POINTS = 16  # at most, of a run's curve in the record
 CURVES = ("loss", "full", "student_mass", "student_entropy", "norm")
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Size(NamedTuple):
@@ -61,41 +57,6 @@ FULL = Size(
     text_seeds=5,
     repeats=25,
 )
-
-
-class Objective(NamedTuple):
-    loss: Loss  # of z, w (n, V), y (n,), weights (n,) and k
-    top_p: float  # nucleus of the rollouts: the whole vocabulary for the sampled token, as in the paper
-    masked: bool  # whether the first of each special token counts not
-    lr: float  # the best of its own sweep in examples/distill.py, for losses of one kind the same
-
-
-def v4(z: Tensor, w: Tensor, y: Tensor, weights: Tensor, k: int) -> Tensor:
-    """EMA-PG on the student's top K: p log(p / q) there, and the sampled token where S lacks it."""
-    support = student_topk(z, w, k, normalize=True)
-    outside = (support.ids != y[..., None]).all(-1) * weights  # (...)
-    log_p, log_q = (x.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1) for x in (z, w))  # (...)
-    tail = (outside * k1(log_p, log_q) * (log_p - log_p.detach()).exp()).sum() / weights.sum()
-    return topk_divergence(z, support, mass="raw", weights=weights) + tail
-
-
-OBJECTIVES = {
-    "sampled": Objective(lambda z, w, y, m, _: sampled_token_loss(z, w, y, weights=m), 1.0, False, 6e-5),
-    "sampled + mask": Objective(lambda z, w, y, m, _: sampled_token_loss(z, w, y, weights=m), 1.0, True, 6e-5),
-    "top-K": Objective(lambda z, w, _, m, k: topk_reverse_kl(z, w, k=k, weights=m), 1.0, False, 1e-4),
-    "top-K + top-p": Objective(lambda z, w, _, m, k: topk_reverse_kl(z, w, k=k, weights=m), 0.9, False, 1e-4),
-    "V2": Objective(
-        lambda z, w, y, m, k: topk_reverse_kl(z, with_sampled(student_topk(z, w, k), y, w), weights=m), 0.9, False, 1e-4
-    ),
-    "V3": Objective(
-        lambda z, w, y, m, k: topk_reverse_kl(z, with_sampled(teacher_topk(w, k), y, w), weights=m), 0.9, False, 1e-4
-    ),
-    "V4": Objective(v4, 0.9, False, 1e-4),
-    "V5": Objective(
-        lambda z, w, y, m, k: topk_divergence(z, w, mass="ema_pg", k=k, sampled_ids=y, weights=m), 0.9, False, 1e-4
-    ),
-    "raw": Objective(lambda z, w, _, m, k: topk_divergence(z, w, mass="raw", k=k, weights=m), 0.9, False, 1e-4),
-}
 
 
 class Task(NamedTuple):
@@ -209,7 +170,7 @@ def step(
     logits = speak(lab.student, sample, real)  # (n, V)
     clock("student forward")
     z = logits.detach().requires_grad_()  # (n, V) a leaf, so that the loss has a backward pass of its own to time
-    loss = objective.loss(z, w, y, weights, lab.k)  # ()
+    loss = objective.loss(Tokens(z, w, y, weights, lab.k))  # ()
     loss.backward()
     clock("loss, both passes")
     logits.backward(z.grad)
