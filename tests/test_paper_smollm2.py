@@ -283,8 +283,11 @@ def test_verdicts_flip(record: study.Record) -> None:
     part = "measured on its own answers to"
     assert verdict(doctored(record, worse, "own"), part) is True
     assert verdict(doctored(record, better, "own"), part) is False
-    assert verdict(doctored(record, better, "own"), "closer to the teacher, on its own answers") is True
-    assert verdict(doctored(record, dict.fromkeys(better, 99.0), "own"), "closer to the teacher, on its own") is False
+    assert verdict(doctored(record, better, "own"), "closer to the teacher, on its own answers to") is True
+    assert (
+        verdict(doctored(record, dict.fromkeys(better, 99.0), "own"), "closer to the teacher, on its own answers to")
+        is False
+    )
     assert verdict(record, "measured on its own answers in open text") is None  # one seed
 
 

@@ -39,7 +39,7 @@ class Size(NamedTuple):
     trained: int = 6  # layers beside the cut
     k: int = 32
     objectives: tuple[str, ...] = ("sampled", "top-K", "top-K + top-p")
-    questions: tuple[int, int, int] = (10, 8, 10)  # steps, prompts in a step, most tokens in an answer
+    questions: tuple[int, int, int] = (8, 8, 10)  # steps, prompts in a step, most tokens in an answer
     asked: int = 16  # held-back questions
     text: tuple[int, int, int] = (6, 8, 24)
     text_asked: int = 8  # held-back open prompts
