@@ -51,9 +51,9 @@ class Size(NamedTuple):
 
 FULL = Size(
     objectives=("sampled", "sampled + mask", "top-K", "top-K + top-p", "V2", "V3", "V4", "V5", "raw"),
-    questions=(40, 8, 10),
+    questions=(24, 8, 10),
     asked=24,
-    text=(20, 8, 32),
+    text=(12, 8, 32),
     text_seeds=5,
     repeats=25,
 )
@@ -163,11 +163,11 @@ def step(
     lab: Lab, objective: Objective, optimizer: torch.optim.Optimizer, sample: "Rollout", clock: Clock
 ) -> dict[str, float]:
     """One update by the answers of `sample`; what the losses and the diagnostics were before."""
-    y, real, weights = counted(lab, sample, objective.masked)  # (n,), (B, T), (n,)
+    y, weights = counted(lab, sample, objective.masked)  # (n,), (n,)
     with torch.no_grad():
-        w = speak(lab.teacher, sample, real)  # (n, V)
+        w = speak(lab.teacher, sample)  # (n, V)
     clock("teacher")
-    logits = speak(lab.student, sample, real)  # (n, V)
+    logits = speak(lab.student, sample)  # (n, V)
     clock("student forward")
     z = logits.detach().requires_grad_()  # (n, V) a leaf, so that the loss has a backward pass of its own to time
     loss = objective.loss(Tokens(z, w, y, weights, lab.k))  # ()
@@ -184,21 +184,25 @@ def step(
     return {"loss": loss.item(), "full": full_reverse_kl(z, w).mean().item(), "norm": norm.item(), **means}
 
 
-def counted(lab: Lab, sample: "Rollout", masked: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids of the answers' n tokens, where they stand, and which of them the loss counts."""
+def counted(lab: Lab, sample: "Rollout", masked: bool) -> tuple[Tensor, Tensor]:  # (n,), (n,)
+    """The ids of the answers' n tokens, and which of them the loss counts."""
     from examples.smollm2 import response_weights
 
     response, unmasked = response_weights(lab.tokenizer, sample)  # (B, T), (B, T)
-    real = sample.mask[:, -sample.length :]  # (B, T)
-    weights = unmasked[real] if masked else torch.ones(int(real.sum()), dtype=torch.bool)  # (n,)
-    return response[real], real, weights
+    y, weights = response[real(sample)], unmasked[real(sample)]  # (n,), (n,)
+    return y, weights if masked else torch.ones_like(weights)
 
 
-def speak(model: nn.Module, sample: "Rollout", real: Tensor | None = None) -> Tensor:  # (n, V)
-    """What the model says at the answers' tokens, without those after an answer's end."""
+def speak(model: nn.Module, sample: "Rollout") -> Tensor:  # (n, V)
+    """What the model says at the answers' n tokens."""
     from examples.smollm2 import response_logits
 
-    return response_logits(model, sample)[sample.mask[:, -sample.length :] if real is None else real]
+    return response_logits(model, sample)[real(sample)]
+
+
+def real(sample: "Rollout") -> Tensor:  # (B, T) bool
+    """The tokens of the answers, without what fills them up behind their ends."""
+    return sample.mask[:, -sample.length :]
 
 
 @torch.no_grad()

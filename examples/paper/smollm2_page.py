@@ -80,16 +80,16 @@ def claims(record: Record) -> list[Claim]:
         ("equation 8", f"Training by {OURS} brings the student closer to the teacher, on its own answers in open text.",
          "text", OURS, None, "own"),
         ("table 1", f"Training by {OURS} raises the score, here on {asked}.", "questions", OURS, None, "score"),
-        ("table 1", f"{OURS} scores above the sampled-token baseline, here on {asked}.",
+        ("table 1", f"Training by {OURS} scores above the sampled-token baseline, here on {asked}.",
          "questions", OURS, BASELINE, "score"),
-        ("section 3.2", f"{OURS} {closer} to {asked}.", "questions", OURS, BASELINE, "own"),
-        ("section 3.2", f"{OURS} {closer} in open text.", "text", OURS, BASELINE, "own"),
+        ("section 3.2", f"Training by {OURS} {closer} to {asked}.", "questions", OURS, BASELINE, "own"),
+        ("section 3.2", f"Training by {OURS} {closer} in open text.", "text", OURS, BASELINE, "own"),
         ("table 3", f"Top-K needs top-p rollouts: top-K alone scores below {OURS}.",
          "questions", OURS, "top-K", "score"),
         ("table 3", "Top-K alone scores below the sampled-token baseline.", "questions", BASELINE, "top-K", "score"),
         ("table 1", "Masked special tokens raise the baseline's score; here both models have one tokenizer.",
          "questions", "sampled + mask", BASELINE, "score"),
-        *(("table 4", f"{OURS} scores above {name}, {what}.", "questions", OURS, name, "score")
+        *(("table 4", f"Training by {OURS} scores above {name}, {what}.", "questions", OURS, name, "score")
           for name, what in VARIANTS.items()),
         ("section 5", "Without renormalisation the score is below that with it.", "questions", OURS, "raw", "score"),
     ]  # fmt: skip
