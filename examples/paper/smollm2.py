@@ -30,7 +30,7 @@ __all__ = ["FULL", "SEEDS", "Size", "claims", "draw", "measure", "tables"]
 SEEDS = (0, 1, 2, 3, 4)
 PROMPTS = Path(__file__).parents[1] / "prompts.txt"
 BEST = 1e-9  # a nucleus that holds the best token alone
-POINTS = 16  # at most, of a run's curve in the record
+POINTS = 8  # at most, of a run's curve in the record
 CURVES = ("loss", "full", "student_mass", "student_entropy", "norm")
 
 

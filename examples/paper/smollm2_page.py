@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 OURS, BASELINE = "top-K + top-p", "sampled"
 SMALL = 0.05  # of a step's time
+FEW = 4  # objectives in a picture
 OURS_ALONE, PLAIN_FULL = "topk_reverse_kl", "plain PyTorch, whole vocabulary"
 VARIANTS = {
     "V2": "the student's top K and the sampled token",
@@ -133,7 +134,7 @@ def small_cost(record: Record) -> Claim:
 def draw(record: Record) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    figure = Figure(figsize=(8.2, 6.6), layout="constrained")
     (divergence, right), (mass, time) = figure.subplots(2, 2)
     colours = {name: f"C{place}" for place, name in enumerate(record["size"]["objectives"])}
     for name, colour in colours.items():
@@ -149,13 +150,14 @@ def draw(record: Record) -> "Figure":
 
 
 def curve(axes: Any, record: Record, task: str, objective: str, field: str, colour: str) -> None:
-    """The mean over seeds, in a band from the least to the greatest."""
+    """The mean over seeds, between the least and the greatest where few objectives leave room."""
     found = runs(record, task, objective)
     columns = list(zip(*(run["curves"][field] for run in found)))
     at = found[0]["steps"]
     axes.plot(at, [statistics.fmean(column) for column in columns], marker=".", color=colour, label=objective)
-    if len(found) > 1:
-        axes.fill_between(at, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12, linewidth=0)
+    if len(found) > 1 and len(record["size"]["objectives"]) <= FEW:
+        for end in (min, max):
+            axes.plot(at, list(map(end, columns)), color=colour, linestyle=":", linewidth=0.8)
 
 
 def scores(axes: Any, record: Record, colours: dict[str, str]) -> None:
@@ -169,9 +171,13 @@ def scores(axes: Any, record: Record, colours: dict[str, str]) -> None:
     for (name, level), style in zip(levels.items(), ("--", ":")):
         axes.axhline(level, color="0.4", linestyle=style, label=name)
     axes.set_xticks(range(len(colours)), [name.replace(" + ", "\n+ ") for name in colours])
+    if len(colours) > FEW:
+        axes.tick_params("x", rotation=60)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     asked, seeds = record["questions"]["asked"], len(record["questions"]["seeds"])
-    axes.set(title=f"{asked} held-back questions, {seeds} seeds, 95 % intervals", ylabel="share answered right")
-    axes.legend(loc="upper left")
+    shown = f"95 % intervals over {seeds} seeds" if seeds > 1 else "one seed"
+    axes.set(title=f"{asked} held-back questions, {shown}", ylabel="share answered right", ylim=(0, 1.25))
+    axes.legend(loc="upper center", ncols=2)
 
 
 def parts(axes: Any, record: Record) -> None:
