@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 OURS, BASELINE = "top-K + top-p", "sampled"
 SMALL = 0.05  # of a step's time
-FEW = 4  # objectives in a picture
 OURS_ALONE, PLAIN_FULL = "topk_reverse_kl", "plain PyTorch, whole vocabulary"
 VARIANTS = {
     "V2": "the student's top K and the sampled token",
@@ -134,14 +133,14 @@ def small_cost(record: Record) -> Claim:
 def draw(record: Record) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 6.6), layout="constrained")
+    figure = Figure(figsize=(8.6, 6.6), layout="constrained")
     (divergence, right), (mass, time) = figure.subplots(2, 2)
     colours = {name: f"C{place}" for place, name in enumerate(record["size"]["objectives"])}
     for name, colour in colours.items():
         curve(divergence, record, "text", name, "full", colour)
         curve(mass, record, "questions", name, "student_mass", colour)
-    divergence.set(title="open text: each step's own answers", xlabel="step", ylabel="full reverse KL, nats per token")
-    mass.set(title="questions: each step's own answers", xlabel="step", ylabel="student's mass on the teacher's top K")
+    divergence.set(title="open text, a step's own answers", xlabel="step", ylabel="full reverse KL, nats")
+    mass.set(title="questions, a step's own answers", xlabel="step", ylabel="student's mass on S")
     scores(right, record, colours)
     parts(time, record)
     handles, labels = divergence.get_legend_handles_labels()
@@ -150,34 +149,28 @@ def draw(record: Record) -> "Figure":
 
 
 def curve(axes: Any, record: Record, task: str, objective: str, field: str, colour: str) -> None:
-    """The mean over seeds, between the least and the greatest where few objectives leave room."""
+    """The mean over seeds."""
     found = runs(record, task, objective)
-    columns = list(zip(*(run["curves"][field] for run in found)))
-    at = found[0]["steps"]
-    axes.plot(at, [statistics.fmean(column) for column in columns], marker=".", color=colour, label=objective)
-    if len(found) > 1 and len(record["size"]["objectives"]) <= FEW:
-        for end in (min, max):
-            axes.plot(at, list(map(end, columns)), color=colour, linestyle=":", linewidth=0.8)
+    means = [statistics.fmean(column) for column in zip(*(run["curves"][field] for run in found))]
+    axes.plot(found[0]["steps"], means, marker=".", color=colour, label=objective)
 
 
 def scores(axes: Any, record: Record, colours: dict[str, str]) -> None:
-    for place, (name, colour) in enumerate(colours.items()):
+    for name, colour in colours.items():
         values = after(record, "questions", name, "score")
         mean, half = interval(values)
-        axes.bar(place, mean, color=colour, width=0.6)
+        axes.barh(name, mean, color=colour, height=0.6)
         if len(values) > 1:
-            axes.errorbar(place, mean, half, color="0.2", capsize=4)
+            axes.errorbar(mean, name, xerr=half, color="0.2", capsize=4)
     levels = {"teacher": record["questions"]["teacher"], "before": record["questions"]["before"]["score"]}
     for (name, level), style in zip(levels.items(), ("--", ":")):
-        axes.axhline(level, color="0.4", linestyle=style, label=name)
-    axes.set_xticks(range(len(colours)), [name.replace(" + ", "\n+ ") for name in colours])
-    if len(colours) > FEW:
-        axes.tick_params("x", rotation=60)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.axvline(level, color="0.3", linestyle=style, label=name)
+    axes.invert_yaxis()
     asked, seeds = record["questions"]["asked"], len(record["questions"]["seeds"])
-    shown = f"95 % intervals over {seeds} seeds" if seeds > 1 else "one seed"
-    axes.set(title=f"{asked} held-back questions, {shown}", ylabel="share answered right", ylim=(0, 1.25))
-    axes.legend(loc="upper center", ncols=2)
+    axes.set(
+        title=f"{asked} held-back questions", xlabel=f"share right, 95 % intervals, seeds: {seeds}", xlim=(-0.02, 1)
+    )
+    axes.legend(fontsize="small")
 
 
 def parts(axes: Any, record: Record) -> None:
@@ -188,8 +181,8 @@ def parts(axes: Any, record: Record) -> None:
         axes.barh(objectives, widths, left=left, color=f"C{place + 3}", label=part, height=0.6)
         left = [a + b for a, b in zip(left, widths)]
     axes.invert_yaxis()
-    axes.set(title="questions: a step's parts", xlabel="seconds, medians")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
+    axes.set(title="questions, a step's parts", xlabel="seconds, medians")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.22), ncols=3, fontsize="small")
 
 
 def runs(record: Record, task: str, objective: str) -> list[Record]:
