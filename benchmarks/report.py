@@ -46,7 +46,7 @@ from benchmarks.summaries import (
     table,
 )
 from benchmarks.trainers import used
-from examples.paper import study
+from examples.paper import study, summary
 
 ROOT = Path(__file__).parent.parent
 FILES = tuple(
@@ -222,10 +222,10 @@ def demo(arguments: str) -> str:
 def paper(arguments: str) -> str:
     if arguments == "claims":
         every = [claim for name in study.NAMES for claim in study.study(name).claims(study.load(name))]
-        return study.markdown(study.verdicts(every))
+        return summary.markdown(study.verdicts(every))
     name, title = arguments.split(" ", 1)
     record = study.load(name)
-    return study.ran(record) if title == "ran" else study.markdown(study.study(name).tables(record)[title])
+    return study.ran(record) if title == "ran" else summary.markdown(study.study(name).tables(record)[title])
 
 
 KINDS: dict[str, Callable[[str], str]] = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.paper import stacked, study
+from examples.paper import stacked, study, summary
 from examples.paper.study import Claim
 
 ROOT = Path(__file__).parent.parent
@@ -71,12 +71,32 @@ def test_what_the_verdicts_say() -> None:
 
 
 def test_an_interval_is_students() -> None:
-    mean, half = study.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = summary.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
-    assert study.interval([1.0, 3.0])[1] == pytest.approx(12.706)
+    assert summary.interval([1.0, 3.0])[1] == pytest.approx(12.706)
     many = [float(i % 2) for i in range(40)]
-    assert study.interval(many)[1] == pytest.approx(2.228 * torch.tensor(many).std().item() / 40**0.5, rel=1e-5)
-    assert study.interval([2.0])[0] == 2 and math.isnan(study.interval([2.0])[1])
+    assert summary.interval(many)[1] == pytest.approx(2.228 * torch.tensor(many).std().item() / 40**0.5, rel=1e-5)
+    assert summary.interval([2.0])[0] == 2 and math.isnan(summary.interval([2.0])[1])
+
+
+def test_a_verdict_needs_an_interval_beside_the_limit() -> None:
+    assert summary.above([1.0, 1.1, 0.9]) is True and summary.above([-1.0, -1.1, -0.9]) is False
+    assert summary.above([1.0, -1.0, 0.1]) is summary.above([3.0]) is summary.above([]) is None
+    assert summary.above([1.0, 1.1, 0.9], 2.0) is False
+
+
+def test_how_numbers_are_told() -> None:
+    assert summary.shown([1.0, 3.0], 1) == "2.0 ± 12.7" and summary.shown([2.0]) == "2.000"
+    assert summary.shown([]) == "none" and summary.reach([3.0, 1.0, 2.5]) == "2.5 (1 to 3)"
+    given = {0.5: (torch.tensor([1 / 3]), None), "steps": 123_456, "x": 123_456.0}
+    assert summary.rounded(given) == {"0.5": [[0.33333], None], "steps": 123_456, "x": 123_460.0}
+
+
+def test_a_table_has_numbers_flush_right() -> None:
+    rows = [["name", "n", "source"], ["a", "1 ± 2", "2603.25562, section 3"], ["b", "", "2603.25562"]]
+    assert summary.markdown(rows).splitlines()[:3] == [
+        "| name | n | source |", "| --- | ---: | --- |", "| a | 1 ± 2 | 2603.25562, section 3 |",
+    ]  # fmt: skip
 
 
 def test_a_stack_of_layers_is_its_layers() -> None:

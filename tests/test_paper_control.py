@@ -11,9 +11,11 @@ import torch
 from torch.distributions import kl_divergence
 
 from examples.paper import control
+from examples.paper.control import experiment, page as words
+from examples.paper.control.walkers import STD_FLOOR, TASKS, Policy, pick, train_teachers, walk
 from examples.paper.stacked import generators
 from examples.paper.study import page
-from examples.paper.walkers import STD_FLOOR, TASKS, Policy, pick, train_teachers, walk
+from examples.paper.summary import rounded
 
 SHORT = control.Size(iterations=60, teacher_iterations=150, points=2, batch=32, batches=4, others=())
 SEEDS = [42, 43]
@@ -63,7 +65,7 @@ def test_the_gradient_is_equation_3(gamma: float) -> None:
     """sum over t of (sum over t' >= t of gamma^(t' - t) (log p - log q)_t') grad log p_t, descended."""
     student, teacher = pair(1)
     made = walk(student, torch.tensor([LEFT]), generators([1]), 2, 3)
-    got = control.output_gradient(student, teacher, made, [gamma])[0]  # (WIDTH + 1, 2)
+    got = experiment.output_gradient(student, teacher, made, [gamma])[0]  # (WIDTH + 1, 2)
     log_p = student(made.inputs).log_prob(made.moves)[0]  # (B, T)
     r = (log_p - teacher(made.inputs).log_prob(made.moves)[0]).tolist()
     formula = torch.zeros_like(got)
@@ -79,9 +81,9 @@ def test_the_gradient_is_equation_3(gamma: float) -> None:
 def test_each_run_has_its_own_gamma() -> None:
     student, teacher = pair(4)
     made = walk(student, torch.tensor([LEFT] * 4), generators([1, 2, 1, 2]), 3, 5)
-    both = control.output_gradient(student, teacher, made, [0.0, 1.0])
+    both = experiment.output_gradient(student, teacher, made, [0.0, 1.0])
     for run, gamma in enumerate([0.0, 0.0, 1.0, 1.0]):
-        one = control.output_gradient(
+        one = experiment.output_gradient(
             pick(student, [run]), pick(teacher, [run]), type(made)(*(x[run : run + 1] for x in made)), [gamma]
         )
         torch.testing.assert_close(both[run : run + 1], one, rtol=1e-4, atol=1e-4)
@@ -91,7 +93,7 @@ def test_each_run_has_its_own_gamma() -> None:
 def test_the_mean_gradient_of_one_step_is_that_of_the_kl() -> None:
     student, teacher = pair(1)
     made = walk(student, torch.tensor([RIGHT]), generators([4]), 50_000, 1)
-    got = control.output_gradient(student, teacher, made, [0.0])
+    got = experiment.output_gradient(student, teacher, made, [0.0])
     start = made.inputs[:, :1]
     kl = kl_divergence(student(start), teacher(start)).sum()
     weight, bias = torch.autograd.grad(kl, [student.output.weight, student.output.bias])
@@ -101,7 +103,7 @@ def test_the_mean_gradient_of_one_step_is_that_of_the_kl() -> None:
 
 def test_variance_is_the_mean_square_from_the_mean() -> None:
     gradients = torch.tensor([[[1.0, 5.0]], [[3.0, 5.0]], [[5.0, 8.0]]])  # (M, R, 2)
-    assert control.variance(gradients).tolist() == pytest.approx([(4 + 1 + 0 + 1 + 4 + 4) / 3])
+    assert experiment.variance(gradients).tolist() == pytest.approx([(4 + 1 + 0 + 1 + 4 + 4) / 3])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def record() -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small, and the same rounding everywhere
     found = {"size": SHORT._asdict(), "seeds": SEEDS, "torch": "", "threads": 1, "seconds": 1}
-    yield json.loads(json.dumps(found | control.measure(SHORT, SEEDS)))
+    yield json.loads(json.dumps(found | rounded(control.measure(SHORT, SEEDS))))
     torch.set_num_threads(threads)
 
 
@@ -127,33 +129,33 @@ class TestStudy:
 
     def test_students_of_a_seed_start_alike(self, record: dict[str, Any]) -> None:
         for name in ("kl", "distance"):
-            starts = [[run[0] for run in control.curves(record, gamma, name)] for gamma in control.GAMMAS]
+            starts = [[run[0] for run in words.curves(record, gamma, name)] for gamma in experiment.GAMMAS]
             assert all(start == pytest.approx(starts[0], rel=1e-3) for start in starts)
 
     def test_variance_rises_with_gamma_for_the_same_student(self, record: dict[str, Any]) -> None:
         for at in range(SHORT.points + 1):
             for seed in range(len(SEEDS)):
-                found = [control.curves(record, gamma, "same")[seed][at] for gamma in control.GAMMAS]
+                found = [words.curves(record, gamma, "same")[seed][at] for gamma in experiment.GAMMAS]
                 assert found == sorted(found) and found[-1] > 2 * found[0]
 
     def test_the_student_of_gamma_0_learns(self, record: dict[str, Any]) -> None:
-        for run in control.curves(record, 0.0, "kl"):
+        for run in words.curves(record, 0.0, "kl"):
             assert run[-1] < run[0] / 3
-        assert max(run[-1] for run in control.curves(record, 0.0, "distance")) < 1
+        assert max(run[-1] for run in words.curves(record, 0.0, "distance")) < 1
 
     def test_verdicts_follow_the_record(self, record: dict[str, Any]) -> None:
         for power, wanted in ((1.5, [True] * 3), (-1.5, [False] * 3), (0.5, [True, False, True])):
             doctored = copy.deepcopy(record)
-            for gamma, curves in doctored["rates"][str(control.RATE)]["gammas"].items():
+            for gamma, curves in doctored["rates"][str(experiment.RATE)]["gammas"].items():
                 for name in ("variance", "kl"):
                     curves[name] = [[10 ** (power * float(gamma))] * len(run) for run in curves[name]]
             assert verdicts(doctored) == wanted
-        doctored["rates"][str(control.RATE)]["gammas"]["1.0"]["kl"][0] = [1.0] * 3  # of one seed
+        doctored["rates"][str(experiment.RATE)]["gammas"]["1.0"]["kl"][0] = [1.0] * 3  # of one seed
         assert verdicts(doctored) == [True, False, False]
 
     def test_other_rates_have_verdicts_of_their_own(self, record: dict[str, Any]) -> None:
         both = copy.deepcopy(record)
-        both["rates"]["0.01"] = copy.deepcopy(both["rates"][str(control.RATE)])
+        both["rates"]["0.01"] = copy.deepcopy(both["rates"][str(experiment.RATE)])
         assert verdicts(both) == [verdicts(record)[i] for i in (0, 1, 1, 2, 2)]
         both["rates"]["0.01"]["gammas"]["1.0"]["kl"] = [[1e6] * 3] * len(SEEDS)
         assert verdicts(both)[-1] and "0.01" in control.claims(both)[-1].claim

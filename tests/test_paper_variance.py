@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from examples.paper import variance
-from examples.paper.chains import (
+from examples.paper.study import page
+from examples.paper.summary import rounded
+from examples.paper.variance import experiment, page as words
+from examples.paper.variance.chains import (
     Chain,
     chain,
     estimates,
@@ -27,7 +30,6 @@ from examples.paper.chains import (
     token_log_probs,
     weighted_scores,
 )
-from examples.paper.study import page
 from topk_rkl.recipe.rollout import sampled_token_loss
 
 SHORT = variance.Size(
@@ -120,7 +122,7 @@ def record() -> Iterator[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small, and the same rounding everywhere
     found = {"size": SHORT._asdict(), "seeds": SEEDS, "torch": "", "threads": 1, "seconds": 1}
-    yield json.loads(json.dumps(found | variance.measure(SHORT, SEEDS)))
+    yield json.loads(json.dumps(found | rounded(variance.measure(SHORT, SEEDS))))
     torch.set_num_threads(threads)
 
 
@@ -137,14 +139,14 @@ class TestStudy:
 
     def test_sampled_moments_agree_with_listed_ones(self, record: dict[str, Any]) -> None:
         for run in record["runs"]:
-            assert max(run["sampling"].values()) < variance.MISSED
+            assert max(run["sampling"].values()) < words.MISSED
             for at, length in enumerate(SHORT.listed):
                 for name, exact in run["exact"][str(length)].items():
                     assert run["cases"]["mixing"]["moments"][name][at][0] == pytest.approx(exact, rel=0.3)
 
     def test_a_larger_gamma_has_less_bias(self, record: dict[str, Any]) -> None:
         for run in record["runs"]:
-            last = [run["bias"][str(gamma)][-1][0] for gamma in variance.GAMMAS]
+            last = [run["bias"][str(gamma)][-1][0] for gamma in experiment.GAMMAS]
             assert last == sorted(last, reverse=True) and last[0] > 0.02 and last[-1] < 1e-12
 
     def test_bias_vanishes_beside_the_teacher(self, record: dict[str, Any]) -> None:
@@ -153,19 +155,19 @@ class TestStudy:
             assert near["bias"] < far["bias"] / 2 and near["crossing"] > far["crossing"]
 
     def test_exponents(self, record: dict[str, Any]) -> None:
-        token, causal, full = (median(variance.exponents(record, "mixing", name)) for name in variance.POWERS)
+        token, causal, full = (median(words.exponents(record, "mixing", name)) for name in words.POWERS)
         assert 0.7 < token < 1.5 and 2.2 < causal < 3.2 and 2.2 < full < 3.2
-        assert token + 0.2 < median(variance.exponents(record, "halves", variance.TOKEN)) < 2.2
+        assert token + 0.2 < median(words.exponents(record, "halves", experiment.TOKEN)) < 2.2
 
     def test_second_moments_stay_below_their_bounds(self, record: dict[str, Any]) -> None:
-        for name, power in {variance.TOKEN: 2, variance.CAUSAL: 3, variance.SEQUENCE: 3}.items():
-            assert 1e-4 < variance.largest_share(record, name, power) < 1
+        for name, power in {experiment.TOKEN: 2, experiment.CAUSAL: 3, experiment.SEQUENCE: 3}.items():
+            assert 1e-4 < words.largest_share(record, name, power) < 1
 
     def test_the_token_level_is_nearer_with_few_sequences(self, record: dict[str, Any]) -> None:
-        names = (variance.TOKEN, variance.CAUSAL)
-        few, many = ([variance.squared_error(record, name, -1, n) for name in names] for n in (1, 1e6))
+        names = (experiment.TOKEN, experiment.CAUSAL)
+        few, many = ([words.squared_error(record, name, -1, n) for name in names] for n in (1, 1e6))
         assert few[0] < few[1] and many[0] > many[1]
-        assert all(1 < crossing < 1e6 for crossing in variance.crossings(record, -1))
+        assert all(1 < crossing < 1e6 for crossing in words.crossings(record, -1))
 
     def test_verdicts_follow_the_record(self, record: dict[str, Any]) -> None:
         unbiased, biased, bounded, conservative, faster, ordered, trade = range(7)
@@ -177,11 +179,11 @@ class TestStudy:
             for case in run["cases"].values():
                 case["B_r"] /= 100
                 named = case["moments"]
-                named[variance.TOKEN], named[variance.CAUSAL] = named[variance.CAUSAL], named[variance.TOKEN]
+                named[experiment.TOKEN], named[experiment.CAUSAL] = named[experiment.CAUSAL], named[experiment.TOKEN]
         assert not any(verdicts(broken))
         sorted_ = copy.deepcopy(record)
         for run in sorted_["runs"]:
-            for power, name in enumerate(variance.ESTIMATORS):
+            for power, name in enumerate(experiment.ESTIMATORS):
                 run["cases"]["mixing"]["moments"][name][-1] = [10.0**power, 10.0**power]
         assert verdicts(sorted_)[ordered]
 

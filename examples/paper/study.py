@@ -11,7 +11,6 @@ Pages and pictures are written from the record alone, so `tables` and `claims` n
 
 import json
 import re
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
@@ -21,13 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
+from examples.paper.summary import Rows, markdown, rounded
+
 NAMES = ("control", "variance", "failures", "method", "smollm2", "mass")
 RESULTS = Path(__file__).parent / "results"
 PAPER = "2603.25562"
-# 97.5 % quantiles for 1 to 10 degrees of freedom. More than 11 values take the last, which is a little too wide.
-STUDENTS_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Record = dict[str, Any]
-Rows = list[list[str]]
 Item = TypeVar("Item")
 
 
@@ -50,7 +48,7 @@ def run(name: str, full: bool, seeds: Sequence[int], out: Path) -> Record:
     module, started = study(name), time.perf_counter()
     size = module.FULL if full else module.Size()
     record = {"size": size._asdict(), "seeds": list(seeds), "torch": torch.__version__}
-    record |= {"threads": torch.get_num_threads(), **module.measure(size, seeds)}
+    record |= {"threads": torch.get_num_threads(), **rounded(module.measure(size, seeds))}
     record["seconds"] = round(time.perf_counter() - started, 1)
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, allow_nan=False)
@@ -84,13 +82,6 @@ def verdicts(claims: Iterable[Claim]) -> Rows:
     return [["source", "claim", "measured here", "verdict"], *([*c[:3], said[c.held]] for c in claims)]
 
 
-def markdown(rows: Rows) -> str:
-    """A table; a column of numbers is flush right. A list, such as an arXiv number and a section, is no number."""
-    right = [all(cell[:1] in "+-0123456789" and ", " not in cell for cell in column) for column in zip(*rows[1:])]
-    lines = [rows[0], ["---:" if x else "---" for x in right], *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def ran(record: Record) -> str:
     seeds, took = ", ".join(map(str, record["seeds"])), f"{record['seconds']:.0f} s"
     return f"Seeds {seeds}; {took} on {record['threads']} CPU threads with torch {record['torch']}.\n"
@@ -98,11 +89,3 @@ def ran(record: Record) -> str:
 
 def bar(items: Iterable[Item], name: str) -> Iterator[Item]:
     return iter(tqdm(items, desc=name, dynamic_ncols=True))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval by Student's t; NaN for a single value."""
-    if len(values) < 2:
-        return statistics.fmean(values), float("nan")
-    quantile = STUDENTS_T[min(len(values) - 1, len(STUDENTS_T)) - 1]
-    return statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5

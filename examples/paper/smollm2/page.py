@@ -1,13 +1,9 @@
-"""What the record of the study `smollm2` says: tables, claims and a picture."""
+"""Tables and claims of the study `smollm2`, from its record alone."""
 
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from examples.paper.study import PAPER, Claim, Record, Rows, interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from examples.paper.study import PAPER, Claim, Record
+from examples.paper.summary import Rows, above, shown
 
 OURS, BASELINE = "top-K + top-p", "sampled"
 SMALL = 0.05  # of a step's time
@@ -40,7 +36,7 @@ def outcomes(record: Record, task: str) -> Rows:
         rows.append(["the teacher itself", "", f"{record[task]['teacher']:.3f}", "0", "0"])
     rows.append(["before", "", *(f"{record[task]['before'][name]:.3f}" for name in fields)])
     for objective in record["size"]["objectives"]:
-        values = [with_interval(after(record, task, objective, name)) for name in fields]
+        values = [shown(after(record, task, objective, name)) for name in fields]
         rows.append([objective, str(seeds), *values])
     return rows
 
@@ -106,17 +102,12 @@ def compared(record: Record, source: str, claim: str, task: str, first: str, sec
     differences = [a - b for a, b in zip(ours, theirs)]
     if len(differences) < 2:
         return Claim(source, claim, f"{means}; one seed, so no interval", None)
-    measured = f"{means}; paired difference {with_interval(differences)}, {len(differences)} seeds"
-    return Claim(source, claim, measured, verdict(differences, +1 if field == "score" else -1))
+    measured = f"{means}; paired difference {shown(differences)}, {len(differences)} seeds"
+    return Claim(source, claim, measured, above(differences if field == "score" else [-x for x in differences]))
 
 
 def versus(second: str | None) -> str:
     return "before" if second is None else f"with {second}"
-
-
-def verdict(differences: Sequence[float], sign: int) -> bool | None:
-    mean, half = interval(differences)
-    return sign * mean > 0 if abs(mean) > half else None
 
 
 def small_cost(record: Record) -> Claim:
@@ -128,61 +119,6 @@ def small_cost(record: Record) -> Claim:
     )
     claim = f"The top-K loss takes a small part of a step's time: below {SMALL:.0%} on either task."
     return Claim("topk_rkl", claim, measured, max(shares) < SMALL)
-
-
-def draw(record: Record) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 6.6), layout="constrained")
-    (divergence, right), (mass, time) = figure.subplots(2, 2)
-    colours = {name: f"C{place}" for place, name in enumerate(record["size"]["objectives"])}
-    for name, colour in colours.items():
-        curve(divergence, record, "text", name, "full", colour)
-        curve(mass, record, "questions", name, "student_mass", colour)
-    divergence.set(title="open text, a step's own answers", xlabel="step", ylabel="full reverse KL, nats")
-    mass.set(title="questions, a step's own answers", xlabel="step", ylabel="student's mass on S")
-    scores(right, record, colours)
-    parts(time, record)
-    handles, labels = divergence.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), title="objective")
-    return figure
-
-
-def curve(axes: Any, record: Record, task: str, objective: str, field: str, colour: str) -> None:
-    """The mean over seeds."""
-    found = runs(record, task, objective)
-    means = [statistics.fmean(column) for column in zip(*(run["curves"][field] for run in found))]
-    axes.plot(found[0]["steps"], means, marker=".", color=colour, label=objective)
-
-
-def scores(axes: Any, record: Record, colours: dict[str, str]) -> None:
-    for name, colour in colours.items():
-        values = after(record, "questions", name, "score")
-        mean, half = interval(values)
-        axes.barh(name, mean, color=colour, height=0.6)
-        if len(values) > 1:
-            axes.errorbar(mean, name, xerr=half, color="0.2", capsize=4)
-    levels = {"teacher": record["questions"]["teacher"], "before": record["questions"]["before"]["score"]}
-    for (name, level), style in zip(levels.items(), ("--", ":")):
-        axes.axvline(level, color="0.3", linestyle=style, label=name)
-    axes.invert_yaxis()
-    asked, seeds = record["questions"]["asked"], len(record["questions"]["seeds"])
-    axes.set(
-        title=f"{asked} held-back questions", xlabel=f"share right, 95 % intervals, seeds: {seeds}", xlim=(-0.02, 1)
-    )
-    axes.legend(fontsize="small")
-
-
-def parts(axes: Any, record: Record) -> None:
-    names, objectives = list(record["questions"]["runs"][0]["seconds"]), record["size"]["objectives"]
-    left = [0.0] * len(objectives)
-    for place, part in enumerate(names):
-        widths = [part_seconds(record, "questions", objective)[part] for objective in objectives]
-        axes.barh(objectives, widths, left=left, color=f"C{place + 3}", label=part, height=0.6)
-        left = [a + b for a, b in zip(left, widths)]
-    axes.invert_yaxis()
-    axes.set(title="questions, a step's parts", xlabel="seconds, medians")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.22), ncols=3, fontsize="small")
 
 
 def runs(record: Record, task: str, objective: str) -> list[Record]:
@@ -201,11 +137,6 @@ def part_seconds(record: Record, task: str, objective: str) -> dict[str, float]:
 
 def share_of_loss(seconds: dict[str, float]) -> float:
     return seconds["loss, both passes"] / sum(seconds.values())
-
-
-def with_interval(values: Sequence[float]) -> str:
-    mean, half = interval(values)
-    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {half:.3f}"
 
 
 def percent(share: float) -> str:

@@ -11,24 +11,22 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from examples.paper import questions
-from examples.paper.loss_cost import Clock, loss_cost, peak_mib, reset_peak
-from examples.paper.smollm2_losses import OBJECTIVES, Objective, Tokens
-from examples.paper.smollm2_page import claims, draw, tables
+from examples.paper.smollm2 import questions
+from examples.paper.smollm2.loss_cost import Clock, loss_cost, peak_mib, reset_peak
+from examples.paper.smollm2.objectives import OBJECTIVES, Objective
 from examples.paper.study import Record, bar
 from topk_rkl.diagnostics import topk_diagnostics
 
 if TYPE_CHECKING:
     from examples.smollm2 import Rollout, Tokenizer
 
-__all__ = ["FULL", "SEEDS", "Size", "claims", "draw", "measure", "tables"]
 SEEDS = (0, 1, 2, 3, 4)
-PROMPTS = Path(__file__).parents[1] / "prompts.txt"
+PROMPTS = Path(__file__).parents[2] / "prompts.txt"
 BEST = 1e-9  # a nucleus that holds the best token alone
 POINTS = 8  # at most, of a run's curve in the record
 CURVES = ("loss", "full", "student_mass", "student_entropy", "norm")
@@ -87,10 +85,8 @@ def measure(size: Size, seeds: Sequence[int]) -> Record:
 
 
 def measured(teacher: nn.Module, tokenizer: "Tokenizer", size: Size, seeds: Sequence[int]) -> Record:
-    lab, record = (
-        laboratory(teacher, tokenizer, size),
-        {"loss_cost": loss_cost(size.positions, size.vocab, size.k, size.repeats)},
-    )
+    record = {"loss_cost": loss_cost(size.positions, size.vocab, size.k, size.repeats)}
+    lab = laboratory(teacher, tokenizer, size)
     for name, task in tasks(size).items():
         fixed = answers(lab, lab.teacher, task)
         logits = speak(lab.teacher, fixed)  # (n, V), once for all runs
@@ -146,10 +142,9 @@ def train(lab: Lab, task: Task, objective: Objective, seed: int) -> Record:
         clock("rollout")
         steps.append(step(lab, objective, optimizer, sample, clock))
     parts = {part: statistics.median(clock.seconds[part] for clock in clocks) for part in clocks[0].seconds}
-    curves = {name: [rounded(values[name]) for values in steps[::every]] for name in CURVES}
-    seconds = {part: rounded(value) for part, value in parts.items()}
+    curves = {name: [values[name] for values in steps[::every]] for name in CURVES}
     peak = peak_mib() if resettable else None
-    return {"steps": list(range(0, task.steps, every)), "curves": curves, "seconds": seconds, "peak_mib": peak}
+    return {"steps": list(range(0, task.steps, every)), "curves": curves, "seconds": parts, "peak_mib": peak}
 
 
 def batches(task: Task, order: torch.Generator) -> Iterator[list[str]]:
@@ -170,7 +165,7 @@ def step(
     logits = speak(lab.student, sample)  # (n, V)
     clock("student forward")
     z = logits.detach().requires_grad_()  # (n, V) a leaf, so that the loss has a backward pass of its own to time
-    loss = objective.loss(Tokens(z, w, y, weights, lab.k))  # ()
+    loss = objective.loss(z, w, y, lab.k, weights).sum() / weights.sum()  # ()
     loss.backward()
     clock("loss, both passes")
     logits.backward(z.grad)
@@ -235,7 +230,7 @@ def judge(
         "own": full_reverse_kl(speak(lab.student, own), speak(lab.teacher, own)).mean(),
         "fixed": full_reverse_kl(speak(lab.student, fixed), theirs).mean(),
     }
-    return {name: rounded(value.item()) for name, value in values.items()} | {"score": score(lab, task, own)}
+    return {name: value.item() for name, value in values.items()} | {"score": score(lab, task, own)}
 
 
 def score(lab: Lab, task: Task, sample: "Rollout") -> float | None:
@@ -243,8 +238,4 @@ def score(lab: Lab, task: Task, sample: "Rollout") -> float | None:
     if task.right is None:
         return None
     texts = lab.tokenizer.batch_decode(sample.ids[:, -sample.length :], skip_special_tokens=True)
-    return rounded(statistics.fmean(task.right(i, text) for i, text in enumerate(texts)))
-
-
-def rounded(value: Any) -> float:
-    return float(f"{value:.5g}")
+    return statistics.fmean(task.right(i, text) for i, text in enumerate(texts))

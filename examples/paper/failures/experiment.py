@@ -7,23 +7,20 @@ Mismatch: the token that ends an answer, under a teacher that writes prompts or 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from examples.paper.failures_page import claims, tables
-from examples.paper.failures_picture import draw
 from examples.paper.study import Record, bar
+from examples.paper.summary import rounded
 from topk_rkl.recipe.rewards import log_ratio
 from topk_rkl.recipe.weighting import special_token_mask
 
 if TYPE_CHECKING:
-    from examples.paper.failure_modes import Models, Rollout, Table
+    from examples.paper.failures.readings import Models, Rollout, Table
 
-__all__ = ["FULL", "SEEDS", "Size", "claims", "draw", "measure", "tables"]
-
-PROMPTS = Path(__file__).parents[1] / "prompts.txt"
+PROMPTS = Path(__file__).parents[2] / "prompts.txt"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 FEW = (0.01, 0.05)  # of the tokens: those that carry most
 CARRIED = ("reward", "sampled_grad", "topk", "topk_grad", "full", "full_grad")
@@ -53,7 +50,7 @@ def measure(size: Size, seeds: Sequence[int]) -> Record:
 
 
 def load(layers: int) -> "Models":
-    from examples.paper.failure_modes import Models
+    from examples.paper.failures.readings import Models
     from examples.smollm2 import load_teacher, without_layers
 
     teacher, tokenizer = load_teacher()
@@ -61,7 +58,7 @@ def load(layers: int) -> "Models":
 
 
 def measured(models: "Models", size: Size, seeds: Sequence[int]) -> Record:
-    from examples.paper.failure_modes import Reading, token_table
+    from examples.paper.failures.readings import Reading, token_table
     from examples.smollm2 import read_prompts, rollout, without_layers
 
     student, tokenizer = models.student, models.tokenizer
@@ -87,7 +84,7 @@ def measured(models: "Models", size: Size, seeds: Sequence[int]) -> Record:
     edges = torch.linspace(LOW, HIGH, BINS + 1)  # (BINS + 1,)
     histogram = {"edges": edges, "reward": counts(torch.cat([x["reward"] for x in drawn]))}
     histogram |= {"exact mean": counts(torch.cat([-x["full"] for x in drawn]))}
-    return plain({"runs": runs, "histogram": histogram, "greedy": natural_loops(models, sample)})
+    return rounded({"runs": runs, "histogram": histogram, "greedy": natural_loops(models, sample)})
 
 
 def imbalance(table: "Table") -> Record:
@@ -139,7 +136,7 @@ def loops(models: "Models", sample: "Rollout", size: Size) -> Record:
 
     looping: the share of the sampled tokens that end a 4-gram seen before.
     """
-    from examples.paper.failure_modes import log_probs, looped, repeated, response
+    from examples.paper.failures.readings import log_probs, looped, repeated, response
 
     ids, real = response(sample)  # (B, T), (B, T)
     inside = torch.cat([repeated(row[kept], GRAM) for row, kept in zip(ids, real)])  # (n,)
@@ -159,7 +156,7 @@ def loops(models: "Models", sample: "Rollout", size: Size) -> Record:
 
 def natural_loops(models: "Models", sample: "Rollout") -> list[Record]:
     """Each greedy answer: the share of its tokens that end a 4-gram seen before, and the reward there."""
-    from examples.paper.failure_modes import log_probs, repeated, response
+    from examples.paper.failures.readings import log_probs, repeated, response
 
     ids, real = response(sample)  # (B, T), (B, T)
     log_p, log_q = log_probs(models.student, sample), log_probs(models.teacher, sample)  # (B, T), (B, T)
@@ -182,7 +179,7 @@ def endings(models: "Models", sample: "Rollout", prompts: list[str], k: int) -> 
     renamed: its vocabulary has the end under the id of <|endoftext|>, and that under the id of the end.
     remapped: the same, with the ids of its top K translated.
     """
-    from examples.paper.failure_modes import Reading, response, rows_of, spelled_out, token_table
+    from examples.paper.failures.readings import Reading, response, rows_of, spelled_out, token_table
 
     end, other = models.tokenizer.eos_token_id, models.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     ids, real = response(sample)  # (B, T), (B, T)
@@ -243,14 +240,3 @@ def counts(
     x: Tensor,  # (n,)
 ) -> Tensor:  # (BINS,)
     return x.clamp(LOW, HIGH).histc(BINS, LOW, HIGH).long()
-
-
-def plain(x: Any) -> Any:
-    """The same of what JSON holds, numbers of five digits."""
-    if isinstance(x, Tensor):
-        return plain(x.tolist())
-    if isinstance(x, dict):
-        return {name: plain(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [plain(value) for value in x]
-    return float(f"{x:.5g}") if isinstance(x, float) else x

@@ -3,8 +3,9 @@
 import statistics
 from typing import TYPE_CHECKING
 
-from examples.paper.failures_page import FIVE_PERCENT, by_position, ends, of_runs
-from examples.paper.study import Record, interval
+from examples.paper.failures.page import FIVE_PERCENT, by_position, ends, of_runs
+from examples.paper.study import Record
+from examples.paper.summary import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,10 @@
 """Tables and claims of the study `failures`, from its record alone."""
 
 import statistics
-from collections.abc import Sequence
 from itertools import pairwise
 
-from examples.paper.study import PAPER, Claim, Record, Rows, interval
+from examples.paper.study import PAPER, Claim, Record
+from examples.paper.summary import Rows, above, shown
 
 MODES = [f"{PAPER}, failure mode {i}" for i in (1, 2, 3)]
 FIVE_PERCENT = 1  # of the quantiles, and of the shares of tokens
@@ -25,26 +25,10 @@ TEACHERS = {
 }
 
 
-def above(values: Sequence[float], limit: float) -> bool | None:
-    """Whether the mean is above the limit; None where the 95 % confidence interval has the limit inside, or is none."""
-    if not values:
-        return None
-    mean, half = interval(values)
-    return True if mean - half > limit else False if mean + half <= limit else None
-
-
 def both(first: bool | None, second: bool | None) -> bool | None:
     if False in (first, second):
         return False
     return None if None in (first, second) else True
-
-
-def shown(values: Sequence[float], digits: int = 2) -> str:
-    """A mean, with half its confidence interval where there are several values."""
-    if not values:
-        return "none"
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
 def of_runs(record: Record, part: str, name: str) -> list:

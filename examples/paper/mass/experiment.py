@@ -14,16 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.paper.linear_softmax import FREE, Language, drawn, language, shares
-from examples.paper.mass_page import claims, draw, tables
+from examples.paper.mass.linear_softmax import FREE, Language, drawn, language, shares
 from examples.paper.stacked import generators
 from examples.paper.study import Record, bar
+from examples.paper.summary import rounded
 from topk_rkl.diagnostics import topk_diagnostics
 from topk_rkl.loss import Support, teacher_topk, topk_divergence
 from topk_rkl.recipe.builders import teacher_top_p
 from topk_rkl.recipe.rollout import sampled_token_loss
-
-__all__ = ["FULL", "SEEDS", "Size", "claims", "draw", "measure", "tables"]
 
 SEEDS = (0, 1, 2, 3, 4)
 MASSES = ("renormalized", "tail", "raw_stop_grad", "raw")
@@ -259,7 +257,3 @@ def limits(
     outside = start.scatter(-1, slots, -torch.inf).logsumexp(-1)  # (R, C)
     kept, whole = (constant + teachers - outside).sigmoid(), teachers.exp()  # (R, C) each
     return {"renormalized": kept, "tail": whole, "raw_stop_grad": whole, "raw": whole / torch.e}
-
-
-def rounded(x: Tensor) -> list[float]:
-    return [float(f"{value:.5g}") for value in x.tolist()]

@@ -1,14 +1,13 @@
-"""Tables, claims and picture of the study `mass`, from its record alone."""
+"""Tables and claims of the study `mass`, from its record alone."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from examples.paper.study import PAPER, Claim, Record, Rows, interval
+from examples.paper.study import PAPER, Claim, Record
+from examples.paper.summary import Rows, above, interval, shown
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 LEAK, BIASED, ENTROPY = "2608.14728", "2605.11182", "2610.03529"
 ALARM = 0.05  # docs/paper.md warns where the teacher's mass on S less the student's is so much above its first value
@@ -21,7 +20,6 @@ FORMS = {
     "tail": "tail class",
     "full": "full reverse KL",
 }
-COLOURS = dict(zip(FORMS, ("tab:red", "black", "tab:green", "tab:orange", "tab:blue", "tab:purple")))
 WATCHED = {"student_mass": "mass outside S", "student_entropy": "entropy", "full": "full reverse KL"}
 
 
@@ -39,11 +37,11 @@ def forms(record: Record) -> Rows:
     heading = ["loss", *WATCHED.values(), "worst context outside S", "renormalised loss", "best token agrees"]
     names = (*WATCHED, "worst", "renormalized", "top1_agreement")
     teacher = record["teacher"] | {"worst": None, "full": None, "renormalized": None, "top1_agreement": None}
-    rows = [["before training", *(shown(name, record["start"][name]) for name in names)]]
+    rows = [["before training", *(named(name, record["start"][name]) for name in names)]]
     rows += [
-        [label, *(shown(name, record["runs"][form]["end"][name]) for name in names)] for form, label in FORMS.items()
+        [label, *(named(name, record["runs"][form]["end"][name]) for name in names)] for form, label in FORMS.items()
     ]
-    return [heading, *rows, ["the teacher", *(shown(name, teacher[name]) for name in names)]]
+    return [heading, *rows, ["the teacher", *(named(name, teacher[name]) for name in names)]]
 
 
 def settings(record: Record) -> Rows:
@@ -51,7 +49,7 @@ def settings(record: Record) -> Rows:
     said = {"start": "before", "renormalized": "renormalised", "tail": "tail class"}
     heading = ["setting", *(f"{WATCHED[name]}, {said[when]}" for name, when in columns)]
     every = record["settings"].items()
-    return [heading, *([title, *(shown(name, found[when][name]) for name, when in columns)] for title, found in every)]
+    return [heading, *([title, *(named(name, found[when][name]) for name, when in columns)] for title, found in every)]
 
 
 def alarms(record: Record) -> Rows:
@@ -75,8 +73,12 @@ def free_logits(record: Record) -> Rows:
     free = record["free"]
     rows = [["loss", "mass on S", "closed form", "largest difference in a context"]]
     for form, found in free["forms"].items():
-        rows.append([FORMS[form], said(found["mass"]), said(found["expected"]), f"{found['error']:.1e}"])
-    return [*rows, ["before training", said(free["start"]), "", ""], ["the teacher", said(free["teacher"]), "", ""]]
+        rows.append([FORMS[form], shown(found["mass"]), shown(found["expected"]), f"{found['error']:.1e}"])
+    return [
+        *rows,
+        ["before training", shown(free["start"]), "", ""],
+        ["the teacher", shown(free["teacher"]), "", ""],
+    ]
 
 
 def variances(record: Record) -> Rows:
@@ -85,7 +87,7 @@ def variances(record: Record) -> Rows:
         label = {"sampled": "sampled token"}.get(name) or FORMS[name]
         part = [x / y for x, y in zip(found["gradient"], record["spread"]["sampled"]["gradient"])]
         share = f"{100 * interval(part)[0]:.1f} %"
-        rows.append([label, said(found["loss"]), said(found["gradient"]), share])
+        rows.append([label, shown(found["loss"]), shown(found["gradient"]), share])
     return rows
 
 
@@ -93,16 +95,11 @@ def outside(values: Sequence[float]) -> list[float]:
     return [1 - x for x in values]
 
 
-def shown(name: str, values: Sequence[float] | None) -> str:
+def named(name: str, values: Sequence[float] | None) -> str:
     """A mean and half its interval; masses are told as what is outside S."""
     if values is None:
         return ""
-    return said(outside(values) if name in ("student_mass", "worst") else values)
-
-
-def said(values: Sequence[float]) -> str:
-    mean, half = interval(values)
-    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+    return shown(outside(values) if name in ("student_mass", "worst") else values)
 
 
 def change(record: Record, form: str, name: str) -> list[float]:
@@ -112,18 +109,16 @@ def change(record: Record, form: str, name: str) -> list[float]:
 
 
 def rises(values: Sequence[float]) -> bool:
-    """Whether the 95 % confidence interval is above 0."""
-    mean, half = interval(values)
-    return mean - half > 0
+    return above(values) is True
 
 
 def falls(values: Sequence[float]) -> bool:
-    return rises([-x for x in values])
+    return above(values) is False
 
 
 def told(record: Record, form: str, name: str) -> str:
     run = record["runs"][form]
-    return f"{WATCHED[name]} {shown(name, run['start'][name])} to {shown(name, run['end'][name])}"
+    return f"{WATCHED[name]} {named(name, run['start'][name])} to {named(name, run['end'][name])}"
 
 
 def claims(record: Record) -> list[Claim]:
@@ -146,14 +141,14 @@ def of_critics(record: Record) -> list[Claim]:
             LEAK,
             "The renormalised loss lets probability leak out of S during training.",
             f"{steps}: {told(record, 'renormalized', 'student_mass')}. As many features as ranks: "
-            f"{shown('student_mass', stays['start']['student_mass'])} to "
-            f"{shown('student_mass', stays['renormalized']['student_mass'])}",
+            f"{named('student_mass', stays['start']['student_mass'])} to "
+            f"{named('student_mass', stays['renormalized']['student_mass'])}",
             falls(change(record, "renormalized", "student_mass")),
         ),
         Claim(
             LEAK,
             "Half of the probability and more ends outside S.",
-            f"{said(leaked)} after {steps}",
+            f"{shown(leaked)} after {steps}",
             interval(leaked)[0] >= 0.5,
         ),
         Claim(
@@ -165,13 +160,13 @@ def of_critics(record: Record) -> list[Claim]:
         Claim(
             LEAK,
             "A tail class cures the leak.",
-            f"{told(record, 'tail', 'student_mass')}, {said(gap)} from the teacher's; {told(record, 'tail', 'full')}",
+            f"{told(record, 'tail', 'student_mass')}, {shown(gap)} from the teacher's; {told(record, 'tail', 'full')}",
             tail and falls(change(record, "tail", "full")),
         ),
         Claim(
             f"{PAPER}, a small replication",
             "The top-K loss has at most a third of the variance of the sampled-token loss.",
-            f"{said(gone)} of the loss's variance is gone, and {said(of_gradient)} of the gradient's",
+            f"{shown(gone)} of the loss's variance is gone, and {shown(of_gradient)} of the gradient's",
             interval(gone)[0] > 2 / 3,
         ),
         Claim(
@@ -221,7 +216,7 @@ def of_raw(record: Record) -> list[Claim]:
         Claim(
             "verl, pull request 5041",
             "The raw loss is least where the student's mass on S has shrunk.",
-            f"free logits: {said(raw['mass'])}, the teacher's over e is {said(raw['expected'])}",
+            f"free logits: {shown(raw['mass'])}, the teacher's over e is {shown(raw['expected'])}",
             raw["error"] < 0.01,
         ),
     ]
@@ -234,48 +229,7 @@ def of_the_loss(record: Record) -> list[Claim]:
             f"{PAPER}, section 3.2",
             "A softmax over S alone gives tokens outside S no gradient; free logits then cannot leak on.",
             f"logits outside S moved by {free['outside moved']:.0e}, the sum over S by {free['sum over S moved']:.0e}; "
-            f"the mass on S ended at {said(free['mass'])}, known beforehand within {free['error']:.0e}",
+            f"the mass on S ended at {shown(free['mass'])}, known beforehand within {free['error']:.0e}",
             free["outside moved"] == 0 and free["sum over S moved"] < 1e-9 and free["error"] < 0.01,
         )
     ]
-
-
-def draw(record: Record) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.2, 7), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15])
-    upper.suptitle("A student smaller than its teacher", fontsize=11)
-    units = {"student_mass": "mass outside S", "student_entropy": "entropy, nats", "full": "full reverse KL, nats"}
-    for panel, (name, label) in zip(upper.subplots(1, 3), units.items()):
-        curves_panel(record, name, panel)
-        panel.set(xlabel="training step", ylabel=label, ylim=(0, None))
-    upper.legend(*upper.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    lower.suptitle(f"What makes it leak: {record['size']['short']:,} steps in each setting", fontsize=11)
-    settings_panel(record, lower.subplots())
-    lower.legend(loc="outside lower center", ncols=3, fontsize=9)
-    return figure
-
-
-def curves_panel(record: Record, name: str, panel: "Axes") -> None:
-    for form, run in record["runs"].items():
-        values = run["curves"][name]
-        drawn = outside(values) if name == "student_mass" else values
-        panel.plot(run["steps"], drawn, color=COLOURS[form], label=FORMS[form])
-    if name in record["teacher"]:
-        mean = interval(record["teacher"][name])[0]
-        panel.axhline(1 - mean if name == "student_mass" else mean, color="0.6", ls=":", label="the teacher")
-    panel.set_xscale("symlog", linthresh=1)
-    panel.set_xlim(0, record["runs"]["renormalized"]["steps"][-1])
-
-
-def settings_panel(record: Record, panel: "Axes") -> None:
-    names = list(record["settings"])[::-1]
-    looks = {"start": ("0.6", "o", "before training"), "renormalized": (COLOURS["renormalized"], "D", "renormalised")}
-    looks["tail"] = (COLOURS["tail"], "s", "tail class")
-    for when, (colour, marker, label) in looks.items():
-        values = [interval(outside(record["settings"][name][when]["student_mass"]))[0] for name in names]
-        panel.scatter(values, range(len(names)), color=colour, marker=marker, label=label, zorder=3)
-    panel.set_yticks(range(len(names)), names)
-    panel.grid(axis="x", color="0.9")
-    panel.set(xlabel="mass outside S", xlim=(0, None))

@@ -1,0 +1,41 @@
+"""The picture of the study `control`, from its record alone."""
+
+import statistics
+from typing import TYPE_CHECKING
+
+from examples.paper.control.experiment import GAMMAS, RATE
+from examples.paper.control.page import curves
+from examples.paper.study import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw(record: Record) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    colours = dict(zip(GAMMAS, ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red")))
+    for positions in record["teacher"]["path"].values():
+        right.plot(positions, color="0.75", linewidth=6)
+    for rate, style in zip(map(float, record["rates"]), ("-", "--", ":")):
+        found = record["rates"][str(rate)]
+        for gamma in map(float, found["gammas"]):
+            for axes, name in ((left, "variance"), (middle, "kl")):
+                medians = [statistics.median(values) for values in zip(*curves(record, gamma, name, rate))]
+                label = f"gamma {gamma:g}" if rate == RATE else None
+                axes.plot(found["iterations"], medians, style, color=colours[gamma], label=label)
+        for gamma, tasks in found["paths"].items():
+            for task, positions in tasks.items():
+                label = f"lr {rate:g}" if gamma == "0.0" and task == "left" else None
+                right.plot(positions, style, color=colours[float(gamma)], label=label)
+    left.set(yscale="log", xlabel="iteration", ylabel="E|g - mean|^2, output layer", title="variance, median of seeds")
+    middle.set(
+        yscale="log", xlabel="iteration", ylabel="nats per step", title="KL(student || teacher), median of seeds"
+    )
+    right.set(xlabel="time (steps)", ylabel="mean position", ylim=(-6, 6))
+    right.set_title(f"both tasks, seed {record['seeds'][0]} (grey: teachers)")
+    right.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(GAMMAS))
+    return figure
