@@ -63,7 +63,7 @@ def tables(record: Record) -> dict[str, Rows]:
     for case in CASES:
         for name in ESTIMATORS:
             medians = [f"{statistics.median(variances(record, case, name, at)):.3g}" for at in places]
-            growth.append([case, name, *medians, shown(exponents(record, case, name)), str(POWERS.get(name, ""))])
+            growth.append([case, name, *medians, shown(exponents(record, case, name), 2), str(POWERS.get(name, ""))])
     off = [["gamma", *(f"bias, T = {lengths[at]}" for at in places), f"cosine, T = {lengths[-1]}"]]
     for gamma in GAMMAS:
         cosine = statistics.median(run["bias"][str(gamma)][-1][1] for run in record["runs"])
@@ -125,7 +125,7 @@ def bounded(record: Record) -> Claim:
 
 def conservative(record: Record) -> Claim:
     found = {name: interval(exponents(record, "mixing", name)) for name in POWERS}
-    halves = shown(exponents(record, "halves", TOKEN))
+    halves = shown(exponents(record, "halves", TOKEN), 2)
     return Claim(
         f"{PAPER}, appendix D.2",
         "The exponents 2 and 4 of those bounds are conservative.",
