@@ -265,7 +265,7 @@ def test_page_and_picture(record: study.Record, tmp_path: Path) -> None:
     (tmp_path / "failures.json").write_text(json.dumps(record), encoding="utf-8")
     study.redraw("failures", tmp_path)
     page = (tmp_path / "failures.md").read_text(encoding="utf-8")
-    assert all(f"## {title}\n" in page for title in ("Claims", "Rewards", "Signal", "Positions", "Loops", "Ends"))
+    assert all(f"## {title}\n" in page for title in ("Claims", "rewards", "signal", "positions", "loops", "ends"))
     assert "nan" not in page
     for rows in failures.tables(record).values():
         assert len({len(row) for row in rows}) == 1, "a row is as long as its heading"

@@ -74,11 +74,11 @@ def mask_removes(record: Record, teacher: str) -> float:
 
 def tables(record: Record) -> dict[str, Rows]:
     return {
-        "Rewards": rewards_table(record),
-        "Signal": signal_table(record),
-        "Positions": positions_table(record),
-        "Loops": loops_table(record),
-        "Ends": ends_table(record),
+        "rewards": rewards_table(record),
+        "signal": signal_table(record),
+        "positions": positions_table(record),
+        "loops": loops_table(record),
+        "ends": ends_table(record),
     }
 
 
