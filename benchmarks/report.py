@@ -55,6 +55,7 @@ FILES = tuple(
         "README.md",
         "docs/benchmarks.md",
         "docs/compiled.md",
+        "docs/paper.md",
         "docs/scaling.md",
         "docs/integrations/README.md",
         "examples/README.md",

@@ -67,7 +67,7 @@ def test_a_run_leaves_its_record_its_tables_and_its_picture(tmp_path: Path, monk
 
 def test_what_the_verdicts_say() -> None:
     rows = study.verdicts(Claim("a", "b", "c", held) for held in (True, False, None))
-    assert [row[-1] for row in rows[1:]] == ["held", "**did not hold**", "not at this scale"]
+    assert [row[-1] for row in rows[1:]] == ["held", "**did not hold**", "not shown"]
 
 
 def test_an_interval_is_students() -> None:

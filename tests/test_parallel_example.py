@@ -1,4 +1,4 @@
-"""examples/tensor_parallel.py as the README runs it."""
+"""examples/tensor_parallel.py as the pages run it."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ COMMAND = "torchrun --nproc-per-node 4 examples/tensor_parallel.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_example_agrees_with_one_process(ranks: int) -> None:
-    for page in ("README.md", "docs/parallel.md", "examples/README.md", "examples/tensor_parallel.py"):
+    for page in ("docs/parallel.md", "examples/README.md", "examples/tensor_parallel.py"):
         assert COMMAND in (ROOT / page).read_text(), page
     words = COMMAND.replace("4", f"{ranks} --master-port {free_port()}").split()[1:]
     done = run([sys.executable, "-m", "torch.distributed.run", *words], cwd=ROOT)

@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 
 class Claim(NamedTuple):
-    """A claim, and what became of it here. `held` is None where this scale cannot tell."""
+    """A claim, and what became of it here. `held` is None where the seeds cannot tell."""
 
     source: str  # an arXiv number, and the section: "2603.25562, section 3.2"
     claim: str  # in our words
@@ -78,7 +78,7 @@ def page(name: str, record: Record) -> str:
 
 
 def verdicts(claims: Iterable[Claim]) -> Rows:
-    said = {True: "held", False: "**did not hold**", None: "not at this scale"}
+    said = {True: "held", False: "**did not hold**", None: "not shown"}
     return [["source", "claim", "measured here", "verdict"], *([*c[:3], said[c.held]] for c in claims)]
 
 
