@@ -14,7 +14,7 @@ from examples.paper.task import ENDS, PAD, VOCAB, pose
 
 
 def costs(models: Models, size: Size, seeds: Sequence[int], repeats: int = 15) -> dict[str, dict[str, float]]:
-    """Each loss alone: the least seconds forwards and backwards, which a busy machine disturbs least, and bytes kept."""
+    """The bytes that each loss keeps, and its least seconds for both passes, which a busy machine disturbs least."""
     sources = generators(seeds)
     prompts = pose(size.batch, size.obstacles, sources)  # (R, B, P)
     y = respond(models.student, prompts, size.moves + 2, ENDS, PAD, 0.9, sources)  # (R, B, T)

@@ -98,4 +98,5 @@ def response_logits(
     responses: Tensor,  # (R, B, T)
 ) -> Tensor:  # (R, B, T, V)
     """Position t is what the model says of token t of the response."""
-    return model(torch.cat([prompts, responses[..., :-1]], -1))[:, :, prompts.shape[-1] - 1 :]
+    logits = model(torch.cat([prompts, responses[..., :-1]], -1))  # (R, B, P + T - 1, V)
+    return logits[:, :, prompts.shape[-1] - 1 :].contiguous()  # else losses in plain PyTorch take each (r, b) alone

@@ -26,14 +26,14 @@ SWEPT_SEEDS = (100, 101, 102)
 # The best score of those in SWEPT, of runs with the mask on SWEPT_SEEDS at the default size.
 RATES = {
     "sampled": 1e-3,
-    "top-K": 1e-3,
-    "V2": 1e-3,
-    "V3": 1e-3,
-    "V4": 1e-3,
-    "V5": 1e-3,
+    "top-K": 1e-2,
+    "V2": 1e-2,
+    "V3": 1e-2,
+    "V4": 1e-2,
+    "V5": 1e-2,
     "raw": 1e-3,
-    "raw, stop-gradient": 1e-3,
-    "tail": 1e-3,
+    "raw, stop-gradient": 1e-2,
+    "tail": 1e-2,
 }
 METHOD = "top-K + top-p"
 RUNS = {
@@ -250,7 +250,7 @@ def on_mass(record: Record) -> list[Claim]:
 def draw(record: Record) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(12, 6.6), layout="constrained")
     axes = figure.subplot_mosaic([["score", "mass", "norm"], ["score", "k", "top_p"]], width_ratios=[1.25, 1, 1])
     draw_scores(axes["score"], record)
     shown = {"sampled + mask": "tab:orange", METHOD: "tab:blue", "not renormalised": "tab:red", "tail": "tab:green"}
