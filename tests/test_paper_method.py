@@ -303,3 +303,12 @@ def test_what_is_watched_has_known_values():
     flat = watch(torch.zeros_like(w), w, responses)
     assert flat["entropy"].item() == pytest.approx(torch.tensor(task.VOCAB).log().item(), rel=1e-5)
     assert flat["mass"].item() == pytest.approx(32 / task.VOCAB, rel=1e-5)
+
+
+def test_a_sweep_has_the_score_of_every_loss_at_every_rate(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(method, "base", lambda *_: Models(None, None))
+    monkeypatch.setattr(method, "distil", lambda _, run, rate, *__: asked.append(run) or (rate, {}))
+    monkeypatch.setattr(method, "judge", lambda rate, *_: {"score": [rate, 3 * rate]})
+    assert method.sweep(TINY) == {loss: {rate: 2 * rate for rate in method.SWEPT} for loss in LOSSES}
+    assert {run.top_p for run in asked if run.loss == "sampled"} == {1.0} and all(run.mask for run in asked)

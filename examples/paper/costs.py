@@ -1,4 +1,4 @@
-"""What a loss costs by itself, on the rollouts of a student."""
+"""Time and memory of each loss by itself, on the rollouts of a student."""
 
 import time
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def kept_bytes(
     y: Tensor,  # (R, B, T)
     weights: Tensor,  # (R, B, T)
 ) -> int:
-    """What the graph of a loss holds besides its arguments."""
+    """The tensors that the graph of a loss holds besides its arguments."""
     held: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

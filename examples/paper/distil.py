@@ -1,4 +1,4 @@
-"""On-policy distillation of R small transformers at once, on the task of `task`: what the study `method` runs."""
+"""On-policy distillation of R small transformers at once, on the walks of `task`: the runs of the study `method`."""
 
 import copy
 import time
@@ -23,7 +23,7 @@ CURVES = ("loss", "grad_norm", "full_kl", "entropy", "mass")
 
 
 class Size(NamedTuple):
-    """What is run; the defaults take minutes on two cores."""
+    """Models, problems and steps; the defaults take minutes on two cores."""
 
     moves: int = 5
     obstacles: int = 1
@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run compares, and where."""
+    """A loss, and the tokens that it sees."""
 
     loss: str
     k: int = 32
@@ -112,7 +112,7 @@ def watch(
     w: Tensor,  # (R, B, T, V) of the teacher
     responses: Tensor,  # (R, B, T)
 ) -> dict[str, Tensor]:  # (R,) each
-    """Means over the tokens that both spell alike."""
+    """Entropy, mass on the teacher's top tokens and full reverse KL: means over the tokens that both spell alike."""
     weights = per_run_mean(shared_tokens(responses))  # (R, B, T)
     found = topk_diagnostics(z, w, ["student_entropy", "student_mass"], k=WATCHED_K)
     per_token = {"entropy": found["student_entropy"], "mass": found["student_mass"]}
@@ -154,9 +154,11 @@ def distil(models: Models, run: Run, rate: float, size: Size, seeds: Sequence[in
                 curves.setdefault(name, []).append(seen[name].mean().item())
         seconds.append(time.perf_counter() - started)
     late = torch.stack(norms[len(norms) // 2 :])  # (steps / 2, R)
-    spread = (late.std(0) / late.mean(0).clamp_min(1e-12)).tolist()
+    norm = late.mean(0)  # (R,)
+    spread = (late.std(0) / norm.clamp_min(1e-12)).tolist()
     fast = sorted(seconds)[len(seconds) // 10]  # a busy machine slows the others
-    return models.student, {"curves": curves, "grad_spread": spread, "step_seconds": fast}
+    history = {"curves": curves, "late_norm": norm.tolist(), "grad_spread": spread, "step_seconds": fast}
+    return models.student, history
 
 
 @torch.no_grad()
