@@ -2,7 +2,8 @@
 
 Teacher and student walk rooks over a board (see `task`). Each seed has its own teacher, student, problems and rollouts,
 which all runs of that seed share. The score is the share of held-back problems answered right by plain samples, at
-temperature 1 and top-p 1: the model as it is, with no sampler to help it.
+temperature 1 and top-p 1: the model as it is, with no sampler to help it. Each loss has the learning rate that a sweep
+found best. Every K and every top-p takes the one found for top-K at 32 and 0.9. Rates fall to 0 along a run.
 """
 
 import statistics
