@@ -83,6 +83,7 @@ def test_a_verdict_needs_an_interval_beside_the_limit() -> None:
     assert summary.above([1.0, 1.1, 0.9]) is True and summary.above([-1.0, -1.1, -0.9]) is False
     assert summary.above([1.0, -1.0, 0.1]) is summary.above([3.0]) is summary.above([]) is None
     assert summary.above([1.0, 1.1, 0.9], 2.0) is False
+    assert [summary.every(x) for x in ([True, True], [True, None], [None, False])] == [True, None, False]
 
 
 def test_how_numbers_are_told() -> None:

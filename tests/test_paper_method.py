@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.paper import method, task
-from examples.paper.distil import (
+from examples.paper import method
+from examples.paper.method import experiment, page, task
+from examples.paper.method.language_model import Shape, Transformer, respond, response_logits
+from examples.paper.method.training import (
     Models,
     Run,
     Size,
@@ -23,10 +25,10 @@ from examples.paper.distil import (
     until_end,
     watch,
 )
-from examples.paper.language_model import Shape, Transformer, respond, response_logits
 from examples.paper.objectives import LOSSES
 from examples.paper.stacked import generators
 from examples.paper.study import Claim, Record
+from examples.paper.summary import rounded
 
 pytestmark = pytest.mark.filterwarnings("ignore:K = 1:UserWarning")  # of which one run is meant to learn nothing
 SEEDS = (11, 12)
@@ -39,7 +41,7 @@ SHORT = Size(moves=2, obstacles=0, teacher_width=48, steps=100, held_back=256, p
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return json.loads(json.dumps(method.measure(TINY, SEEDS), allow_nan=False))
+    return json.loads(json.dumps(rounded(method.measure(TINY, SEEDS)), allow_nan=False))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def before(models: Models) -> dict:
 def after(models: Models, name: str, steps: int = SHORT.steps) -> dict:
     """What a run of the study comes to, all runs at the same rate."""
     size = SHORT._replace(steps=steps)
-    student, history = distil(models, method.RUNS[name], 1e-2, size, SEEDS)
+    student, history = distil(models, experiment.RUNS[name], 1e-2, size, SEEDS)
     return history | {key: statistics.fmean(x) for key, x in judge(student, models.teacher, size, SEEDS).items()}
 
 
@@ -70,7 +72,7 @@ def claim_of(record: Record, words: str) -> Claim:
 def doctored(record: Record, name: str, what: str, value: float) -> Record:
     """The record with other figures for a run, a little apart so that the seeds have a spread."""
     changed = copy.deepcopy(record)
-    method.seen(changed, name)[what] = [value, value + 1e-4]
+    page.seen(changed, name)[what] = [value, value + 1e-4]
     return changed
 
 
@@ -180,7 +182,7 @@ def test_teacher_and_method_learn(models: Models, before: dict):
     teacher = judge(models.teacher, models.teacher, SHORT, SEEDS)
     assert min(teacher["score"]) > 0.4 and max(teacher["full_kl"]) < 1e-6
     assert max(before["score"]) < min(teacher["score"]) - 0.2
-    run = after(models, method.METHOD, steps=200)
+    run = after(models, experiment.METHOD, steps=200)
     assert run["score"] > statistics.fmean(before["score"]) + 0.02
     assert run["full_kl"] < 0.75 * statistics.fmean(before["full_kl"])
     assert run["curves"]["loss"][-1] < 0.8 * run["curves"]["loss"][0]
@@ -189,7 +191,7 @@ def test_teacher_and_method_learn(models: Models, before: dict):
 @pytest.mark.slow
 def test_only_the_raw_loss_moves_mass_out_of_s(models: Models, before: dict):
     score, mass = (statistics.fmean(before[what]) for what in ("score", "mass"))
-    raw, tail, method_ = (after(models, name) for name in ("not renormalised", "tail", method.METHOD))
+    raw, tail, method_ = (after(models, name) for name in ("not renormalised", "tail", experiment.METHOD))
     assert 1 - raw["mass"] > 2 * (1 - mass) and raw["score"] < score / 2
     assert raw["curves"]["loss"][-1] < raw["curves"]["loss"][0]  # the loss falls all the same
     assert raw["entropy"] > statistics.fmean(before["entropy"])
@@ -202,7 +204,7 @@ def test_a_small_k_teaches_less_and_k_1_nothing(models: Models, before: dict):
     four, many = after(models, "K = 4"), after(models, "K = 16")
     assert four["full_kl"] > many["full_kl"] + 0.2
     size = SHORT._replace(steps=3)
-    student, history = distil(models, method.RUNS["K = 1"], 1e-2, size, SEEDS)
+    student, history = distil(models, experiment.RUNS["K = 1"], 1e-2, size, SEEDS)
     assert set(history["curves"]["loss"]) == set(history["curves"]["grad_norm"]) == {0.0}
     assert all(torch.equal(x, y) for x, y in zip(student.parameters(), models.student.parameters()))
     assert judge(student, models.teacher, size, SEEDS) == before
@@ -238,7 +240,7 @@ def test_the_mask_takes_the_mismatch_out_of_the_loss(name: str):
 @pytest.mark.slow
 def test_the_record_makes_tables_claims_and_a_picture(record: Record, tmp_path):
     tables = method.tables(record)
-    assert [row[0] for row in tables["runs"][1:]] == ["teacher", "student", *method.RUNS]
+    assert [row[0] for row in tables["runs"][1:]] == ["teacher", "student", *experiment.RUNS]
     assert {len(row) for row in tables["runs"]} == {9} and "rates" not in tables
     assert [row[0] for row in tables["costs"][1:]] == [*LOSSES, "full vocabulary"]
     claims = method.claims(record)
@@ -254,14 +256,14 @@ def test_the_record_makes_tables_claims_and_a_picture(record: Record, tmp_path):
     ("words", "run", "what", "true", "false"),
     [
         ("Masked special tokens raise", "sampled + mask", "score", 99.0, -99.0),
-        ("both with the mask", method.METHOD, "score", 99.0, -99.0),
+        ("both with the mask", experiment.METHOD, "score", 99.0, -99.0),
         ("both without the mask", "top-K + top-p, no mask", "score", 99.0, -99.0),
         ("Top-p rollouts raise top-K", "top-K", "score", -99.0, 99.0),
         ("is below the sampled token", "top-K", "score", -99.0, 99.0),
         ("Top-p rollouts raise the sampled token", "sampled + mask + top-p", "score", 99.0, -99.0),
-        ("The gradient norm of top-K varies less", method.METHOD, "grad_spread", -99.0, 99.0),
+        ("The gradient norm of top-K varies less", experiment.METHOD, "grad_spread", -99.0, 99.0),
         ("less stable", "top-K", "grad_spread", 99.0, -99.0),
-        ("A very small K hurts", method.METHOD, "score", 99.0, -99.0),
+        ("A very small K hurts", experiment.METHOD, "score", 99.0, -99.0),
         ("K = 1 has loss 0", "K = 1", "score", None, 99.0),
         ("collapses", "not renormalised", "score", -99.0, 99.0),
         ("entropy blows up", "not renormalised", "entropy", 99.0, -99.0),
@@ -280,7 +282,7 @@ def test_a_verdict_follows_the_figures(
 
 @pytest.mark.slow
 def test_closeness_needs_narrow_intervals(record: Record):
-    same = doctored(record, method.METHOD, "score", 0.9)
+    same = doctored(record, experiment.METHOD, "score", 0.9)
     for name in ("K = 16", "K = 48"):
         same = doctored(same, name, "score", 0.91)
     words = "once it is large"
@@ -289,7 +291,7 @@ def test_closeness_needs_narrow_intervals(record: Record):
     wide = copy.deepcopy(same)
     wide["runs"]["K = 48"]["score"] = [0.7, 1.0]
     assert claim_of(wide, words).held is None
-    assert claim_of(doctored(same, method.METHOD, "score", 0.0), words).held is None  # nothing was taught
+    assert claim_of(doctored(same, experiment.METHOD, "score", 0.0), words).held is None  # nothing was taught
 
 
 def test_what_is_watched_has_known_values():
@@ -304,8 +306,8 @@ def test_what_is_watched_has_known_values():
 
 def test_a_sweep_has_the_score_of_every_loss_at_every_rate(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(method, "base", lambda *_: Models(None, None))
-    monkeypatch.setattr(method, "distil", lambda _, run, rate, *__: asked.append(run) or (rate, {}))
-    monkeypatch.setattr(method, "judge", lambda rate, *_: {"score": [rate, 3 * rate]})
-    assert method.sweep(TINY) == {loss: {rate: 2 * rate for rate in method.SWEPT} for loss in LOSSES}
+    monkeypatch.setattr(experiment, "base", lambda *_: Models(None, None))
+    monkeypatch.setattr(experiment, "distil", lambda _, run, rate, *__: asked.append(run) or (rate, {}))
+    monkeypatch.setattr(experiment, "judge", lambda rate, *_: {"score": [rate, 3 * rate]})
+    assert experiment.sweep(TINY) == {loss: {rate: 2 * rate for rate in experiment.SWEPT} for loss in LOSSES}
     assert {run.top_p for run in asked if run.loss == "sampled"} == {1.0} and all(run.mask for run in asked)

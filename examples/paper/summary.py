@@ -27,6 +27,11 @@ def above(values: Sequence[float], limit: float = 0.0) -> bool | None:
     return mean > limit if abs(mean - limit) > half else None
 
 
+def every(verdicts: Sequence[bool | None]) -> bool | None:
+    """True if all are, False if one is, and None otherwise."""
+    return False if False in verdicts else None if None in verdicts else True
+
+
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """The mean, and half its interval where there are several values."""
     if not values:

@@ -4,7 +4,7 @@ import statistics
 from itertools import pairwise
 
 from examples.paper.study import PAPER, Claim, Record
-from examples.paper.summary import Rows, above, shown
+from examples.paper.summary import Rows, above, every, shown
 
 MODES = [f"{PAPER}, failure mode {i}" for i in (1, 2, 3)]
 FIVE_PERCENT = 1  # of the quantiles, and of the shares of tokens
@@ -23,12 +23,6 @@ TEACHERS = {
     "renamed": "ends answers by another id",
     "remapped": "the same, its top K remapped",
 }
-
-
-def both(first: bool | None, second: bool | None) -> bool | None:
-    if False in (first, second):
-        return False
-    return None if None in (first, second) else True
 
 
 def of_runs(record: Record, part: str, name: str) -> list:
@@ -216,7 +210,7 @@ def reliability_claims(record: Record) -> list[Claim]:
             MODES[1],
             "The teacher agrees with loops: it gives a phrase more probability the more copies precede, and over 0.5.",
             f"teacher's mean q per token after 1 copy {shown(once)}, after {record['size']['repeats']} {shown(often)}",
-            both(above([y - x for x, y in zip(once, often)], 0), above(often, 0.5)),
+            every([above([y - x for x, y in zip(once, often)]), above(often, 0.5)]),
         ),
         Claim(
             MODES[1],

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.paper.language_model import Shape, Transformer, respond, response_logits
+from examples.paper.method.language_model import Shape, Transformer, respond, response_logits
+from examples.paper.method.task import ENDS, PAD, STUDENT_END, TEACHER_END, VOCAB, is_right, pose, solve
 from examples.paper.objectives import LOSSES
 from examples.paper.stacked import clip_grads, generators
 from examples.paper.study import bar
-from examples.paper.task import ENDS, PAD, STUDENT_END, TEACHER_END, VOCAB, is_right, pose, solve
 from topk_rkl.diagnostics import topk_diagnostics
 from topk_rkl.loss import topk_reverse_kl
 from topk_rkl.recipe.weighting import special_token_mask

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from examples.paper.distil import Models, Size, per_run_mean, shared_tokens
-from examples.paper.language_model import respond, response_logits
+from examples.paper.method.language_model import respond, response_logits
+from examples.paper.method.task import ENDS, PAD, VOCAB, pose
+from examples.paper.method.training import Models, Size, per_run_mean, shared_tokens
 from examples.paper.objectives import LOSSES, Loss
 from examples.paper.stacked import generators
-from examples.paper.task import ENDS, PAD, VOCAB, pose
 
 
 def costs(models: Models, size: Size, seeds: Sequence[int], repeats: int = 15) -> dict[str, dict[str, float]]:
