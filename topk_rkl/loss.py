@@ -233,8 +233,9 @@ def topk_divergence(
             terms are summed over the slots of S where p is not 0. It may see any finite number at the others. It must
             depend on log p, and on nothing else that requires grad. It breaks the graph of torch.compile. It sees K + 1
             slots with mass="tail": the last is the rest of the vocabulary.
-        mass: as above. A student smaller than its teacher needs "tail" in long training: docs/paper.md has figures. All
-            but "renormalized" read the student's logits once more forwards and once backwards.
+        mass: as above. "renormalized" does not see the student's probability outside S, which can grow in long training
+            where the student is smaller than the teacher: docs/paper.md has figures and a check. The others read the
+            student's logits once more forwards and once backwards.
         sampled_ids: (...) int32 or int64, the tokens that the student sampled: for the two "ema_pg" alone. They need
             teacher logits too.
 
