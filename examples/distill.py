@@ -18,8 +18,11 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on shared cores, threads that spin make decoding 10 times slower
 
 from examples.smollm2 import (  # isort: skip  it says how to install what is missing
+    GREEDY,
+    PROMPTS,
     Rollout,
     Tokenizer,
+    full_reverse_kl,
     load_teacher,
     read_prompts,
     response_logits,
@@ -72,7 +75,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help=f"learning rate of every objective; None: {LR}")
     parser.add_argument("--seed", type=int, default=0, help="of every rollout and of the order of prompts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
-    parser.add_argument("--prompts", type=Path, default=Path(__file__).with_name("prompts.txt"), help="two sections")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="two sections")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder of the results")
     return parser.parse_args()
 
@@ -85,14 +88,11 @@ def losses(
 ) -> dict[str, Tensor]:  # each ()
     """Both objectives, the full-vocabulary reverse KL and the student's mass on S, means over the tokens that count."""
     response, weights = response_weights(demo.tokenizer, sample)  # (B, T), (B, T)
-    with torch.no_grad():
-        log_p, log_q = ours[weights].log_softmax(-1), theirs[weights].log_softmax(-1)  # (n, V)
-        full = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     watched = topk_diagnostics(ours[weights], theirs[weights], ["student_mass"], k=demo.args.k)  # (n,) each
     return {
         "topk": topk_reverse_kl(ours, theirs, k=demo.args.k, weights=weights),
         "sampled": sampled_token_loss(ours, theirs, response, weights=weights),
-        "full": full,
+        "full": full_reverse_kl(ours[weights].detach(), theirs[weights]).mean(),
         "student_mass": watched["student_mass"].mean(),
     }
 
@@ -139,8 +139,7 @@ def judge(demo: Demo, student: nn.Module, fixed: Rollout) -> dict[str, float]:
 
 
 def answer(demo: Demo, model: nn.Module, prompt: str) -> str:
-    # A nucleus of 1e-9 holds the best token alone.
-    greedy = rollout(model, demo.tokenizer, [prompt], demo.args.length, 1e-9, seeded(demo))
+    greedy = rollout(model, demo.tokenizer, [prompt], demo.args.length, GREEDY, seeded(demo))
     return demo.tokenizer.decode(greedy.ids[0, -greedy.length :], skip_special_tokens=True).strip()
 
 

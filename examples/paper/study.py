@@ -25,6 +25,7 @@ from examples.paper.summary import Rows, markdown, rounded
 NAMES = ("control", "variance", "failures", "method", "smollm2", "mass")
 RESULTS = Path(__file__).parent / "results"
 PAPER = "2603.25562"
+OURSELVES = "our question"  # the source of a claim that nobody made
 Record = dict[str, Any]
 Item = TypeVar("Item")
 

@@ -6,11 +6,10 @@ Mismatch: the token that ends an answer, under a teacher that writes prompts or 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.paper.study import Record, bar
 from examples.paper.summary import rounded
@@ -18,15 +17,13 @@ from topk_rkl.recipe.rewards import log_ratio
 from topk_rkl.recipe.weighting import special_token_mask
 
 if TYPE_CHECKING:
-    from examples.paper.failures.readings import Models, Rollout, Table
+    from examples.paper.failures.readings import Models, Rollout, Table, Tokenizer
 
-PROMPTS = Path(__file__).parents[2] / "prompts.txt"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 FEW = (0.01, 0.05)  # of the tokens: those that carry most
 CARRIED = ("reward", "sampled_grad", "topk", "topk_grad", "full", "full_grad")
 LOW, HIGH, BINS = -15.0, 5.0, 40  # of the histogram; what is beyond counts in the outer bins
 GRAM = 4  # tokens that stand in an answer twice make a loop
-GREEDY = 1e-9  # a nucleus of the best token alone
 
 
 class Size(NamedTuple):
@@ -46,20 +43,21 @@ SEEDS = (0, 1, 2, 3)
 
 
 def measure(size: Size, seeds: Sequence[int]) -> Record:
-    return measured(load(size.layers), size, seeds)
+    from examples.smollm2 import load_teacher
+
+    return measured(models_of(*load_teacher(), size.layers), size, seeds)
 
 
-def load(layers: int) -> "Models":
+def models_of(teacher: nn.Module, tokenizer: "Tokenizer", layers: int) -> "Models":
     from examples.paper.failures.readings import Models
-    from examples.smollm2 import load_teacher, without_layers
+    from examples.smollm2 import without_layers
 
-    teacher, tokenizer = load_teacher()
     return Models(teacher, without_layers(teacher, layers).requires_grad_(False), tokenizer)
 
 
 def measured(models: "Models", size: Size, seeds: Sequence[int]) -> Record:
     from examples.paper.failures.readings import Reading, token_table
-    from examples.smollm2 import read_prompts, rollout, without_layers
+    from examples.smollm2 import GREEDY, PROMPTS, read_prompts, rollout, without_layers
 
     student, tokenizer = models.student, models.tokenizer
     nearer = models._replace(student=without_layers(models.teacher, size.nearer).requires_grad_(False))
@@ -136,7 +134,8 @@ def loops(models: "Models", sample: "Rollout", size: Size) -> Record:
 
     looping: the share of the sampled tokens that end a 4-gram seen before.
     """
-    from examples.paper.failures.readings import log_probs, looped, repeated, response
+    from examples.paper.failures.readings import log_probs, looped, repeated
+    from examples.smollm2 import response
 
     ids, real = response(sample)  # (B, T), (B, T)
     inside = torch.cat([repeated(row[kept], GRAM) for row, kept in zip(ids, real)])  # (n,)
@@ -156,7 +155,8 @@ def loops(models: "Models", sample: "Rollout", size: Size) -> Record:
 
 def natural_loops(models: "Models", sample: "Rollout") -> list[Record]:
     """Each greedy answer: the share of its tokens that end a 4-gram seen before, and the reward there."""
-    from examples.paper.failures.readings import log_probs, repeated, response
+    from examples.paper.failures.readings import log_probs, repeated
+    from examples.smollm2 import response
 
     ids, real = response(sample)  # (B, T), (B, T)
     log_p, log_q = log_probs(models.student, sample), log_probs(models.teacher, sample)  # (B, T), (B, T)
@@ -179,7 +179,8 @@ def endings(models: "Models", sample: "Rollout", prompts: list[str], k: int) -> 
     renamed: its vocabulary has the end under the id of <|endoftext|>, and that under the id of the end.
     remapped: the same, with the ids of its top K translated.
     """
-    from examples.paper.failures.readings import Reading, response, rows_of, spelled_out, token_table
+    from examples.paper.failures.readings import Reading, rows_of, spelled_out, token_table
+    from examples.smollm2 import response
 
     end, other = models.tokenizer.eos_token_id, models.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     ids, real = response(sample)  # (B, T), (B, T)

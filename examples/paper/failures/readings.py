@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.smollm2 import Rollout, Tokenizer, response_logits
+from examples.smollm2 import Rollout, Tokenizer, full_reverse_kl, response, response_logits
 from topk_rkl.diagnostics import topk_diagnostics
 from topk_rkl.loss import teacher_topk, topk_reverse_kl
 from topk_rkl.recipe.builders import remap
@@ -55,11 +55,6 @@ def trimmed(sample: Rollout) -> Rollout:
     return Rollout(sample.ids[:, :end], sample.mask[:, :end], length)
 
 
-def response(sample: Rollout) -> tuple[Tensor, Tensor]:  # (B, T), (B, T) bool
-    """The ids of the answers, and which are real tokens."""
-    return sample.ids[:, -sample.length :], sample.mask[:, -sample.length :]
-
-
 def token_table(models: Models, sample: Rollout, reading: Reading, k: int) -> Table:
     """Answer, position, log-probs, reward, and the value and gradient of three losses, at each real token."""
     both = zip(parts(sample), parts(reading.sample), strict=True)
@@ -88,7 +83,7 @@ def _part_table(models: Models, sample: Rollout, reading: Reading, k: int) -> Ta
     losses = {
         "sampled": signal(lambda z: sampled_token_loss(z, theirs, y, reduction="none"), ours),
         "topk": signal(lambda z: topk_reverse_kl(z, support, reduction="none"), ours),
-        "full": signal(lambda z: full_kl(z, theirs), ours),
+        "full": signal(lambda z: full_reverse_kl(z, theirs), ours),
     }
     for name, (value, grad) in losses.items():
         table |= {name: value, f"{name}_grad": grad.square().sum(-1)}
@@ -105,15 +100,6 @@ def signal(
     value = loss(logits)
     (grad,) = torch.autograd.grad(value.sum(), logits)
     return value.detach(), grad
-
-
-def full_kl(
-    student_logits: Tensor,  # (n, V)
-    teacher_logits: Tensor,  # (n, V)
-) -> Tensor:  # (n,)
-    """KL(p || q) over the whole vocabulary: the exact mean of the sampled-token objective."""
-    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 @torch.no_grad()

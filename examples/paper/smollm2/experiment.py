@@ -10,7 +10,6 @@ import copy
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from examples.smollm2 import Rollout, Tokenizer
 
 SEEDS = (0, 1, 2, 3, 4)
-PROMPTS = Path(__file__).parents[2] / "prompts.txt"
-BEST = 1e-9  # a nucleus that holds the best token alone
 POINTS = 8  # at most, of a run's curve in the record
 CURVES = ("loss", "full", "student_mass", "student_entropy", "norm")
 
@@ -114,13 +111,13 @@ def laboratory(teacher: nn.Module, tokenizer: "Tokenizer", size: Size) -> Lab:
 
 
 def tasks(size: Size) -> dict[str, Task]:
-    from examples.smollm2 import read_prompts
+    from examples.smollm2 import GREEDY, PROMPTS, read_prompts
 
     train, asked = questions.split(size.asked)
     text = read_prompts(PROMPTS)
     return {
         "questions": Task(
-            [x.prompt for x in train], [x.prompt for x in asked], *size.questions, BEST,
+            [x.prompt for x in train], [x.prompt for x in asked], *size.questions, GREEDY,
             lambda i, answer: questions.right(asked[i], answer),
         ),
         "text": Task(text["train"], text["held back"][: size.text_asked], *size.text, 1.0, None),
@@ -158,6 +155,8 @@ def step(
     lab: Lab, objective: Objective, optimizer: torch.optim.Optimizer, sample: "Rollout", clock: Clock
 ) -> dict[str, float]:
     """One update by the answers of `sample`; what the losses and the diagnostics were before."""
+    from examples.smollm2 import full_reverse_kl
+
     y, weights = counted(lab, sample, objective.masked)  # (n,), (n,)
     with torch.no_grad():
         w = speak(lab.teacher, sample)  # (n, V)
@@ -176,37 +175,25 @@ def step(
     clock("AdamW")
     watch = topk_diagnostics(z, w, ["student_mass", "student_entropy"], k=lab.k)  # (n,) each
     means = {name: value.mean().item() for name, value in watch.items()}
-    return {"loss": loss.item(), "full": full_reverse_kl(z, w).mean().item(), "norm": norm.item(), **means}
+    return {"loss": loss.item(), "full": full_reverse_kl(z.detach(), w).mean().item(), "norm": norm.item(), **means}
 
 
 def counted(lab: Lab, sample: "Rollout", masked: bool) -> tuple[Tensor, Tensor]:  # (n,), (n,)
     """The ids of the answers' n tokens, and which of them the loss counts."""
-    from examples.smollm2 import response_weights
+    from examples.smollm2 import response, response_weights
 
-    response, unmasked = response_weights(lab.tokenizer, sample)  # (B, T), (B, T)
-    y, weights = response[real(sample)], unmasked[real(sample)]  # (n,), (n,)
+    ids, real = response(sample)  # (B, T), (B, T)
+    _, unmasked = response_weights(lab.tokenizer, sample)  # (B, T)
+    y, weights = ids[real], unmasked[real]  # (n,), (n,)
     return y, weights if masked else torch.ones_like(weights)
 
 
 def speak(model: nn.Module, sample: "Rollout") -> Tensor:  # (n, V)
     """What the model says at the answers' n tokens."""
-    from examples.smollm2 import response_logits
+    from examples.smollm2 import response, response_logits
 
-    return response_logits(model, sample)[real(sample)]
-
-
-def real(sample: "Rollout") -> Tensor:  # (B, T) bool
-    """The tokens of the answers, without what fills them up behind their ends."""
-    return sample.mask[:, -sample.length :]
-
-
-@torch.no_grad()
-def full_reverse_kl(
-    z: Tensor,  # (n, V)
-    w: Tensor,  # (n, V)
-) -> Tensor:  # (n,)
-    log_p, log_q = z.log_softmax(-1), w.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    _, real = response(sample)  # (B, T)
+    return response_logits(model, sample)[real]
 
 
 def answers(lab: Lab, model: nn.Module, task: Task) -> "Rollout":
@@ -225,6 +212,8 @@ def judge(
     theirs: Tensor,  # (n, V) the teacher's logits on `fixed`
 ) -> Record:
     """Held-back prompts: the full reverse KL on the student's own answers and on the teacher's; the share right."""
+    from examples.smollm2 import full_reverse_kl
+
     own = answers(lab, lab.student, task)
     values = {
         "own": full_reverse_kl(speak(lab.student, own), speak(lab.teacher, own)).mean(),
