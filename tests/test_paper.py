@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,13 @@ def test_a_committed_table_is_that_of_its_record(name: str) -> None:
 def test_a_committed_record_is_of_the_default_study(name: str) -> None:
     record, module = study.load(name), study.study(name)
     assert record["size"] == json.loads(json.dumps(module.Size()._asdict())) and record["seeds"] == list(module.SEEDS)
-    assert record["threads"] == 2 and record["seconds"] < 15 * 60
+    assert record["threads"] == 2
 
 
 def test_every_study_is_in_the_page() -> None:
     page = (ROOT / "docs/paper.md").read_text()
     for name in study.NAMES:
-        assert f"python -m examples.paper {name}" in page and f"results/{name}.png" in page
+        assert re.search(rf"python -m examples.paper (\w+ )*{name}\b", page) and f"results/{name}.png" in page
         for title in study.study(name).tables(study.load(name)):
             assert f"<!-- paper {name} {title} -->" in page, title
 

@@ -18,7 +18,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="+", choices=study.NAMES, metavar="NAME", help=", ".join(study.NAMES))
     parser.add_argument("--full", action="store_true", help="more steps and sizes: up to hours")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="None: those of the study")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="instead of those of the study")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
     parser.add_argument("--redraw", action="store_true", help="the table and the picture from NAME.json in --out")
     parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder of the results")
