@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.paper import method
+from examples.paper import method, rates, study
 from examples.paper.method import experiment, page, task
 from examples.paper.method.language_model import Shape, Transformer, respond, response_logits
 from examples.paper.method.training import (
@@ -146,8 +146,8 @@ def plain(name: str, z: Tensor, w: Tensor, y: Tensor, k: int) -> Tensor:
     if name in ("top-K", "V2", "V3"):
         log_p, log_q = z[S].log_softmax(0), w[S].log_softmax(0)
         return (log_p.exp() * (log_p - log_q)).sum()
-    head = (p * (ratio.detach() if "stop" in name else ratio))[S].sum()
-    if name in ("V4", "V5"):
+    head = (p * (ratio.detach() if name in ("raw, stop-gradient", "V5, corrected") else ratio))[S].sum()
+    if name.startswith(("V4", "V5")):
         return head + outside * ratio[y].detach() * own
     rest = 1 - p[S].sum(), 1 - q[S].sum()
     return head + (rest[0] * (rest[0] / rest[1]).log() if name == "tail" else 0)
@@ -241,14 +241,12 @@ def test_the_mask_takes_the_mismatch_out_of_the_loss(name: str):
 def test_the_record_makes_tables_claims_and_a_picture(record: Record, tmp_path):
     tables = method.tables(record)
     assert [row[0] for row in tables["runs"][1:]] == ["teacher", "student", *experiment.RUNS]
-    assert {len(row) for row in tables["runs"]} == {9} and "rates" not in tables
+    assert {len(row) for row in tables["runs"]} == {9}
     assert [row[0] for row in tables["costs"][1:]] == [*LOSSES, "full vocabulary"]
     claims = method.claims(record)
     assert len(claims) == 17 and all(claim.held in (True, False, None) for claim in claims)
     method.draw(record).savefig(tmp_path / "method.png", dpi=110)
     assert 10_000 < (tmp_path / "method.png").stat().st_size < 150_000
-    record = record | {"swept": {loss: {"0.001": 0.5, "0.01": 0.25} for loss in LOSSES}}
-    assert method.tables(record)["rates"][1] == ["sampled", "50.0", "25.0"]
 
 
 @pytest.mark.slow
@@ -304,10 +302,25 @@ def test_what_is_watched_has_known_values():
     assert flat["mass"].item() == pytest.approx(32 / task.VOCAB, rel=1e-5)
 
 
-def test_a_sweep_has_the_score_of_every_loss_at_every_rate(monkeypatch: pytest.MonkeyPatch):
+def test_the_study_of_rates_has_the_score_of_every_run_at_every_rate(monkeypatch: pytest.MonkeyPatch, tmp_path):
     asked = []
-    monkeypatch.setattr(experiment, "base", lambda *_: Models(None, None))
-    monkeypatch.setattr(experiment, "distil", lambda _, run, rate, *__: asked.append(run) or (rate, {}))
-    monkeypatch.setattr(experiment, "judge", lambda rate, *_: {"score": [rate, 3 * rate]})
-    assert experiment.sweep(TINY) == {loss: {rate: 2 * rate for rate in experiment.SWEPT} for loss in LOSSES}
-    assert {run.top_p for run in asked if run.loss == "sampled"} == {1.0} and all(run.mask for run in asked)
+    monkeypatch.setattr(rates, "base", lambda *_: Models(None, None))
+    monkeypatch.setattr(rates, "distil", lambda _, run, rate, *__: asked.append(run) or (rate, {}))
+    monkeypatch.setattr(rates, "judge", lambda rate, *_: {"score": [rate, 3 * rate]})
+    measured = rates.measure(TINY, SEEDS)
+    assert measured["scores"] == {name: [[rate, 3 * rate] for rate in rates.SWEPT] for name in experiment.RATES}
+    assert asked == [experiment.RUNS[name] for name in experiment.RATES for _ in rates.SWEPT]
+    record = {"seeds": SEEDS, "threads": 1, "torch": "2", "seconds": 1.0} | rounded(measured)
+    record["scores"]["tail"][1] = [1.0, 0.5]
+    (tmp_path / "rates.json").write_text(json.dumps(record))
+    study.redraw("rates", tmp_path)
+    lines = (tmp_path / "rates.md").read_text()
+    assert "| tail | 0.1 | 75.0 | 0.6 | 2.0 | 6.0 | 0.001 |" in lines and "| 6.0 | 0.03 |" in lines
+    assert "Claims" not in lines and (tmp_path / "rates.png").stat().st_size > 10_000
+
+
+def test_rates_are_the_best_of_the_committed_study():
+    message = "run python -m examples.paper rates --out examples/paper/results, and set RATES to its best"
+    assert (study.RESULTS / "rates.json").exists(), message
+    record = study.load("rates")
+    assert {name: rates.best(record, name) for name in record["scores"]} == experiment.RATES, message

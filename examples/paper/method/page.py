@@ -61,12 +61,7 @@ def tables(record: Record) -> dict[str, Rows]:
         watched = [shown(run["full_kl"], 2), shown(run["entropy"], 2), shown(run["mass"], 3)]
         spread = shown(run["grad_spread"], 2) if "grad_spread" in run else ""
         rows.append([name, rate_of(record, name), *(percent(run[x]) for x in SAMPLERS), *watched, spread])
-    found = {"runs": rows, "costs": cost_rows(record)}
-    if record["swept"]:
-        rates = next(iter(record["swept"].values()))
-        found["rates"] = [["exact, %, at a rate of", *rates]]
-        found["rates"] += [[loss, *(f"{100 * x:.1f}" for x in row.values())] for loss, row in record["swept"].items()]
-    return found
+    return {"runs": rows, "costs": cost_rows(record)}
 
 
 def rate_of(record: Record, name: str) -> str:

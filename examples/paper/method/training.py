@@ -35,7 +35,6 @@ class Size(NamedTuple):
     batch: int = 32  # problems in a step, of each run
     held_back: int = 256  # problems, of each run
     points: int = 30  # of a curve
-    sweep: bool = False  # the learning rates, rather than those that an earlier sweep chose
 
 
 class Run(NamedTuple):
@@ -45,7 +44,6 @@ class Run(NamedTuple):
     k: int = 32
     top_p: float = 0.9  # of the student's rollouts
     mask: bool = True  # drops the first end tokens of a response
-    rate_of: str = ""  # the loss whose learning rate is taken, if not its own
 
 
 class Models(NamedTuple):
