@@ -61,6 +61,7 @@ def pretrained(name: str, width: int, end: int, steps: int, size: Size, seeds: S
     sources = generators(seeds)
     model = Transformer(Shape(VOCAB, size.obstacles + 2 + size.moves + 2, width, layers=1), sources)
     adam = optimizer(model, 1e-2)
+    # The rate rises over 50 steps, and then falls in a line to a twentieth of its peak.
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min((step + 1) / 50, 1.05 - step / steps))
     for _ in bar(range(steps), name):
         prompts = pose(size.batch, size.obstacles, sources)  # (R, B, P)
