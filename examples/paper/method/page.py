@@ -166,7 +166,7 @@ def on_mass(record: Record) -> list[Claim]:
 
 
 def on_mass_at(record: Record, rate: str, raw: str, fixed: str) -> list[Claim]:
-    entropy, mass = (signed(*gap(record, raw, "student", what), digits=2) for what in ("entropy", "mass"))
+    entropy, mass = (signed(*gap(record, raw, "student", what), digits=3) for what in ("entropy", "mass"))
     return [
         Claim(
             PAPER, f"Training without renormalisation collapses {rate}: it ends below its start.",
