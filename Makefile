@@ -38,7 +38,7 @@ demo: .venv/demo.stamp
 	$(BIN)/python -m examples.distill
 
 # The studies of docs/paper.md, in an hour on two cores: anew into examples/paper/results, and the tables of the page.
-STUDIES ?= control variance failures method smollm2 mass
+STUDIES ?= control variance failures rates method smollm2 mass
 paper: .venv/demo.stamp
 	$(BIN)/python -m examples.paper $(STUDIES) --out examples/paper/results
 	$(BIN)/python -m benchmarks report docs/paper.md

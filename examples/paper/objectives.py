@@ -1,4 +1,8 @@
-"""The losses of a token that the studies `method` and `smollm2` compare; docs/objectives.md has their formulas."""
+"""The losses of a token that the studies `method` and `smollm2` compare; docs/objectives.md has their formulas.
+
+The sampled token stands for the tail in V4 and V5. Its importance weight p(y) / p_sampler(y) is left out. The tail is
+thus biased where rollouts have a top-p below 1.
+"""
 
 from collections.abc import Callable
 
@@ -50,6 +54,10 @@ def ema_pg(z: Tensor, w: Tensor, y: Tensor, k: int, weights: Tensor) -> Tensor:
     return topk_divergence(z, w, k=k, mass="ema_pg", sampled_ids=y, weights=weights, reduction="none")
 
 
+def corrected_ema_pg(z: Tensor, w: Tensor, y: Tensor, k: int, weights: Tensor) -> Tensor:
+    return topk_divergence(z, w, k=k, mass="ema_pg_corrected", sampled_ids=y, weights=weights, reduction="none")
+
+
 def raw(z: Tensor, w: Tensor, _: Tensor, k: int, weights: Tensor) -> Tensor:
     return topk_divergence(z, w, k=k, mass="raw", weights=weights, reduction="none")
 
@@ -69,6 +77,7 @@ LOSSES: dict[str, Loss] = {
     "V3": topk_and_sampled,
     "V4": student_ema_pg,
     "V5": ema_pg,
+    "V5, corrected": corrected_ema_pg,
     "raw": raw,
     "raw, stop-gradient": raw_stop_grad,
     "tail": tail,

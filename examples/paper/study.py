@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from examples.paper.summary import Rows, markdown, rounded
 
-NAMES = ("control", "variance", "failures", "method", "smollm2", "mass")
+NAMES = ("control", "variance", "failures", "rates", "method", "smollm2", "mass")
 RESULTS = Path(__file__).parent / "results"
 PAPER = "2603.25562"
 OURSELVES = "our question"  # the source of a claim that nobody made
@@ -73,7 +73,8 @@ def load(name: str, out: Path = RESULTS) -> Record:
 
 def page(name: str, record: Record) -> str:
     module = study(name)
-    titled = {"Claims": verdicts(module.claims(record)), **module.tables(record)}
+    claims, found = module.claims(record), module.tables(record)
+    titled = {"Claims": verdicts(claims), **found} if claims else found
     parts = [f"## {title}\n\n{markdown(rows)}" for title, rows in titled.items()]
     return "\n".join([f"# {name}\n", *parts, ran(record)])
 

@@ -98,7 +98,7 @@ def imbalance(table: "Table") -> Record:
         "quantiles": quantiles(reward, QUANTILES),
         "carried": {name: [carried(table[name].abs(), share) for share in FEW] for name in CARRIED},
         "outside": outside.float().mean(),
-        "largest gradient outside": table["topk_grad_at_token"][outside].abs().amax(),
+        "largest gradient outside": table["topk_grad_at_token"][outside].abs().amax() if outside.any() else None,
     }
 
 
@@ -172,12 +172,13 @@ def natural_loops(models: "Models", sample: "Rollout") -> list[Record]:
     return found
 
 
-def endings(models: "Models", sample: "Rollout", prompts: list[str], k: int) -> Record:
-    """The token that ends an answer, under four teachers; lists of the same answers, those that end.
+def endings(models: "Models", sample: "Rollout", prompts: list[str], k: int) -> Record | None:
+    """The token that ends an answer, under four teachers; lists of the same answers, those that end. None if none does.
 
     matched: reads what the student reads. spelled: its prompt has the special tokens as plain text.
     renamed: its vocabulary has the end under the id of <|endoftext|>, and that under the id of the end.
     remapped: the same, with the ids of its top K translated.
+    The last two are demonstrations. They change the end alone, which the mask drops and S then lacks, by construction.
     """
     from examples.paper.failures.readings import Reading, rows_of, spelled_out, token_table
     from examples.smollm2 import response
@@ -186,6 +187,8 @@ def endings(models: "Models", sample: "Rollout", prompts: list[str], k: int) -> 
     ids, real = response(sample)  # (B, T), (B, T)
     kept = real & special_token_mask(ids, models.tokenizer.all_special_ids, occurrences="first")  # (B, T)
     ends = ((ids == end) & real).any(-1) & kept.any(-1)  # (B,)
+    if not ends.any():
+        return None
     ended = rows_of(sample, ends)
     asked = [prompts[row] for row in ends.nonzero().flatten().tolist()]
     swapped = (end, other)

@@ -3,7 +3,7 @@
 import statistics
 from itertools import pairwise
 
-from examples.paper.study import PAPER, Claim, Record
+from examples.paper.study import OURSELVES, PAPER, Claim, Record
 from examples.paper.summary import Rows, above, every, shown
 
 MODES = [f"{PAPER}, failure mode {i}" for i in (1, 2, 3)]
@@ -20,7 +20,7 @@ STUDENTS = {"positions": "layers", "nearer": "nearer"}  # a part of a run: its l
 TEACHERS = {
     "matched": "reads what the student reads",
     "spelled": "has the prompt's special tokens as plain text",
-    "renamed": "ends answers by another id",
+    "renamed": "ends answers by another id, as a demonstration",
     "remapped": "the same, its top K remapped",
 }
 
@@ -39,10 +39,15 @@ def carried(record: Record, name: str, few: int = FIVE_PERCENT) -> list[float]:
     return [shares[name][few] for shares in of_runs(record, "imbalance", "carried")]
 
 
+def endings(record: Record) -> list[Record]:
+    """Of the seeds that have an answer which ends."""
+    return [run["endings"] for run in record["runs"] if run["endings"] is not None]
+
+
 def ends(record: Record, teacher: str, name: str, loss: str | None = None) -> list[float]:
-    """A figure of every answer that ends, of all seeds."""
-    found = [run["endings"][teacher][name] for run in record["runs"]]
-    return [x for values in found for x in (values[loss] if loss else values)]
+    """The mean of a figure over the answers that end, per seed."""
+    found = [end[teacher][name] for end in endings(record)]
+    return [statistics.fmean(values[loss] if loss else values) for values in found]
 
 
 def looping(record: Record, name: str) -> list[tuple[float, float]]:
@@ -57,13 +62,16 @@ def looped_share(record: Record) -> float:
     return sum(n * answer["looping"] for n, answer in zip(tokens, record["greedy"])) / sum(tokens)
 
 
-def mask_removes(record: Record, teacher: str) -> float:
-    """How much of what a mismatched teacher changes in the answers' mean abs(reward) is gone under the mask."""
-    before, after = (
-        statistics.fmean(abs(x - y) for x, y in zip(ends(record, teacher, name), ends(record, "matched", name)))
-        for name in ("mean", "masked mean")
-    )
-    return 1 - after / before
+def mask_removes(record: Record, teacher: str) -> list[float]:
+    """Of what a mismatched teacher changes in the answers' mean abs(reward), the part gone under the mask, per seed."""
+    changes = [
+        [
+            statistics.fmean(abs(x - y) for x, y in zip(end[teacher][name], end["matched"][name]))
+            for name in ("mean", "masked mean")
+        ]
+        for end in endings(record)
+    ]
+    return [1 - masked / whole for whole, masked in changes if whole]
 
 
 def tables(record: Record) -> dict[str, Rows]:
@@ -127,7 +135,14 @@ def loops_table(record: Record) -> Rows:
 
 
 def ends_table(record: Record) -> Rows:
-    head = ["teacher", "log p(end)", "log q(end)", "largest reward", "part of abs(reward)", "part of sampled signal"]
+    head = [
+        "teacher; means over the answers of a seed",
+        "log p(end)",
+        "log q(end)",
+        "largest reward",
+        "part of abs(reward)",
+        "part of sampled signal",
+    ]
     rows = [[*head, "mean abs(reward)", "masked", "end in S", "top-K loss", "part of top-K signal"]]
     for teacher, says in TEACHERS.items():
         of_token = [ends(record, teacher, name) for name in ("student log-prob", "teacher log-prob", "is largest")]
@@ -150,7 +165,7 @@ def imbalance_claims(record: Record) -> list[Claim]:
     negative, mean, exact = (of_runs(record, "imbalance", x) for x in ("negative", "mean", "exact mean"))
     sampled, topk = carried(record, "sampled_grad"), carried(record, "topk_grad")
     gained = [x - y for x, y in zip(sampled, topk)]
-    largest = max(of_runs(record, "imbalance", "largest gradient outside"))
+    largest = max((x for x in of_runs(record, "imbalance", "largest gradient outside") if x is not None), default=None)
     return [
         Claim(
             MODES[0],
@@ -166,22 +181,22 @@ def imbalance_claims(record: Record) -> list[Claim]:
         ),
         Claim(
             MODES[0],
-            "A few tokens dominate the update: 5 % of the tokens carry more than half of the squared logit gradient.",
+            "A few tokens dominate the squared logit gradient: 5 % of the tokens carry more than half of it.",
             f"top 5 %: {shown(sampled)}; top 1 %: {shown(carried(record, 'sampled_grad', 0))}",
             above(sampled, 0.5),
         ),
         Claim(
-            f"{PAPER}, section 3.2",
+            OURSELVES,
             "The top-K loss spreads its squared gradient over more tokens than the sampled-token objective.",
             f"part of the top 5 %: top-K {shown(topk)}, sampled {shown(sampled)}, difference {shown(gained)}",
             above(gained, 0),
         ),
         Claim(
             f"{PAPER}, section 3.2",
-            "The top-K loss gives no gradient to a logit outside the teacher's top K.",
-            f"largest abs(gradient) at sampled tokens outside: {largest:g}; "
+            "The top-K loss gives no gradient to a sampled token outside the teacher's top K.",
+            f"largest abs(gradient) at one: {'none' if largest is None else f'{largest:g}'}; "
             f"they are {shown(of_runs(record, 'imbalance', 'outside'))} of all sampled tokens",
-            largest == 0,
+            None if largest is None else largest == 0,
         ),
     ]
 
@@ -192,7 +207,7 @@ def tail_claim(record: Record, part: str) -> Claim:
     answers = sum(run["answers"] for run in runs)
     return Claim(
         MODES[1],
-        f"The lower tail of log q(y) - log p(y) widens with the position: student of {size[STUDENTS[part]]} layers, "
+        f"The lower tail of log q(y) - log p(y) widens with the position: a student of {size[STUDENTS[part]]} layers, "
         "5 % quantile.",
         f"first of {size['buckets']} buckets {shown(first)}, last {shown(last)}, over {answers} "
         f"answers of {size['length']} tokens (the paper's have up to 16,384)",
@@ -203,59 +218,61 @@ def tail_claim(record: Record, part: str) -> Claim:
 def reliability_claims(record: Record) -> list[Claim]:
     once, often = ([x[n] for x in of_runs(record, "loops", "teacher")] for n in (1, -1))
     reward = [x[-1] for x in of_runs(record, "loops", "reward")]
-    inside, outside = (list(x) for x in zip(*looping(record, "reward")))
+    inside, outside = ([pair[i] for pair in looping(record, "reward")] for i in (0, 1))
+    copies = record["size"]["repeats"]
     return [
         *(tail_claim(record, part) for part in STUDENTS),
         Claim(
             MODES[1],
-            "The teacher agrees with loops: it gives a phrase more probability the more copies precede, and over 0.5.",
-            f"teacher's mean q per token after 1 copy {shown(once)}, after {record['size']['repeats']} {shown(often)}",
+            "The teacher agrees with loops: it gives a phrase more probability after "
+            f"{copies} copies than after 1, and over 0.5.",
+            f"teacher's mean q per token after 1 copy {shown(once)}, after {copies} {shown(often)}",
             every([above([y - x for x, y in zip(once, often)]), above(often, 0.5)]),
         ),
         Claim(
             MODES[1],
-            "The reward does not speak against a made loop: its mean per token there is above 0.",
-            f"after {record['size']['repeats']} copies {shown(reward)}",
+            "The teacher gives a forced loop more probability than the student does.",
+            f"mean log q - log p per token after {copies} copies {shown(reward)}",
             above(reward, 0),
         ),
         Claim(
             MODES[1],
-            "The student's own loops are punished less than its other tokens (greedy answers, means of each answer).",
+            "The student's own loops are punished less than its other tokens (a sample of greedy answers).",
             f"mean reward inside repeated 4-grams {shown(inside)}, outside {shown(outside)}; "
             f"{looped_share(record):.0%} of greedy and {statistics.fmean(of_runs(record, 'loops', 'looping')):.1%} of "
-            f"sampled tokens are inside; {len(inside)} greedy answers have both",
+            f"sampled tokens are inside; means over {len(inside)} greedy answers that have both",
             above([x - y for x, y in zip(inside, outside)], 0),
         ),
     ]
 
 
 def mismatch_claims(record: Record) -> list[Claim]:
-    student = shown(ends(record, "matched", "student log-prob"))
-    matched = shown(ends(record, "matched", "teacher log-prob"))
-    found = []
-    for teacher in ("renamed", "spelled"):
-        here = f"where the teacher {TEACHERS[teacher]}"
-        largest, shares = ends(record, teacher, "is largest"), ends(record, teacher, "share", "reward")
-        sampled, topk = (ends(record, teacher, "share", loss) for loss in ("sampled", "topk"))
-        found += [
-            Claim(
-                MODES[2],
-                f"One token dominates {here}: abs(reward) is largest at the end in most answers.",
-                f"largest in {shown(largest)} of {len(largest)} answers, {shown(shares)} of the summed abs(reward); "
-                f"log p {student}, matched log q {matched}, here {shown(ends(record, teacher, 'teacher log-prob'))}",
-                above(largest, 0.5),
-            ),
-            Claim(
-                f"{PAPER}, section 3",
-                f"The mask of special tokens removes most (nine tenths) of what changes {here}.",
-                f"{mask_removes(record, teacher):.0%} of the change in an answer's mean abs(reward) is gone",
-                mask_removes(record, teacher) > 0.9,
-            ),
-            Claim(
-                f"{PAPER}, table 1",
-                f"The top-K loss suffers less than the sampled token {here}: part of the squared gradient at the end.",
-                f"sampled {shown(sampled)}, top-K {shown(topk)}; means over answers",
-                above([x - y for x, y in zip(sampled, topk)], 0),
-            ),
-        ]
-    return found
+    """Of the teacher that reads another prompt: how the others change the end is so by construction."""
+    teacher, here = "spelled", f"where the teacher {TEACHERS['spelled']}"
+    student, matched = (shown(ends(record, "matched", f"{who} log-prob")) for who in ("student", "teacher"))
+    read = shown(ends(record, teacher, "teacher log-prob"))
+    answers = sum(len(end[teacher]["mean"]) for end in endings(record))
+    largest, shares = ends(record, teacher, "is largest"), ends(record, teacher, "share", "reward")
+    sampled, topk = (ends(record, teacher, "share", loss) for loss in ("sampled", "topk"))
+    spared, removed = [x - y for x, y in zip(sampled, topk)], mask_removes(record, teacher)
+    return [
+        Claim(
+            MODES[2],
+            f"One token dominates {here}: abs(reward) is largest at the end in most answers.",
+            f"largest in {shown(largest)} of a seed's answers ({answers} in all), {shown(shares)} of the summed "
+            f"abs(reward); log p {student}, matched log q {matched}, here {read}",
+            above(largest, 0.5),
+        ),
+        Claim(
+            f"{PAPER}, section 3",
+            f"The mask of special tokens removes most (nine tenths) of what changes {here}.",
+            f"part of the change in an answer's mean abs(reward) that is gone (below 0: it grew): {shown(removed)}",
+            above(removed, 0.9),
+        ),
+        Claim(
+            OURSELVES,
+            f"The top-K loss suffers less than the sampled token {here}: part of the squared gradient at the end.",
+            f"sampled {shown(sampled)}, top-K {shown(topk)}, difference {shown(spared)}",
+            above(spared),
+        ),
+    ]

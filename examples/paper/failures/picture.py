@@ -3,7 +3,7 @@
 import statistics
 from typing import TYPE_CHECKING
 
-from examples.paper.failures.page import FIVE_PERCENT, by_position, ends, of_runs
+from examples.paper.failures.page import FIVE_PERCENT, by_position, endings, ends, of_runs
 from examples.paper.study import Record
 from examples.paper.summary import interval
 
@@ -19,7 +19,8 @@ def draw(record: Record) -> "Figure":
     panels = figure.subplots(2, 2).flatten()
     for axes, panel in zip(panels, (draw_rewards, draw_positions, draw_loops, draw_ends)):
         panel(axes, record)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     return figure
 
 
@@ -72,6 +73,10 @@ def draw_mean(axes: "Axes", where: list[float], lines: list[list[float]], colour
 
 
 def draw_ends(axes: "Axes", record: Record) -> None:
+    """Means over seeds."""
+    axes.set(ylabel="part of the answer's sum", title="the token that ends an answer")
+    if not endings(record):
+        return
     groups = [(teacher, "share") for teacher in ("matched", "spelled", "renamed")] + [("renamed", "masked share")]
     for place, (loss, colour, label) in enumerate(
         (
@@ -83,6 +88,6 @@ def draw_ends(axes: "Axes", record: Record) -> None:
         heights = [statistics.fmean(ends(record, teacher, name, loss)) for teacher, name in groups]
         where = [x + 0.27 * (place - 1) for x in range(len(groups))]
         axes.bar_label(axes.bar(where, heights, 0.25, color=colour, label=label), fmt="%.2f", fontsize=7)
-    axes.set(ylabel="part of the answer's sum", title="the token that ends an answer", xticks=range(len(groups)))
+    axes.set_xticks(range(len(groups)))
     axes.set_xticklabels(["matched", "spelled", "renamed", "renamed,\nmasked"])
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend

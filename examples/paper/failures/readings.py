@@ -1,6 +1,6 @@
-"""Three failure modes, measured on the answers of a weakened SmolLM2 that the whole SmolLM2 reads as its teacher.
+"""Tables of the tokens of answers: log-probs, rewards, values and gradients of three losses.
 
-Everything about single tokens stands in a table: a dict of columns (n,), one row for each real token of the answers.
+A table is a dict of columns (n,), one row for each real token of the answers.
 """
 
 from collections.abc import Callable, Iterator, Mapping

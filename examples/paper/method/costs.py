@@ -12,6 +12,8 @@ from examples.paper.method.training import Models, Size, per_run_mean, shared_to
 from examples.paper.objectives import LOSSES, Loss
 from examples.paper.stacked import generators
 
+COSTS_K = 32
+
 
 def costs(models: Models, size: Size, seeds: Sequence[int], repeats: int = 15) -> dict[str, dict[str, float]]:
     """The bytes that each loss keeps, and its least seconds for both passes, which a busy machine disturbs least."""
@@ -20,7 +22,7 @@ def costs(models: Models, size: Size, seeds: Sequence[int], repeats: int = 15) -
     y = respond(models.student, prompts, size.moves + 2, ENDS, PAD, 0.9, sources)  # (R, B, T)
     z = response_logits(models.student, prompts, y).detach().requires_grad_()  # (R, B, T, V)
     inputs = z, response_logits(models.teacher, prompts, y), y, per_run_mean(shared_tokens(y))
-    asked = {loss: (loss, 32) for loss in LOSSES} | {"full vocabulary": ("top-K", VOCAB)}
+    asked = {loss: (loss, COSTS_K) for loss in LOSSES} | {"full vocabulary": ("top-K", VOCAB)}
     seconds: dict[str, list[float]] = {name: [] for name in asked}
     for _ in range(repeats):
         for name, (loss, k) in asked.items():

@@ -3,6 +3,8 @@
 A prompt is the obstacles, the target and the start. An answer is the squares that the rook lands on, each on the row or
 the column of the one before and none an obstacle, the target last. An end token follows. Teacher and student have
 learned different ones, as where tokenizers spell a special token differently. Either ends an answer.
+
+V is 67. A rook has 14 moves from every square, so that at most 14 next tokens are right.
 """
 
 from collections.abc import Sequence

@@ -35,7 +35,6 @@ class Size(NamedTuple):
     batch: int = 32  # problems in a step, of each run
     held_back: int = 256  # problems, of each run
     points: int = 30  # of a curve
-    sweep: bool = False  # the learning rates, rather than those that an earlier sweep chose
 
 
 class Run(NamedTuple):
@@ -45,7 +44,6 @@ class Run(NamedTuple):
     k: int = 32
     top_p: float = 0.9  # of the student's rollouts
     mask: bool = True  # drops the first end tokens of a response
-    rate_of: str = ""  # the loss whose learning rate is taken, if not its own
 
 
 class Models(NamedTuple):
@@ -63,6 +61,7 @@ def pretrained(name: str, width: int, end: int, steps: int, size: Size, seeds: S
     sources = generators(seeds)
     model = Transformer(Shape(VOCAB, size.obstacles + 2 + size.moves + 2, width, layers=1), sources)
     adam = optimizer(model, 1e-2)
+    # The rate rises over 50 steps, and then falls in a line to a twentieth of its peak.
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min((step + 1) / 50, 1.05 - step / steps))
     for _ in bar(range(steps), name):
         prompts = pose(size.batch, size.obstacles, sources)  # (R, B, P)
