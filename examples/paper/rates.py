@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["FULL", "SEEDS", "Size", "claims", "draw", "measure", "tables"]
 
 SEEDS = (100, 101, 102)  # none of those of `method`
-SWEPT = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SWEPT = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def measure(size: Size, seeds: Sequence[int]) -> Record:

@@ -49,6 +49,7 @@ RATES = {
     "sampled": 1e-3,
     "sampled + mask": 1e-3,
     "sampled + mask + top-p": 1e-3,
+    "top-K": 3e-2,
     METHOD: 3e-2,
     "V2: student's top K, y": 3e-2,
     "V3: teacher's top K, y": 3e-2,
