@@ -37,7 +37,7 @@ test-trainers: .venv/test.stamp build/trainers/verl.stamp build/trainers/swift.s
 demo: .venv/demo.stamp
 	$(BIN)/python -m examples.distill
 
-# The studies of docs/paper.md, in an hour on two cores: anew into examples/paper/results, and the tables of the page.
+# The studies of docs/paper.md, in an hour and more on two cores: anew into examples/paper/results, and the tables of the page.
 STUDIES ?= control variance failures rates method smollm2 mass
 paper: .venv/demo.stamp
 	$(BIN)/python -m examples.paper $(STUDIES) --out examples/paper/results

@@ -24,6 +24,7 @@ UNTESTED = {
     "compiled_cost": "ptxas counts registers without a GPU",
     "cuda_launch": "launches on stand-ins for the CUDA run time",
     "cuda_on_host": "the CUDA sources compiled for the host",
+    "distill": "the demo, on CPU tensors",
     "docs": "the pages, on CPU tensors",
     "dtensors": "gloo ranks, on CPU tensors",
     "gpu_checks": "the rehearsal of the smoke test",
