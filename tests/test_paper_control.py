@@ -119,6 +119,16 @@ def verdicts(record: dict[str, Any]) -> list[bool | None]:
     return [claim.held for claim in control.claims(record)]
 
 
+def doctored(record: dict[str, Any], power: float) -> dict[str, Any]:
+    """Variance and KL are 10^(power gamma), in every seed but for 1 %: intervals have a width."""
+    found = copy.deepcopy(record)
+    for gamma, curves in found["rates"][str(experiment.RATE)]["gammas"].items():
+        values = [10 ** (power * float(gamma)) * (1 + 0.01 * float(gamma) * seed) for seed in range(len(SEEDS))]
+        for name in ("variance", "kl"):
+            curves[name] = [[value] * (SHORT.points + 1) for value in values]
+    return found
+
+
 @pytest.mark.slow
 class TestStudy:
     def test_teachers_arrive(self, record: dict[str, Any]) -> None:
@@ -145,20 +155,28 @@ class TestStudy:
 
     def test_verdicts_follow_the_record(self, record: dict[str, Any]) -> None:
         for power, wanted in ((1.5, [True] * 3), (-1.5, [False] * 3), (0.5, [True, False, True])):
-            doctored = copy.deepcopy(record)
-            for gamma, curves in doctored["rates"][str(experiment.RATE)]["gammas"].items():
-                for name in ("variance", "kl"):
-                    curves[name] = [[10 ** (power * float(gamma))] * len(run) for run in curves[name]]
-            assert verdicts(doctored) == wanted
-        doctored["rates"][str(experiment.RATE)]["gammas"]["1.0"]["kl"][0] = [1.0] * 3  # of one seed
-        assert verdicts(doctored) == [True, False, False]
+            assert verdicts(doctored(record, power)) == wanted
+
+    def test_seeds_that_disagree_show_nothing(self, record: dict[str, Any]) -> None:
+        found = doctored(record, 1.5)
+        at_one = found["rates"][str(experiment.RATE)]["gammas"]["1.0"]
+        at_one["kl"][0] = [1.0] * 3  # the KL of gamma = 0
+        assert verdicts(found) == [True, True, None]
+        at_one["variance"][0] = [1.0] * 3
+        assert verdicts(found) == [None, None, None]
+
+    def test_one_step_that_falls_is_enough(self, record: dict[str, Any]) -> None:
+        found = doctored(record, 1.5)
+        curves = found["rates"][str(experiment.RATE)]["gammas"]
+        curves["0.5"]["variance"] = [[1.0] * 3] * len(SEEDS)
+        assert verdicts(found) == [False, True, True]
 
     def test_other_rates_have_verdicts_of_their_own(self, record: dict[str, Any]) -> None:
         both = copy.deepcopy(record)
         both["rates"]["0.01"] = copy.deepcopy(both["rates"][str(experiment.RATE)])
         assert verdicts(both) == [verdicts(record)[i] for i in (0, 1, 1, 2, 2)]
         both["rates"]["0.01"]["gammas"]["1.0"]["kl"] = [[1e6] * 3] * len(SEEDS)
-        assert verdicts(both)[-1] and "0.01" in control.claims(both)[-1].claim
+        assert verdicts(both)[-1] is True and "0.01" in control.claims(both)[-1].claim
         assert "0.01" in page("control", both)
 
     def test_the_page_and_the_picture(self, record: dict[str, Any], tmp_path: Path) -> None:
@@ -167,6 +185,13 @@ class TestStudy:
         file = tmp_path / "control.png"
         control.draw(record).savefig(file, dpi=110)
         assert 10_000 < file.stat().st_size < 150_000
+
+    def test_no_rate_is_left_out_of_the_picture(self, record: dict[str, Any]) -> None:
+        found = copy.deepcopy(record)
+        for rate in range(1, 5):
+            found["rates"][f"{rate}.0"] = found["rates"][str(experiment.RATE)]
+        with pytest.raises(ValueError, match="zip"):
+            control.draw(found)
 
 
 def test_teachers_of_a_seed_are_the_same_beside_others() -> None:

@@ -31,7 +31,7 @@ class Size(NamedTuple):
     iterations: int = 2000
     teacher_iterations: int = 500
     points: int = 20  # measurements during training
-    steps: int = 20  # T
+    steps: int = 20  # T; read off an axis of the paper's plots, which do not name it
     batch: int = 64
     batches: int = 8  # M
     others: tuple[float, ...] = (3e-3, 1e-2)  # learning rates beside RATE
@@ -79,21 +79,35 @@ class Point(NamedTuple):
     distance: Tensor  # (R,) to the target, after the last step
 
 
-def measure_task(
-    student: Policy,
-    teacher: Policy,
+def task_walks(
+    policy: Policy,
     sign: float,
-    gammas: Sequence[float],
     noise: Sequence[int],  # (R,) seeds
     size: Size,
-) -> tuple[Tensor, Tensor, Tensor]:  # (R,) each: variance, KL and distance
+) -> list[Walk]:  # M of R runs
     signs, sources = torch.full((len(noise),), sign), stacked.generators(noise)
-    walks = [walk(student, signs, sources, size.batch, size.steps) for _ in range(size.batches)]
-    gradients = torch.stack([output_gradient(student, teacher, made, gammas) for made in walks])  # (M, R, ...)
+    return [walk(policy, signs, sources, size.batch, size.steps) for _ in range(size.batches)]
+
+
+def gradient_variance(
+    student: Policy,
+    teacher: Policy,
+    walks: Sequence[Walk],  # M of the student
+    gammas: Sequence[float],
+) -> Tensor:  # (R,)
+    return variance(torch.stack([output_gradient(student, teacher, made, gammas) for made in walks]))
+
+
+@torch.no_grad()
+def nearness(
+    student: Policy,
+    teacher: Policy,
+    walks: Sequence[Walk],  # M of the student
+) -> tuple[Tensor, Tensor]:  # (R,) each
+    """KL(student || teacher) per step, and the distance to the target after the last step."""
     inputs, left = torch.cat([made.inputs for made in walks], 1), torch.cat([made.left for made in walks], 1)
-    with torch.no_grad():
-        kl = kl_divergence(student(inputs), teacher(inputs)).mean((1, 2))  # (R,)
-    return variance(gradients), kl, left[..., -1].mean(1)
+    kl = kl_divergence(student(inputs), teacher(inputs)).mean((1, 2))  # (R,)
+    return kl, left[..., -1].mean(1)
 
 
 def measure_point(
@@ -103,12 +117,14 @@ def measure_point(
     noise: Sequence[int],  # (R,) seeds
     size: Size,
 ) -> Point:
-    first = pick(student, [*range(len(noise) // len(gammas))] * len(gammas))
+    seeds = len(noise) // len(gammas)
+    first = pick(student, [*range(seeds)] * len(gammas))  # every run becomes its seed's student of gamma = 0
     found = []
     for teacher, sign in zip(teachers, TASKS.values()):
-        own, kl, distance = measure_task(student, teacher, sign, gammas, noise, size)
-        same, _, _ = measure_task(first, teacher, sign, gammas, noise, size)
-        found.append(Point(own, same, kl, distance))
+        walks, firsts = (task_walks(policy, sign, noise, size) for policy in (student, first))
+        own = gradient_variance(student, teacher, walks, gammas)
+        same = gradient_variance(first, teacher, firsts, gammas)
+        found.append(Point(own, same, *nearness(student, teacher, walks)))
     return Point(*(torch.stack(values).mean(0) for values in zip(*found)))
 
 

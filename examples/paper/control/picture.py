@@ -10,6 +10,9 @@ from examples.paper.study import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PLACES = (-30, -10, -3, 0, 3, 10, 30)  # named on the axis of positions
+STYLES = ("-", "--", ":", "-.")  # of the learning rates
+
 
 def draw(record: Record) -> "Figure":
     from matplotlib.figure import Figure
@@ -19,7 +22,8 @@ def draw(record: Record) -> "Figure":
     colours = dict(zip(GAMMAS, ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red")))
     for positions in record["teacher"]["path"].values():
         right.plot(positions, color="0.75", linewidth=6)
-    for rate, style in zip(map(float, record["rates"]), ("-", "--", ":")):
+    styles = STYLES[: len(record["rates"])]
+    for rate, style in zip(map(float, record["rates"]), styles, strict=True):
         found = record["rates"][str(rate)]
         for gamma in map(float, found["gammas"]):
             for axes, name in ((left, "variance"), (middle, "kl")):
@@ -34,8 +38,10 @@ def draw(record: Record) -> "Figure":
     middle.set(
         yscale="log", xlabel="iteration", ylabel="nats per step", title="KL(student || teacher), median of seeds"
     )
-    right.set(xlabel="time (steps)", ylabel="mean position", ylim=(-6, 6))
-    right.set_title(f"both tasks, seed {record['seeds'][0]} (grey: teachers)")
+    right.set_yscale("symlog", linthresh=6, linscale=2)  # drifted walks lead far away
+    right.set_yticks(PLACES, map(str, PLACES))
+    right.set(xlabel="time (steps)", ylabel="mean position")
+    right.set_title(f"paths, seed {record['seeds'][0]} (grey: teachers)")
     right.legend(fontsize=8)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(GAMMAS))
     return figure

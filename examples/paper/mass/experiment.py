@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.paper.mass.linear_softmax import FREE, Language, drawn, language, shares
+from examples.paper.mass.linear_softmax import Language, drawn, language, shares
 from examples.paper.stacked import generators
 from examples.paper.study import Record, bar
 from examples.paper.summary import rounded
@@ -25,6 +25,8 @@ from topk_rkl.recipe.rollout import sampled_token_loss
 
 SEEDS = (0, 1, 2, 3, 4)
 MASSES = ("renormalized", "tail", "raw_stop_grad", "raw")
+CURVES = ("student_mass", "teacher_mass", "student_entropy", "full")  # what is recorded over the steps
+EARLY = 100  # steps within which a collapse is rapid
 Loss = Callable[..., Tensor]  # (logits, reduction="sum", weights=...)
 
 
@@ -44,7 +46,7 @@ class Size(NamedTuple):
 class Setting(NamedTuple):
     """The defaults are those of the long runs."""
 
-    capacity: float = 3 / 8  # the student's features over the rank of the teacher's logits
+    capacity: float | None = 3 / 8  # the student's features over the rank of the teacher's logits; None: free logits
     noise: float = 1.0  # on the logits that the student has learnt
     wider: int = 1  # K over that of the size
     top_p: float = 1.0  # S is the teacher's nucleus, of at most K tokens
@@ -68,7 +70,7 @@ SETTINGS = {
     "S = top-p 0.95, at most 4 K": Setting(wider=4, top_p=0.95),
     "half as many features": Setting(capacity=3 / 16),
     "as many features as ranks": Setting(capacity=1.0),
-    "free logits": Setting(capacity=FREE),
+    "free logits": Setting(capacity=None),
 }
 
 
@@ -77,19 +79,19 @@ def measure(size: Size, seeds: Sequence[int]) -> Record:
     task = of_setting(Setting(), size, seeds)
     before = watched(task.head, task, support(Setting(), task, size), size)
     record = {"start": {name: rounded(x) for name, x in before.items()}, "teacher": of_teacher(task, size)}
-    record |= {"identity": plus_one(task, size), "spread": spread(task, size), "free": free_logits(size, seeds)}
+    record |= {"identity": plus_one(task, size), "position": one_position(task, size), "free": free_logits(size, seeds)}
     forms = bar((*MASSES, "blend", "full"), "mass: forms")
-    record["runs"] = {form: run(form, Setting(), size, marks(size.steps), seeds) for form in forms}
+    record["runs"] = {form: distilled(form, Setting(), size, marks(size.steps), seeds) for form in forms}
     pairs = [(name, form) for name in SETTINGS for form in ("renormalized", "tail")]
     record["settings"] = {name: {} for name in SETTINGS}
     for name, form in bar(pairs, "mass: settings"):
-        found = run(form, SETTINGS[name], size, [0, size.short], seeds)
+        found = distilled(form, SETTINGS[name], size, [0, size.short], seeds)
         record["settings"][name] |= {"start": found["start"], form: found["end"]}
     return record
 
 
 def of_setting(setting: Setting, size: Size, seeds: tuple[int, ...]) -> Language:
-    features = round(setting.capacity * size.rank)
+    features = None if setting.capacity is None else round(setting.capacity * size.rank)
     return language(size.vocab, size.rank, features, setting.noise, size.pretraining, seeds)
 
 
@@ -108,17 +110,17 @@ def loss_of(form: str, task: Language, chosen: Support) -> Loss:
 
 
 def marks(steps: int) -> list[int]:
-    """The steps that are looked at: every one at first, and as many in each factor of ten."""
-    return sorted({0, *(round(steps ** (i / 60)) for i in range(61))})
+    """The steps that are looked at: EARLY, every one at first, and as many in each factor of ten."""
+    return sorted({0, min(EARLY, steps), *(round(steps ** (i / 60)) for i in range(61))})
 
 
-def run(form: str, setting: Setting, size: Size, where: list[int], seeds: tuple[int, ...]) -> Record:
-    """What is watched after each of the numbers of steps in `where`: means over the seeds; first and last of each."""
+def distilled(form: str, setting: Setting, size: Size, where: list[int], seeds: tuple[int, ...]) -> Record:
+    """What is watched after each of the numbers of steps in `where`, for each seed."""
     task = of_setting(setting, size, seeds)
     chosen = support(setting, task, size)
     heads = trained(loss_of(form, task, chosen), setting, task, size, generators(seeds))
     seen = [watched(head, task, chosen, size) for step, head in zip(range(where[-1] + 1), heads) if step in where]
-    curves = {name: rounded(torch.stack([x[name] for x in seen]).mean(1)) for name in seen[0]}
+    curves = {name: rounded(torch.stack([x[name] for x in seen], 1)) for name in CURVES}  # (R, marks) each
     start, end = ({name: rounded(x) for name, x in seen[i].items()} for i in (0, -1))
     return {"steps": where, "curves": curves, "start": start, "end": end}
 
@@ -179,7 +181,7 @@ def plus_one(task: Language, size: Size) -> Record:
 
     student, teacher = (task.features @ task.head).double(), task.teacher.double()
     left = gradient("raw", student) - gradient("raw_stop_grad", student)
-    largest = {f"{mass} at the teacher": gradient(mass, teacher).abs().amax() for mass in ("raw", "raw_stop_grad")}
+    largest = {f"{mass} at the teacher": gradient(mass, teacher).abs().amax() for mass in MASSES}
     return {
         "difference": float((left - gradient("P", student)).abs().amax()),
         "P": float(gradient("P", student).abs().amax()),
@@ -187,38 +189,50 @@ def plus_one(task: Language, size: Size) -> Record:
     }
 
 
-def spread(task: Language, size: Size) -> Record:
-    """One position and its token, drawn from the student's own answers: the variances of its loss and its gradient."""
-    logits, best = task.features @ task.head, teacher_topk(task.teacher, size.k, normalize=True)  # (R, V, V)
-    tokens = torch.arange(size.vocab)[:, None, None].expand(-1, *logits.shape[:2])  # (V, R, V)
-    sampled = partial(sampled_token_loss, teacher_logits=task.teacher.expand(size.vocab, -1, -1, -1), ids=tokens)
-    weights = shares(logits, size.length)  # (R, V)
-    record = {"sampled": variances(sampled, logits, task, weights * logits.softmax(-1).permute(2, 0, 1))}
+def one_position(task: Language, size: Size) -> Record:
+    """One position and its token, drawn from the student's own answers: moments of its loss and its gradient."""
+    logits = task.features @ task.head  # (R, V, V)
+    contexts, each = shares(logits, size.length), logits.softmax(-1).permute(2, 0, 1)  # (R, V), (V, R, V)
+    alone = task._replace(teacher=task.teacher[None])  # (1, R, V, V): a loss that no sampled token changes
+    best = teacher_topk(alone.teacher, size.k, normalize=True)  # (1, R, V, K)
+    ids = torch.arange(size.vocab)[:, None, None].expand_as(each)  # (V, R, V), all V tokens at every context: not drawn
+    every_teacher = task.teacher.expand(size.vocab, -1, -1, -1)  # (V, R, V, V)
+    sampled = partial(sampled_token_loss, teacher_logits=every_teacher, ids=ids)
+    record = {"sampled": moments(sampled, logits.expand_as(every_teacher), task, contexts * each)}
     for form in ("full", *MASSES):
-        record[form] = variances(loss_of(form, task, best), logits, task, weights[None])
+        record[form] = moments(loss_of(form, alone, best), logits[None], task, contexts[None])
     return record
 
 
-def variances(
+def moments(
     loss: Callable[..., Tensor],
-    logits: Tensor,  # (R, V, V)
+    logits: Tensor,  # (Y, R, V, V), of each token and context; Y is 1 where no token is sampled
     task: Language,
-    probable: Tensor,  # (Y, R, V) of each token and context; Y is 1 where no token is sampled
-) -> dict[str, list[float]]:
-    z = logits.expand(len(probable), *logits.shape).clone().requires_grad_()  # (Y, R, V, V)
-    value = loss(z if len(z) > 1 else z[0], reduction="none").view(probable.shape)  # (Y, R, V)
+    probable: Tensor,  # (Y, R, V), of sum 1 over tokens and contexts
+) -> dict[str, dict[str, list[float]]]:
+    """The variance and the squared mean of the loss, and those of its gradient for the head."""
+    z = logits.clone().requires_grad_()  # (Y, R, V, V)
+    value = loss(z, reduction="none")  # (Y, R, V)
     value.sum().backward()
-    squares = z.grad.square().sum(-1) * task.features.square().sum(-1)  # (Y, R, V), of the gradient for the head
+    squares = z.grad.square().sum(-1) * task.features.square().sum(-1)  # (Y, R, V)
     mean = task.features.mT @ (probable[..., None] * z.grad).sum(0)  # (R, H, V)
-    first = (probable * value.detach()).sum((0, 2))  # (R,)
-    second = (probable * value.detach().square()).sum((0, 2))  # (R,)
-    of_gradient = (probable * squares).sum((0, 2)) - mean.square().sum((1, 2))  # (R,)
-    return {"loss": rounded(second - first.square()), "gradient": rounded(of_gradient)}
+    return {
+        "loss": about(value.detach().square(), (probable * value.detach()).sum((0, 2)).square(), probable),
+        "gradient": about(squares, mean.square().sum((1, 2)), probable),
+    }
+
+
+def about(
+    squares: Tensor,  # (Y, R, V)
+    of_mean: Tensor,  # (R,) the square of the mean
+    probable: Tensor,  # (Y, R, V)
+) -> dict[str, list[float]]:
+    return {"variance": rounded((probable * squares).sum((0, 2)) - of_mean), "squared mean": rounded(of_mean)}
 
 
 def free_logits(size: Size, seeds: tuple[int, ...]) -> Record:
     """Gradient descent on the logits themselves, and the mass on S that each form converges to."""
-    task = of_setting(Setting(capacity=FREE), size, seeds)
+    task = of_setting(Setting(capacity=None), size, seeds)
     teacher, start = (x[:, : size.contexts].double() for x in (task.teacher, task.head))  # (R, C, V) each
     best = teacher_topk(teacher, size.k, normalize=True)  # (R, C, K)
     found, expected = {}, limits(start, best)

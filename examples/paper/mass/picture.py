@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from examples.paper.mass.page import FORMS, outside
+from examples.paper.mass.page import FORMS, mean_curve, outside
 from examples.paper.study import Record
 from examples.paper.summary import interval
 
@@ -32,7 +32,7 @@ def draw(record: Record) -> "Figure":
 
 def curves_panel(record: Record, name: str, panel: "Axes") -> None:
     for form, run in record["runs"].items():
-        values = run["curves"][name]
+        values = mean_curve(run, name)
         drawn = outside(values) if name == "student_mass" else values
         panel.plot(run["steps"], drawn, color=COLOURS[form], label=FORMS[form])
     if name in record["teacher"]:

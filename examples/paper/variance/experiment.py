@@ -1,12 +1,13 @@
-"""Bias and variance of the token-level and the sequence-level gradient: section 2 and appendix D, in exact numbers.
+"""Bias and variance of the token-level and the sequence-level gradient: section 2 and appendix D.
 
-The models are tables, so all sequences of a few tokens can be listed, and expectations over longer ones follow by
-recursion. Only the variances of long sequences are sampled. There are two cases, a chain that mixes and a chain of
+The models are tables, so all sequences of a few tokens can be listed, and means over longer ones follow by recursion.
+Those numbers are exact. Moments of long sequences are sampled. There are two cases, a chain that mixes and a chain of
 halves. The first token of the latter decides where all the others are, so its steps stay correlated.
 
-Appendix D bounds E|g|^2 by T^2 (B_r B_s)^2 at the token level and by T^4 (B_r B_s)^2 at the sequence level, where B_r
-and B_s bound |r_t| and |s_t|. Scores have mean 0 given the past, so E|s_1 + ... + s_T|^2 is at most T B_s^2. Hence
-T^3 (B_r B_s)^2 bounds the sequence level too.
+Appendix D.2 bounds E|g|^2 by T^2 (B_r B_s)^2 at the token level and by T^4 (B_r B_s)^2 at the sequence level, where B_r
+and B_s bound |r_t| and |s_t|. Scores have mean 0 given the past, so E|s_1 + ... + s_t|^2 is at most t B_s^2. Hence
+T^3 (B_r B_s)^2 bounds the sequence level too. The causal form is sum over t' of r_t' (s_1 + ... + s_t'). Cauchy-Schwarz
+over t' gives T^2 (T + 1) / 2 (B_r B_s)^2, which is at most T^3 (B_r B_s)^2.
 """
 
 from collections.abc import Sequence
@@ -63,13 +64,13 @@ def identities(of: Chain, length: int) -> dict[str, float]:
         "difference": mean[SEQUENCE] - mean[TOKEN] - p @ weighted_scores(of, ids, later),
         "recursion": torch.cat([mean[n] - expected(of, length, g) for n, g in ESTIMATORS.items() if g is not None]),
     }
-    return {name: ((error.norm() / truth.norm()).item()) for name, error in errors.items()}
+    return {name: (error.norm() / truth.norm()).item() for name, error in errors.items()}
 
 
 def exact_variances(of: Chain, length: int) -> dict[str, float]:
     ids = every_sequence(of.student.shape[1], length)  # (V^T, T)
     p = probability(of, ids)  # (V^T,)
-    return {name: (moments(estimates(of, ids, gamma), p)[0]) for name, gamma in ESTIMATORS.items()}
+    return {name: moments(estimates(of, ids, gamma), p)[0] for name, gamma in ESTIMATORS.items()}
 
 
 def sampling_error(
@@ -89,7 +90,7 @@ def bias(of: Chain, length: int, gamma: float) -> tuple[float, float]:
     """|bias| / |gradient|, and the cosine of the expected estimate with the gradient of the reverse KL."""
     truth, mean = expected(of, length, 1.0), expected(of, length, gamma)  # (P,) each
     cosine = torch.cosine_similarity(mean, truth, dim=0).item()
-    return (((mean - truth).norm() / truth.norm()).item()), (cosine)
+    return ((mean - truth).norm() / truth.norm()).item(), cosine
 
 
 def sampled_moments(
@@ -98,8 +99,7 @@ def sampled_moments(
     gamma: float | None,
 ) -> tuple[float, float]:
     weights = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)  # (n,)
-    variance, second = moments(estimates(of, ids, gamma), weights)
-    return (variance), (second)
+    return moments(estimates(of, ids, gamma), weights)
 
 
 def by_length(
@@ -114,13 +114,21 @@ def by_length(
     return {"moments": found, "B_r": sizes(of)[0], "B_s": sizes(of)[1]}
 
 
+def crossing(token: float, causal: float, off: float) -> float:
+    """The number of sequences whose mean is as far from the gradient at the token level as at the causal level.
+
+    Their mean squared errors are off^2 + token / n and causal / n, by the norm of the bias and both variances.
+    """
+    return (causal - token) / off**2
+
+
 def at_distance(size: Size, seed: int, distance: float) -> dict[str, float]:
     of = chain(size.vocab, seed, distance)
     ids = sampled(of, size.samples, size.length, seed + 10**6)
     (token, _), (causal, _) = (sampled_moments(of, ids, ESTIMATORS[name]) for name in (TOKEN, CAUSAL))
     relative, _ = bias(of, size.length, 0.0)
     norm = expected(of, size.length, 1.0).norm().item()
-    return {"bias": relative, "variances": causal / token, "crossing": (causal - token) / (relative * norm) ** 2}
+    return {"bias": relative, "variances": causal / token, "crossing": crossing(token, causal, relative * norm)}
 
 
 def measure_seed(size: Size, seed: int) -> Record:
@@ -132,7 +140,7 @@ def measure_seed(size: Size, seed: int) -> Record:
         "identities": {length: identities(mixing, length) for length in size.listed},
         "exact": exact,
         "sampling": sampling_error(mixing, ids["mixing"][:, :longest], exact[longest]),
-        "norm": [(expected(mixing, length, 1.0).norm().item()) for length in size.lengths],
+        "norm": [expected(mixing, length, 1.0).norm().item() for length in size.lengths],
         "bias": {gamma: [bias(mixing, length, gamma) for length in size.lengths] for gamma in GAMMAS},
         "cases": {case: by_length(of[case], ids[case], size.lengths) for case in CASES},
         "distances": {distance: at_distance(size, seed, distance) for distance in size.distances},
