@@ -86,9 +86,9 @@ def claims(record: Record) -> list[Claim]:
     closer = "comes closer to the teacher than the sampled-token baseline, measured on its own answers"
     table_1, table_3, table_4 = (f"{PAPER}, table {n}" for n in (1, 3, 4))
     said = [
-        Comparison(OURSELVES, f"{OURS} brings the student closer to the teacher, on its own answers to {asked}.",
+        Comparison(OURSELVES, f"Top-K + top-p brings the student closer to the teacher, on its own answers to {asked}.",
                    "questions", OURS, None, "own"),
-        Comparison(OURSELVES, f"{OURS} brings the student closer to the teacher, on its own answers in open text.",
+        Comparison(OURSELVES, "Top-K + top-p brings the student closer to the teacher, on its own answers in open text.",
                    "text", OURS, None, "own"),
         Comparison(table_1, f"Training by {OURS} raises the score, here on {asked}.", "questions", OURS, None),
         Comparison(table_1, f"Training by {OURS} scores above the sampled-token baseline, here on {asked}.",
