@@ -88,7 +88,7 @@ def claims(record: Record) -> list[Claim]:
     said = [
         Comparison(OURSELVES, f"Top-K + top-p brings the student closer to the teacher, on its own answers to {asked}.",
                    "questions", OURS, None, "own"),
-        Comparison(OURSELVES, "Top-K + top-p brings the student closer to the teacher, on its own answers in open text.",
+        Comparison(OURSELVES, "Top-K + top-p brings the student closer to the teacher, on own answers in open text.",
                    "text", OURS, None, "own"),
         Comparison(table_1, f"Training by {OURS} raises the score, here on {asked}.", "questions", OURS, None),
         Comparison(table_1, f"Training by {OURS} scores above the sampled-token baseline, here on {asked}.",
