@@ -202,7 +202,7 @@ def main() -> None:
         answers[objective] = answer(demo, student, prompt)
     text = table(scores, answers, prompt)
     (args.out / "table.md").write_text(text, encoding="utf-8")
-    taken = vars(args) | {"prompts": args.prompts.name}
+    taken = {name: value for name, value in vars(args).items() if name != "out"} | {"prompts": args.prompts.name}
     record = {"options": taken, "held_back": scores, "training": histories, "answers": answers}
     record |= {"metrics": METRICS, "rows": ROWS, "torch": torch.__version__, "cores": args.threads}
     record |= {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
