@@ -46,17 +46,17 @@ RUNS = {
 }
 # The best of examples/paper/results/rates.md.
 RATES = {
-    "sampled": 1e-3,
+    "sampled": 1e-2,
     "sampled + mask": 1e-3,
-    "sampled + mask + top-p": 1e-3,
+    "sampled + mask + top-p": 3e-4,
     "top-K": 3e-2,
     METHOD: 3e-2,
     "V2: student's top K, y": 3e-2,
     "V3: teacher's top K, y": 3e-2,
     "V4: EMA-PG, student's top K": 3e-2,
     "V5: EMA-PG, teacher's top K": 3e-4,
-    "V5 corrected": 3e-4,
-    "V5, plain rollouts": 3e-4,
+    "V5 corrected": 1e-2,
+    "V5, plain rollouts": 1e-3,
     "not renormalised, own rate": 3e-4,
     "stop-gradient, own rate": 1e-3,
     "tail": 3e-2,
