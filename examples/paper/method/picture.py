@@ -35,6 +35,7 @@ def draw(record: Record) -> "Figure":
     axes["mass"].set(ylim=(0, 1.05))
     axes["mass"].legend(loc="center right")
     axes["norm"].set(yscale="log")
+    axes["norm"].tick_params(which="minor", labelleft=False)
     draw_setting(axes["k"], record, BY_K, "K")
     draw_setting(axes["top_p"], record, BY_TOP_P, "top-p")
     axes["k"].set(ylabel="exact answers, %")
