@@ -224,7 +224,7 @@ def paper(arguments: str) -> str:
     if arguments == "claims":
         every = [claim for name in study.NAMES for claim in study.study(name).claims(study.load(name))]
         held, failed, unseen = (sum(claim.held is x for claim in every) for x in (True, False, None))
-        counted = f"Of {len(every)} claims {held} held, {failed} did not hold, and {unseen} were not shown."
+        counted = f"{held} of {len(every)} claims held, {failed} did not hold, and {unseen} were not shown."
         return f"{counted}\n\n{summary.markdown(study.verdicts(every))}"
     name, title = arguments.split(" ", 1)
     record = study.load(name)

@@ -338,7 +338,7 @@ def test_the_study_of_rates_has_the_score_of_every_run_at_every_rate(monkeypatch
     (tmp_path / "rates.json").write_text(json.dumps(record))
     study.redraw("rates", tmp_path)
     lines = (tmp_path / "rates.md").read_text()
-    assert "| tail | 0.1 | 75.0 | 0.6 | 2.0 | 6.0 | 0.001 |" in lines and "| 6.0 | 0.03 |" in lines
+    assert "| tail | 0.1 | 75.0 | 0.6 | 2.0 | 6.0 | 20.0 | 0.001 |" in lines and "| 20.0 | 0.1 |" in lines
     assert "Claims" not in lines and (tmp_path / "rates.png").stat().st_size > 10_000
 
 
