@@ -9,7 +9,8 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .PHONY: quick test test-trainers demo paper bench bench-setup gpu gpu-extension lint clean
 
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+# Threads of two workers that spin while they wait would take the cores from each other.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Without what compiles or takes more than two seconds, and without Triton's interpreter.
 quick: checked

@@ -82,6 +82,15 @@ def module(request: pytest.FixtureRequest) -> Any:
     return Direct(backends._load(request.param))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small models, whose threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def loaded() -> Any:
     """SmolLM2 and its tokenizer, which take 20 seconds to load: tests that ask for them are of the group "smollm2"."""

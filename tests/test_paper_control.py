@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from examples.paper.stacked import generators
 from examples.paper.study import page
 from examples.paper.summary import rounded
 
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("control")]
 SHORT = control.Size(iterations=60, teacher_iterations=150, points=2, batch=32, batches=4, others=())
 SEEDS = [42, 43]
 LEFT, RIGHT = TASKS.values()
@@ -107,12 +107,9 @@ def test_variance_is_the_mean_square_from_the_mean() -> None:
 
 
 @pytest.fixture(scope="module")
-def record() -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small, and the same rounding everywhere
+def record() -> dict[str, Any]:
     found = {"size": SHORT._asdict(), "seeds": SEEDS, "torch": "", "threads": 1, "seconds": 1}
-    yield json.loads(json.dumps(found | rounded(control.measure(SHORT, SEEDS))))
-    torch.set_num_threads(threads)
+    return json.loads(json.dumps(found | rounded(control.measure(SHORT, SEEDS))))
 
 
 def verdicts(record: dict[str, Any]) -> list[bool | None]:

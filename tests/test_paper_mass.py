@@ -18,6 +18,7 @@ from topk_rkl.loss import teacher_topk, topk_divergence
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2, 3)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("mass")]
 SMALL = mass.Size(
     vocab=32, k=4, rank=16, length=8, pretraining=120, lr=0.03, steps=250, short=40, free_steps=400, contexts=4
 )

@@ -31,7 +31,11 @@ from examples.paper.stacked import generators
 from examples.paper.study import Claim, Record
 from examples.paper.summary import rounded
 
-pytestmark = pytest.mark.filterwarnings("ignore:K = 1:UserWarning")  # of which one run is meant to learn nothing
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:K = 1:UserWarning"),  # one run is meant to learn nothing
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("method"),
+]
 SEEDS = (11, 12)
 TINY = Size(
     moves=2, obstacles=0, teacher_width=16, student_width=16, teacher_steps=2, student_steps=2, steps=4, batch=8,

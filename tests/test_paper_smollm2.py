@@ -23,6 +23,7 @@ if MISSING:
 from examples.smollm2 import GREEDY, full_reverse_kl, without_layers  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.slow,
     pytest.mark.xdist_group("smollm2"),
 ]

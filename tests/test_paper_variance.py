@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +31,7 @@ from examples.paper.variance.chains import (
 )
 from topk_rkl.recipe.rollout import sampled_token_loss
 
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("variance")]
 SHORT = variance.Size(
     vocab=3, listed=(2, 5), lengths=(2, 5, 8, 16, 32, 64), samples=2048, distances=(1.0, 0.1), length=16
 )
@@ -118,12 +118,9 @@ def test_a_chain_of_halves_stays_in_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def record() -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small, and the same rounding everywhere
+def record() -> dict[str, Any]:
     found = {"size": SHORT._asdict(), "seeds": SEEDS, "torch": "", "threads": 1, "seconds": 1}
-    yield json.loads(json.dumps(found | rounded(variance.measure(SHORT, SEEDS))))
-    torch.set_num_threads(threads)
+    return json.loads(json.dumps(found | rounded(variance.measure(SHORT, SEEDS))))
 
 
 NAMES = ("unbiased", "biased", "bounded", "sequence conservative", "token conservative", "faster", "ordered", "trade")
