@@ -128,6 +128,16 @@ def test_gradients_are_clipped_run_by_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("package", ["matplotlib", "tqdm"])
+def test_the_command_says_how_to_install_what_is_missing(package: str) -> None:
+    code = (
+        f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module('examples.paper', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"the package {package}; run `make paper`" in done.stderr
+
+
+@pytest.mark.slow
 def test_the_command_refuses_what_it_does_not_know() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.paper", "contrl"], cwd=ROOT, capture_output=True, text=True, check=False

