@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.paper import stacked, study, summary
+from examples.paper import __main__ as command, stacked, study, summary
 from examples.paper.study import Claim
 
 ROOT = Path(__file__).parent.parent
@@ -137,10 +137,19 @@ def test_the_command_says_how_to_install_what_is_missing(package: str) -> None:
     assert done.returncode == 1 and f"the package {package}; run `make paper`" in done.stderr
 
 
-@pytest.mark.slow
-def test_the_command_refuses_what_it_does_not_know() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.paper", "contrl"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "contrl" in done.stderr and all(name in done.stderr for name in study.NAMES)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["contrl"], ["contrl", *study.NAMES]),
+        (["mass", "--threads", "0"], ["--threads is 0", "at least 1"]),
+        (["mass", "--redraw", "--out", "nowhere"], ["mass.json in nowhere", "measure first"]),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(
+    words: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["examples.paper", *words])
+    with pytest.raises(SystemExit):
+        command.options()
+    printed = capsys.readouterr().err
+    assert all(part in printed for part in said)

@@ -28,7 +28,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
     parser.add_argument("--redraw", action="store_true", help="the table and the picture from NAME.json in --out")
     parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder of the results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.threads < 1:
+        parser.error(f"--threads is {args.threads}; it must be at least 1")
+    absent = [f"{name}.json" for name in args.names if args.redraw and not (args.out / f"{name}.json").exists()]
+    if absent:
+        parser.error(f"--redraw needs {', '.join(absent)} in {args.out}; leave it out to measure first, or name --out")
+    return args
 
 
 def main() -> None:
