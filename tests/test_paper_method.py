@@ -256,7 +256,7 @@ def test_the_record_makes_tables_claims_and_a_picture(record: Record, tmp_path):
     assert [row[0] for row in tables["costs"][1:]] == [*LOSSES, "full vocabulary"]
     assert tables["costs"][0][0] == "loss of N = 64 tokens, V = 67, K = 32 (full vocabulary: K = 67)"
     claims = method.claims(record)
-    assert len(claims) == 21 and all(claim.held in (True, False, None) for claim in claims)
+    assert len(claims) == 23 and all(claim.held in (True, False, None) for claim in claims)
     method.draw(record).savefig(tmp_path / "method.png", dpi=110)
     assert 10_000 < (tmp_path / "method.png").stat().st_size < 150_000
 
@@ -273,6 +273,8 @@ def test_the_record_makes_tables_claims_and_a_picture(record: Record, tmp_path):
         ("Top-p rollouts raise the score of the sampled token", "sampled + mask + top-p", "score", 99.0, -99.0),
         ("The gradient norm of top-K varies less", experiment.METHOD, "grad_spread", -99.0, 99.0),
         ("less stable", "top-K", "grad_spread", 99.0, -99.0),
+        ("The tail class scores above", "tail", "score", 99.0, -99.0),
+        ("corrected gradient scores above", "V5 corrected", "score", 99.0, -99.0),
         ("A very small K hurts", experiment.METHOD, "score", 99.0, -99.0),
         ("K = 1 has loss 0", "K = 1", "score", None, 99.0),
         ("collapses at the rate of top-K", "not renormalised", "score", -99.0, 99.0),

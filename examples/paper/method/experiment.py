@@ -44,7 +44,7 @@ RUNS = {
     "K = V": Run("top-K", k=VOCAB),
     "top-p = 0.8": Run("top-K", top_p=0.8),
 }
-# The best of examples/paper/results/rates.md.
+# The best of examples/paper/results/rates.md, which has the default size; FULL takes them too.
 RATES = {
     "sampled": 1e-2,
     "sampled + mask": 1e-3,

@@ -109,6 +109,7 @@ def on_methods(record: Record) -> list[Claim]:
     both = "Top-K with top-p rollouts scores above the sampled token, both with the mask."
     neither = "Top-K with top-p rollouts scores above the sampled token, both without the mask."
     nucleus = "Top-p rollouts raise the score of the sampled token."
+    corrected = "V5 with the corrected gradient scores above the published form."
     robust = ["top-K + top-p, no mask"]
     return [
         compared(one, mask, "sampled + mask", "sampled"),
@@ -125,6 +126,8 @@ def on_methods(record: Record) -> list[Claim]:
             f"{PAPER}, table 4", f"The variants V2 to V5 are {WITHIN} of V1 ({METHOD}) in a single task.",
             "; ".join(points(record, name, METHOD) for name in VARIANTS), close(record, VARIANTS),
         ),
+        compared(OURSELVES, f"The tail class scores above {METHOD}.", "tail", METHOD),
+        compared(OURSELVES, corrected, "V5 corrected", VARIANTS[-1]),
     ]  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def loss_cost(positions: int, vocab: int, k: int, repeats: int) -> dict[str, dic
             clock(name)
     return {
         name: {
-            "seconds": float(f"{statistics.median(clock.seconds[name] for clock in clocks):.4g}"),
+            "seconds": statistics.median(clock.seconds[name] for clock in clocks),
             "extra_mib": extra_mib(loss, z),
         }
         for name, loss in losses.items()
