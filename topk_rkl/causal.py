@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -76,7 +75,7 @@ def _with_last(
     if not isinstance(teacher, Support):
         return teacher
     require_support("teacher", teacher)
-    short = (*student.shape[:-2], student.shape[-2] - 1, teacher.ids.shape[-1])
+    short = (*student.shape[:-2], student.shape[-2] - 1, teacher.k)
     if tuple(teacher.ids.shape) != short:
         return teacher
-    return Support(pad(teacher.ids, (0, 0, 0, 1), value=-1), pad(teacher.log_probs, (0, 0, 0, 1), value=-torch.inf))
+    return teacher.pad(student.shape[-2])

@@ -7,6 +7,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from fractions import Fraction
 from numbers import Real
 from typing import Any
@@ -139,7 +140,7 @@ def require_denominator(
 
 
 def require_list(name: str, x: object, items: str) -> None:
-    if not isinstance(x, (tuple, list)) or hasattr(x, "_fields"):  # a Support is a tuple with names
+    if not isinstance(x, (tuple, list)):
         raise TypeError(f"{name} is {kind_of(x)}; it must be a list of {items}")
     if not x:
         raise ValueError(f"{name} is empty; it must hold at least one of the {items}")
@@ -216,7 +217,7 @@ def require_plain(**tensors: object) -> None:
     if torch.compiler.is_compiling():
         return
     for name, value in tensors.items():
-        for x in value if isinstance(value, tuple) else (value,):
+        for x in vars(value).values() if is_dataclass(value) else (value,):
             if isinstance(x, Tensor) and (
                 torch.func.debug_unwrap(x, recurse=False) is not x or forward_ad.unpack_dual(x).tangent is not None
             ):

@@ -19,7 +19,7 @@ from topk_rkl.backends.products import all_logits
 from topk_rkl.objective import Objective
 from topk_rkl.parallel.heads import whole_head
 from topk_rkl.rows import chunks, live_slots, result_dtype, row_views
-from topk_rkl.support import Support, require_teacher, require_temperature_1, true_log_probs
+from topk_rkl.support import Support, require_teacher, require_true_log_probs, true_log_probs
 from topk_rkl.temperature import Temperature, of_teacher, per_position, require_temperatures
 
 
@@ -55,9 +55,9 @@ class Block:
         self.student, self.temperature, self.teacher_temperature = student.to(dtype), temperature, teacher_temperature
         self.teacher = None if teacher is None else teacher.to(dtype)
         live = live_slots(ids, log_probs, student.shape[1])  # (n, K)
-        ids, log_probs = Support(ids.masked_fill(~live, -1), log_probs.to(dtype)).unique()
-        self.live = ids >= 0  # (n, K)
-        self.ids, self.log_probs = ids.clamp(min=0).long(), log_probs.masked_fill(~self.live, -torch.inf)
+        support = Support(ids, log_probs.to(dtype)).without(~live).unique()
+        self.live = support.ids >= 0  # (n, K)
+        self.ids, self.log_probs = support.ids.clamp(min=0).long(), support.log_probs
         self.y = None if sampled_ids is None else sampled_ids.long()
 
     @_once
@@ -257,8 +257,8 @@ def _measured(
     sampled_ids: Tensor | None,  # (...)
     both: tuple[Temperature, Temperature | None],
 ) -> dict[str, Tensor]:  # (...) each
-    support = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, requested())
-    ids, log_probs = (x.contiguous() for x in support)
+    slots = teacher.tensors if isinstance(teacher, Support) else ops.select(teacher, k, False, requested())
+    ids, log_probs = (x.contiguous() for x in slots)
     logits = None if isinstance(teacher, Support) else teacher
     y = None if sampled_ids is None else sampled_ids.contiguous()
     numbers = both[0], of_teacher(*both)
@@ -294,7 +294,7 @@ def _require_asked(
         if name in OF_TEACHER_LOGITS and isinstance(teacher, Support):
             raise ValueError(f"names has {name!r}, but teacher is a Support; pass teacher logits, and k")
         if name in OF_TRUE_LOG_PROBS and isinstance(teacher, Support):
-            require_temperature_1(f"{name!r}", of_teacher(*both))
+            require_true_log_probs(f"{name!r}", teacher, of_teacher(*both))
     takers = [name for name in names if name in OF_SAMPLED]
     if takers and sampled_ids is None:
         raise ValueError(f"sampled_ids is None, but {takers[0]!r} needs the sampled tokens; pass them, (...)")

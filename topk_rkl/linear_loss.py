@@ -82,7 +82,8 @@ def linear_teacher_topk(
     asked_for: dict[str, object] = {"normalize": normalize, "logits_dtype": logits_dtype}
     shards = shards_of(group, given, 0, len(teacher_weight), k, asked_for)
     full = logits_dtype is not None
-    return Support(*linear_select(*given, k, chunk_rows, objective, normalize, full, requested(), shards))
+    found = linear_select(*given, k, chunk_rows, objective, normalize, full, requested(), shards)
+    return Support(*found, normalized=normalize)
 
 
 def linear_topk_reverse_kl(
@@ -222,7 +223,7 @@ def linear_topk_divergence(
         weight, bias, _ = whole_head(student_weight, student_bias)
         per_token = LinearMassLoss.apply(student_hidden, weight, bias, *compared, weights, objective, options)
     else:
-        ids, log_probs = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
+        ids, log_probs = teacher.tensors if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
         ids, log_probs = at.divided_teacher(ids, log_probs, len(student_weight))
         weight, bias, ids = whole_head(student_weight, student_bias, ids)
         per_token, *_ = LinearLoss.apply(student_hidden, weight, bias, ids, log_probs, weights, objective, options)

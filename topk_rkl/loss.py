@@ -116,7 +116,7 @@ def teacher_topk(
         checks.require_flag("normalize", normalize)
         require_backend(group, k, "renormalized", teacher_logits)
     shards = shards_of(group, (teacher_logits,), 0, teacher_logits.shape[-1], k, {"normalize": normalize})
-    return Support(*select(teacher_logits, k, normalize, requested(), shards))
+    return Support(*select(teacher_logits, k, normalize, requested(), shards), normalized=normalize)
 
 
 def topk_reverse_kl(
@@ -286,7 +286,7 @@ def topk_divergence(
         compared = classes(teacher, k, student_logits.shape[-1], at, sampled_ids, backend)
         per_token = MassLoss.apply(student_logits, *compared, weights, objective, options)
     elif isinstance(teacher, Support) or at.teacher is not None:
-        ids, log_probs = teacher if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
+        ids, log_probs = teacher.tensors if isinstance(teacher, Support) else ops.select(teacher, k, False, backend)
         ids, log_probs = at.divided_teacher(ids, log_probs, student_logits.shape[-1])
         per_token, _ = SupportLoss.apply(student_logits, ids, log_probs, weights, objective, options)
     else:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from topk_rkl import checks
 from topk_rkl.rows import finite_max, live_slots, result_dtype
-from topk_rkl.support import Support
 from topk_rkl.traced import traced
 
 Temperature = float | Tensor
@@ -35,11 +34,11 @@ class Temperatures(NamedTuple):
         ids: Tensor,  # (..., K)
         log_probs: Tensor,  # (..., K)
         vocab: int | Tensor,
-    ) -> Support:  # of (..., K)
+    ) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
         if self.teacher is None:
-            return Support(ids, log_probs)
+            return ids, log_probs
         live = live_slots(ids, log_probs, vocab)
-        return Support(ids, divided(log_probs.to(result_dtype(log_probs)), live, self.teacher))
+        return ids, divided(log_probs.to(result_dtype(log_probs)), live, self.teacher)
 
 
 def of_teacher(

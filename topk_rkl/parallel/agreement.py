@@ -18,6 +18,7 @@ from topk_rkl import checks
 from topk_rkl.backends import choose, requested
 from topk_rkl.divergence import Divergence
 from topk_rkl.parallel.collectives import all_gather, start_all_gather, wait
+from topk_rkl.support import Support
 
 TEXT = 2048  # bytes of a message
 FIRST = 8  # slots of a Support that ranks compare
@@ -70,7 +71,7 @@ def require_backend(
     """Refuses, on all ranks, what a backend asked for by name cannot take: an empty shard would never ask it."""
     logits = [x for x in given if isinstance(x, Tensor)]
     if group is not None and logits and not torch.compiler.is_compiling():
-        slots = k or next(x[0].shape[-1] for x in given if isinstance(x, tuple))
+        slots = k or next(x.k for x in given if isinstance(x, Support))
         choose(requested(), slots, *logits, mass=mass)
 
 
@@ -105,7 +106,7 @@ def shards_of(
 def _described(given: tuple[Any, ...], asked: dict[str, object]) -> str:
     """A call by all that must be the same on every rank, a line each."""
     kinds = [
-        f"a Support of K = {x[0].shape[-1]} and {x[1].dtype}" if isinstance(x, tuple) else str(x.dtype)
+        f"a Support of K = {x.k} and {x.log_probs.dtype}" if isinstance(x, Support) else str(x.dtype)
         for x in given
         if x is not None
     ]
@@ -117,8 +118,8 @@ def _described(given: tuple[Any, ...], asked: dict[str, object]) -> str:
     asked |= {"the shape of the positions": tuple(given[0].shape[:-1]), "the kind of tensors": kinds}
     asked["the backend"] = requested()
     for x in given:
-        if isinstance(x, tuple) and read_on_host(x[0]):  # a support of this shard alone would differ here
-            asked["the first ids of teacher"] = x[0].flatten()[:FIRST].tolist()
+        if isinstance(x, Support) and read_on_host(x.ids):  # a support of this shard alone would differ here
+            asked["the first ids of teacher"] = x.ids.flatten()[:FIRST].tolist()
     return "\n".join(f"{name}={value}" for name, value in asked.items())
 
 

@@ -91,7 +91,7 @@ def _support(
     shards: Shards | None,
 ) -> tuple[Tensor, Tensor]:  # (..., K), (..., K)
     if isinstance(teacher, Support):
-        return teacher
+        return teacher.tensors
     assert k is not None
     return select(teacher, k, False, options.backend, shards)
 

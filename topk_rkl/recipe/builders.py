@@ -56,7 +56,7 @@ def student_topk(
     checks.require_same_positions("teacher_logits", teacher_logits, student_logits)
     checks.require_flag("normalize", normalize)
     ids, _ = ops.select(student_logits.detach(), k, False, requested())
-    return Support(ids, log_probs_at(teacher_logits, ids, normalize))
+    return Support(ids, log_probs_at(teacher_logits, ids, normalize), normalize)
 
 
 def teacher_top_p(
@@ -91,7 +91,7 @@ def teacher_top_p(
     outside = pad(mass >= enough, (1, 0))  # (..., K), by rank: the best token stays however p is rounded
     if not normalize:
         log_probs = log_probs_at(teacher_logits, ids, normalize=False)
-    return Support(ids.masked_fill(outside, -1), log_probs.masked_fill(outside, -torch.inf))
+    return Support(ids, log_probs, normalize).without(outside)
 
 
 def fixed_ids(
@@ -117,7 +117,7 @@ def fixed_ids(
     checks.require_flag("normalize", normalize)
     ids = torch.as_tensor(ids, device=teacher_logits.device)
     ids = ids.expand(*teacher_logits.shape[:-1], ids.shape[-1])
-    return Support(ids, log_probs_at(teacher_logits, ids, normalize)).unique()
+    return Support(ids, log_probs_at(teacher_logits, ids, normalize), normalize).unique()
 
 
 def linear_fixed_ids(
@@ -160,33 +160,30 @@ def linear_fixed_ids(
         best, log_prob, _ = ops.linear_select(*head, 1, chunk_rows, packed, True, True, False, requested())
         normal = _from_best(log_probs, _linear_logits(*head, best, *options), best, log_prob)
         log_probs = torch.where((ids >= 0) & (ids < len(teacher_weight)), normal, -torch.inf)
-    return Support(ids, log_probs).unique()
+    return Support(ids, log_probs, normalize).unique()
 
 
 def with_sampled(
     support: Support,
     sampled_ids: Tensor,  # (...)
     teacher: Tensor,  # (..., V) logits, or (...) at sampled_ids
-    *,
-    normalize: bool = False,
 ) -> Support:
     """The support with the sampled token in one slot more, which is empty where the token is already there.
 
     Args:
         support: (..., K).
         sampled_ids: (...) int32 or int64; a negative one, as at padding, adds nothing.
-        teacher: the teacher's (..., V) logits; or its (...) logits or log-probs at sampled_ids, whichever the support
-            holds.
-        normalize: adds true log-probs, for a support that holds them; only for a teacher of (..., V).
+        teacher: the teacher's (..., V) logits, from which log-probs are made if the support is `normalized`; or its
+            (...) log-probs or logits at sampled_ids, whichever the support holds.
 
     Returns:
         Support of (..., K + 1).
     """
-    _require_sampled(sampled_ids, teacher, support, normalize)
+    _require_sampled(sampled_ids, teacher, support)
     ids = sampled_ids.unsqueeze(-1)  # (..., 1)
     is_logits = teacher.dim() > sampled_ids.dim()
-    log_probs = log_probs_at(teacher, ids, normalize) if is_logits else teacher.unsqueeze(-1)
-    return union(support, Support(ids, log_probs))
+    log_probs = log_probs_at(teacher, ids, support.normalized) if is_logits else teacher.unsqueeze(-1)
+    return union(support, Support(ids, log_probs, support.normalized))
 
 
 def union(first: Support, second: Support) -> Support:
@@ -202,8 +199,15 @@ def union(first: Support, second: Support) -> Support:
         Support of (..., K1 + K2), in which no id occurs twice.
     """
     _require_two_supports(first, second)
+    if first.normalized != second.normalized:
+        held, other = ("log-probs", "logits") if first.normalized else ("logits", "log-probs")
+        raise ValueError(
+            f"first holds {held} and second {other}, as their field `normalized` says; give both the same, such as "
+            "those of teacher_topk(..., normalize=True)"
+        )
     ids = torch.cat([_live_ids(first), _live_ids(second)], -1)
-    return Support(ids, torch.cat([first.log_probs, second.log_probs], -1).masked_fill(ids < 0, -torch.inf)).unique()
+    log_probs = torch.cat([first.log_probs, second.log_probs], -1)
+    return Support(ids, log_probs, first.normalized).without(ids < 0).unique()
 
 
 def intersection(first: Support, second: Support) -> Support:
@@ -267,7 +271,7 @@ def remap(
     log_probs = support.log_probs.to(result_dtype(support.log_probs)).masked_fill(ids < 0, -torch.inf)
     ordered, slots = ids.sort(dim=-1, stable=True)
     total = add_repeats(ordered, log_probs.gather(-1, slots), torch.logaddexp)
-    return Support(ids, torch.empty_like(total).scatter(-1, slots, total)).unique()
+    return Support(ids, torch.empty_like(total).scatter(-1, slots, total), support.normalized).unique()
 
 
 def log_probs_at(
@@ -315,7 +319,7 @@ def _from_best(
 
 
 def _live_ids(support: Support) -> Tensor:  # (..., K), -1 where the slot is empty
-    ids, log_probs = support
+    ids, log_probs = support.tensors
     return ids.masked_fill((ids < 0) | (log_probs == -torch.inf), -1)
 
 
@@ -327,8 +331,7 @@ def _occurs(first: Support, second: Support) -> Tensor:  # (..., K1) bool
 
 
 def _kept(support: Support, keep: Tensor) -> Support:
-    ids = _live_ids(support).masked_fill(~keep, -1)
-    return Support(ids, support.log_probs.masked_fill(ids < 0, -torch.inf)).unique()
+    return support.without(~keep | (_live_ids(support) < 0)).unique()
 
 
 def _require_ids(
@@ -358,17 +361,13 @@ def _require_sampled(
     ids: Tensor,  # (...)
     teacher: Tensor,  # (..., V) or (...)
     support: Support,
-    normalize: bool,
 ) -> None:
     require_support("support", support)
     checks.require_sampled_ids(ids, support.ids, "sampled_ids", "support.ids")
     checks.require_tensor("teacher", teacher, checks.FLOATS)
     checks.require_constant("teacher", teacher)
-    checks.require_flag("normalize", normalize)
     at_ids = teacher.dim() == ids.dim()
     checks.require_same_positions("teacher", teacher, support.ids, at_ids, "support.ids")
-    if at_ids and normalize:
-        raise ValueError("normalize is True, but teacher holds one value per position; it belongs to (..., V) logits")
 
 
 def _require_two_supports(first: Support, second: Support) -> None:

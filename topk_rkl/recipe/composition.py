@@ -22,6 +22,7 @@ The sum of losses, instead of the loss of a sum, needs nothing from here: add on
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from topk_rkl import checks, ops
 from topk_rkl.backends import requested
 from topk_rkl.recipe.builders import log_probs_at, normalized
 from topk_rkl.rows import chunks, finite_max, result_dtype, row_views
-from topk_rkl.support import Support, require_support, true_log_probs
+from topk_rkl.support import Support, require_normalized, require_support, true_log_probs
 from topk_rkl.traced import clamped
 
 
@@ -53,8 +54,10 @@ def mixture(
         Support of (..., K) with true log-probs.
     """
     checks.require_list("teachers", teachers, "teachers")
-    k = _require_sources({f"teachers[{i}]": x for i, x in enumerate(teachers)}, k)
+    named = {f"teachers[{i}]": x for i, x in enumerate(teachers)}
+    k = _require_sources(named, k)
     _require_shares(weights, teachers)
+    _require_normalized("mixture", named)
     given = [x if isinstance(x, Tensor) else x.log_probs for x in teachers]  # (..., V) or (..., K) each
     blank = given[0].new_zeros(given[0].shape[:-1], dtype=torch.float64)
     log_shares = torch.stack([blank + (x if isinstance(x, Tensor) else float(x)) for x in weights], -1).log()
@@ -69,11 +72,8 @@ def mixture(
             total = total.logaddexp((x + share).masked_fill(share == -torch.inf, -torch.inf))
         return total
 
-    present = [
-        x if isinstance(x, Tensor) else Support(x.ids.masked_fill(absent[..., i, None], -1), x.log_probs)
-        for i, x in enumerate(teachers)
-    ]
-    return _compose(mixed, present, k, normalize=True, extras=[log_shares])
+    present = [x if isinstance(x, Tensor) else x.without(absent[..., i, None]) for i, x in enumerate(teachers)]
+    return replace(_compose(mixed, present, k, normalize=True, extras=[log_shares]), normalized=True)
 
 
 def residual(
@@ -102,6 +102,7 @@ def residual(
     checks.require_number("lam", lam)
     checks.require_positive("clip", clip)
     k = _require_sources({"partial": partial, "full": full}, k)
+    _require_normalized("residual", {"partial": partial, "full": full})
 
     def corrected(log_partial: Tensor, log_full: Tensor) -> Tensor:
         added = _times(float(lam), clamped(log_full - log_partial, -float(clip), float(clip)))
@@ -217,7 +218,7 @@ def _compose(
             log_probs = [normalized(x, x) for x in log_probs] if normalize else [_relative(x) for x in log_probs]
             found.append(ops.select(formula(*part[len(logits) :], *log_probs), k, True, requested()))
     shape = (*logits[0].shape[:-1], k)
-    return Support(*(torch.cat(x).view(shape) for x in zip(*found)))
+    return Support(torch.cat([ids for ids, _ in found]).view(shape), torch.cat([x for _, x in found]).view(shape))
 
 
 def _on_slots(
@@ -233,13 +234,12 @@ def _on_slots(
         _slot_log_probs(x, normalize) if isinstance(x, Support) else log_probs_at(x, ids, normalize) for x in sources
     ]
     log_probs = log_probs if normalize else [_relative(x) for x in log_probs]
-    return Support(ids, formula(*extras, *log_probs).masked_fill(at_odds, torch.nan))
+    return Support(ids, formula(*extras, *log_probs).masked_fill(at_odds, torch.nan), normalized=False)
 
 
 def _slot_log_probs(support: Support, normalize: bool) -> Tensor:  # (..., K) at least float32
-    ids, log_probs = support
-    log_probs = log_probs.to(result_dtype(log_probs)).masked_fill(ids < 0, -torch.inf)
-    return true_log_probs(log_probs, Support(ids, log_probs).unique().log_probs) if normalize else log_probs
+    support = support.to(result_dtype(support.log_probs)).without(support.ids < 0)
+    return true_log_probs(support.log_probs, support.unique().log_probs) if normalize else support.log_probs
 
 
 def _relative(
@@ -290,8 +290,14 @@ def _require_sources(
     return None
 
 
+def _require_normalized(asked: str, sources: Mapping[str, Tensor | Support]) -> None:
+    for name, x in sources.items():
+        if isinstance(x, Support):
+            require_normalized(name, x, asked)
+
+
 def _require_shares(weights: Sequence[float | Tensor], teachers: Sequence[Tensor | Support]) -> None:
-    if not isinstance(weights, (tuple, list)) or isinstance(weights, Support) or len(weights) != len(teachers):
+    if not isinstance(weights, (tuple, list)) or len(weights) != len(teachers):
         raise ValueError(
             f"weights is {checks.seen(weights)}; it must be a list of {len(teachers)}, one for each teacher"
         )

@@ -60,7 +60,7 @@ class TopKLossFn:
             ids, teacher, weights = ids[:, mine], teacher[:, mine], weights[:, mine]
         loss = topk_divergence(
             logits,
-            Support(ids, teacher),
+            Support(ids, teacher, normalized=False),
             divergence=self.divergence,
             weights=weights,
             denominator=global_valid_toks,

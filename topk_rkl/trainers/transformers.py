@@ -225,4 +225,4 @@ def _stored(inputs: Inputs) -> Support:
             f"the batch lacks {' and '.join(missing)}; the Trainer drops columns that the model's forward does not "
             "name: pass TrainingArguments(remove_unused_columns=False) and a data_collator that keeps them"
         )
-    return Support(*(inputs[name] for name in COLUMNS))
+    return Support.from_dict(inputs)

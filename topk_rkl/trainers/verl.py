@@ -156,11 +156,11 @@ def sharded_diagnostics(
     group: Any,
 ) -> dict[str, Tensor]:  # (...) each
     """`WATCHED` where the ranks of `group` hold equal parts of the vocabulary, in the order of the ranks."""
-    ids, log_q = teacher
+    ids, log_q = teacher.tensors
     vocab, nothing = student_logits.shape[-1], ids.new_full((*ids.shape[:-1], 1), -1, dtype=torch.int32)
     starts = torch.arange(dist.get_world_size(group) + 1, device=ids.device) * vocab
     logits = logits_at(student_logits, local_ids(ids, starts, vocab, group), group).float()
-    best, _ = teacher_topk(student_logits, min(ids.shape[-1], vocab * dist.get_world_size(group)), group=group)
+    best = teacher_topk(student_logits, min(ids.shape[-1], vocab * dist.get_world_size(group)), group=group).ids
     total = shard_tail(student_logits, nothing, None, group, requested())
     log_p = (logits.double() - total[..., None]).float()
     overlap = (ids[..., :, None] == best[..., None, :]).any(-1)
