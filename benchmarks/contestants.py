@@ -66,7 +66,7 @@ class Unavailable(Exception):
 
 
 def select_ours(p: Problem) -> Runner:
-    return Runner(lambda: teacher_topk(p.teacher, p.case.k)[::-1])
+    return Runner(lambda: teacher_topk(p.teacher, p.case.k).tensors[::-1])
 
 
 def select_torch(p: Problem) -> Runner:

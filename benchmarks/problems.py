@@ -33,7 +33,7 @@ class Problem:
         if c.work == "select":
             return
         untie(self.teacher, c.k)
-        self.support = Support(*teacher_topk(self.teacher, c.k, normalize=True))
+        self.support = teacher_topk(self.teacher, c.k, normalize=True)
         self.ids = self.support.ids.long()  # (N, K), as those who call torch.gather need them
         if c.work == "linear":
             del self.teacher
@@ -67,7 +67,7 @@ class Problem:
         return linear_teacher_topk(*self.other_teacher, self.case.k)
 
     def slots(self, objective: str, rows: slice) -> tuple[Tensor, Tensor]:  # (n, K) int64, (n, K) float64
-        ids, log_probs = self.other_support if objective == OF_STATES else self.support
+        ids, log_probs = (self.other_support if objective == OF_STATES else self.support).tensors
         return ids[rows].long(), log_probs[rows].double()
 
 
@@ -76,7 +76,7 @@ def untie(
     k: int,
 ) -> None:
     """Lowers what equals the last of the top k and is not in it: torch.topk takes any of equals."""
-    ids, values = teacher_topk(teacher, k)
+    ids, values = teacher_topk(teacher, k).tensors
     ids = ids.long()
     kept = teacher.gather(-1, ids)
     for rows, last in zip(teacher.split(256), values[:, -1:].to(teacher.dtype).split(256), strict=True):

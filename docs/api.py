@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -138,8 +139,8 @@ def class_headers(name: str, value: type) -> Iterator[str]:
 
 
 def fields(value: type) -> str:
-    """Those of a NamedTuple, each with the string that stands below it."""
-    if not hasattr(value, "_fields"):
+    """Those of a NamedTuple or a dataclass that have a string below them, each with it."""
+    if not hasattr(value, "_fields") and not is_dataclass(value):
         return ""
     node = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
     assert isinstance(node, ast.ClassDef)
@@ -147,14 +148,20 @@ def fields(value: type) -> str:
     for field, string in zip(node.body, node.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(string, ast.Expr):
             lines.append(item(field.target.id, inspect.cleandoc(ast.literal_eval(string.value))))
-    return "\n" + "".join(lines)
+    return "\n" * bool(lines) + "".join(lines)
 
 
 def methods(value: type) -> str:
-    own = {name: method for name, method in vars(value).items() if inspect.isfunction(method) and name[0] != "_"}
-    return "".join(
-        f"\n`{name}{inspect.signature(method)}`: {body(method)}" for name, method in own.items() if name != "forward"
-    )
+    """With the properties; those without a docstring are what their name says."""
+    own = {name: method for name, method in vars(value).items() if name[0] != "_" and name != "forward"}
+    lines = []
+    for name, method in own.items():
+        if isinstance(method, property) and method.__doc__:
+            lines.append(f"\n`{name}`: {body(method)}")
+        function = method.__func__ if isinstance(method, staticmethod) else method
+        if inspect.isfunction(function):
+            lines.append(f"\n`{name}{inspect.signature(function)}`: {body(function)}")
+    return "".join(lines)
 
 
 def body(value: Any) -> str:

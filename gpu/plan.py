@@ -67,6 +67,7 @@ UNTESTED = {
     "sums": "the order of sums, in what Triton compiles without a GPU",
     "transformers_trainer": "the Trainer of transformers, on CPU tensors",
     "triton_launch": "launches on a stand-in for the driver",
+    "support": "indices and joins, on CPU tensors",
     "trl": "the trainers of TRL on CPU tensors",
     "trl_losses": "losses beside TRL's own, on CPU tensors",
     "typing": "what a type checker sees",

@@ -628,7 +628,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "student_topk": (builders.student_topk, {"student_logits": Z, "teacher_logits": W, "k": 3, "normalize": True}),
     "teacher_top_p": (builders.teacher_top_p, {"teacher_logits": W, "p": 0.9, "k": 3, "normalize": True}),
     "fixed_ids": (builders.fixed_ids, {"teacher_logits": W, "ids": [1, 2], "normalize": True}),
-    "with_sampled": (builders.with_sampled, {"support": S, "sampled_ids": Y, "teacher": W, "normalize": True}),
+    "with_sampled": (builders.with_sampled, {"support": S, "sampled_ids": Y, "teacher": W}),
     "union": (builders.union, {"first": S, "second": S}),
     "intersection": (builders.intersection, {"first": S, "second": S}),
     "difference": (builders.difference, {"first": S, "second": S}),

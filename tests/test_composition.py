@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_a_mixture_of_three_takes_weights_of_each_position(dtype: torch.dtype) -
     got = mixture(list(logits), list(weights), k=5)
     torch.testing.assert_close(got.log_probs.exp(), want.topk(5).values)
     on_slots = mixture(
-        [got._replace(log_probs=x.log_softmax(-1).gather(-1, got.ids.long())) for x in logits], [*weights]
+        [replace(got, log_probs=x.log_softmax(-1).gather(-1, got.ids.long())) for x in logits], [*weights]
     )
     torch.testing.assert_close(on_slots.log_probs, got.log_probs)
     numbers = mixture(list(logits), [0.0, 2, torch.tensor(2.0, device=DEVICE)], k=5)
@@ -289,11 +290,13 @@ def test_large_logits_cost_no_accuracy(backend, name: str, given: str) -> None:
     torch.testing.assert_close(got.log_probs.double().log_softmax(-1), want, rtol=0, atol=4e-6)
 
 
-def test_supports_of_logits_are_nan_where_log_probs_are_needed() -> None:
+def test_supports_of_logits_are_refused_or_nan_where_log_probs_are_needed() -> None:
     a, b = torch.randn(2, 3, 30) + 2
     logits, log_probs = teacher_topk(a, 6), teacher_topk(a, 6, normalize=True)
     for make in (lambda x: mixture([x, b], [1, 1]), lambda x: residual(x, b), lambda x: residual(b, x)):
-        assert make(logits).log_probs.isnan().all() and make(log_probs).log_probs.isfinite().all()
+        with pytest.raises(ValueError, match=r"holds logits, as its field `normalized` says, but \w+ needs true log-"):
+            make(logits)
+        assert make(Support(*logits.tensors)).log_probs.isnan().all() and make(log_probs).log_probs.isfinite().all()
         twice = Support(log_probs.ids[:, [0, 0, 0, 0]], log_probs.log_probs[:, [0, 0, 0, 0]] / 4)
         assert make(twice).log_probs.isfinite().all()
 

@@ -77,7 +77,7 @@ def test_logits_and_a_support_tell_the_same_however_often_an_id_is_given(rows, o
     z[0, 3:] = -torch.inf  # fewer tokens than K on the student's side, and 0 is among them
     z[1, :37] = -torch.inf
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
-    ids, values = teacher_topk(w, K, normalize=True)
+    ids, values = teacher_topk(w, K, normalize=True).tensors
     want = topk_diagnostics(z, w, names, k=K, sampled_ids=y)
     again = torch.tensor([0, 0, 3, 1, 3], device=DEVICE)
     worse = values[:, again] - 1  # the first slot is the one that counts
@@ -100,12 +100,16 @@ def test_large_logits_cost_no_accuracy(temperature: float, monkeypatch: pytest.M
         torch.testing.assert_close(value.double(), want[name].double(), rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_support_of_logits_is_nan_where_log_probs_are_needed(rows) -> None:
+def test_a_support_of_logits_is_refused_or_nan_where_log_probs_are_needed(rows) -> None:
     z, w, _ = rows
-    of_logits = topk_diagnostics(z, teacher_topk(w + 3, K), diagnostics.OF_TRUE_LOG_PROBS)
+    logits = teacher_topk(w + 3, K)
+    for name in diagnostics.OF_TRUE_LOG_PROBS:
+        with pytest.raises(ValueError, match=f"teacher holds logits, .*'{name}' needs true log-probs"):
+            topk_diagnostics(z, logits, [name])
+    of_logits = topk_diagnostics(z, Support(*logits.tensors), diagnostics.OF_TRUE_LOG_PROBS)
     assert of_logits["teacher_mass"].isnan().all() and of_logits["overlap_token_advantage"].isnan().any()
     for dtype in (torch.bfloat16, torch.float16):
-        ids, values = teacher_topk(w, 40, normalize=True)
+        ids, values = teacher_topk(w, 40, normalize=True).tensors
         mass = topk_diagnostics(z, Support(ids, values.to(dtype)), ("teacher_mass",))["teacher_mass"]
         torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0.02, atol=0)
 
@@ -114,7 +118,7 @@ def test_a_support_of_logits_is_nan_where_log_probs_are_needed(rows) -> None:
 def test_ids_are_never_narrowed(rows, beyond: int) -> None:
     z, w, _ = rows
     y = torch.full((12,), beyond, device=DEVICE)
-    ids, values = teacher_topk(w, K, normalize=True)
+    ids, values = teacher_topk(w, K, normalize=True).tensors
     stranger = Support(torch.cat((ids.long(), y[:, None]), 1), torch.cat((values, values[:, :1]), 1))
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
     want = topk_diagnostics(z, Support(ids, values), names, sampled_ids=y)
@@ -127,7 +131,7 @@ def test_ids_are_never_narrowed(rows, beyond: int) -> None:
 def test_empty_slots_count_for_nothing(rows) -> None:
     z, w, y = rows
     y = torch.where(torch.arange(12, device=DEVICE) < 6, -100, y)
-    ids, values = teacher_topk(w, K, normalize=True)
+    ids, values = teacher_topk(w, K, normalize=True).tensors
     names = [name for name in diagnostics.NAMES if name not in diagnostics.OF_TEACHER_LOGITS]
     want = topk_diagnostics(z, Support(ids, values), names, sampled_ids=y)
     ids, values = (torch.cat((x, x[:, :2]), 1) for x in (ids, values))

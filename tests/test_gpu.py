@@ -156,7 +156,7 @@ def test_building_a_support_has_no_host_sync_and_is_captured_in_a_cuda_graph() -
         found = union(
             student_topk(student, teacher, 16, normalize=True), teacher_top_p(teacher, 0.9, 16, normalize=True)
         )
-        found = remap(with_sampled(found, sampled, teacher, normalize=True), {3: 5}, student_vocab=32_000)
+        found = remap(with_sampled(found, sampled, teacher), {3: 5}, student_vocab=32_000)
         found = residual(found, other)
         reward = return_to_go(log_ratio(found.log_probs[:, 0], found.log_probs[:, 1]), sampled > 9, gamma=0.9)
         targets = intersection(taid(student, other, t=0.5, k=64), mixture([teacher, other], [0.3, 0.7], k=64))
@@ -290,5 +290,5 @@ def test_the_device_of_the_tensors_is_used(backend) -> None:
 def test_big_slabs(backend, stride: tuple[int, int, int]) -> None:
     logits = torch.empty(2**32, dtype=torch.bfloat16, device="cuda").as_strided((2, 2, 33), stride)
     logits.copy_(torch.randn(2, 2, 33))
-    ids, _ = teacher_topk(logits, 5)
+    ids, _ = teacher_topk(logits, 5).tensors
     assert torch.equal(ids.view(4, 5), stable_sort(logits.reshape(4, 33), 5)[0])

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.functional import hessian, hvp, jacobian, vhp
 
 from topk_rkl import (
-    Support,
     linear_topk_divergence,
     linear_topk_reverse_kl,
     teacher_topk,
@@ -61,7 +60,8 @@ def from_support(x: Given, **options: Any) -> Tensor:
 
 def from_repeated_ids(x: Given, **options: Any) -> Tensor:
     support = teacher_topk(x.teacher, K)
-    return by_topk(x.student, Support(*(torch.cat((s, s[..., :2]), -1) for s in support)), weights=x.weights, **options)
+    repeated = support.each(lambda s: torch.cat((s, s[..., :2]), -1))
+    return by_topk(x.student, repeated, weights=x.weights, **options)
 
 
 def from_hidden(x: Given, **options: Any) -> Tensor:

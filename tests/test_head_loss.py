@@ -125,9 +125,7 @@ def test_an_adapter_on_the_head_is_refused_and_each_remedy_is_right() -> None:
     want, _ = formula(student, teacher, batch)
     support, weights = support_of(teacher, batch), batch["labels"][:, 1:] != -100
     logits = student(**inputs_of(batch)).logits[:, :-1]
-    assert topk_reverse_kl(logits, Support(*(x[:, :-1] for x in support)), weights=weights).item() == pytest.approx(
-        want
-    )
+    assert topk_reverse_kl(logits, support[:, :-1], weights=weights).item() == pytest.approx(want)
     merged = student.merge_and_unload()
     loss = HeadLoss(merged)(support, batch["labels"], **inputs_of(batch))
     assert loss.item() == pytest.approx(want, rel=1e-4)
@@ -174,9 +172,7 @@ def test_logits_that_the_config_does_not_tell_are_refused(bend: str) -> None:
         head = Head(student.model.lm_head, **told[bend])
         loss = HeadLoss(student, head=head)(support, batch["labels"], **inputs_of(batch))
         logits = student(**inputs_of(batch))["logits"]
-        want = topk_reverse_kl(
-            logits[:, :-1], Support(*(x[:, :-1] for x in support)), weights=batch["labels"][:, 1:] != -100
-        )
+        want = topk_reverse_kl(logits[:, :-1], support[:, :-1], weights=batch["labels"][:, 1:] != -100)
         assert loss.item() == pytest.approx(want.item(), rel=1e-5)
 
 

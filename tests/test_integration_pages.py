@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from tests.formulas import FORMULAS, kl
 from tests.ranks import on_ranks, together
 from tests.stand_ins import Causal, double, sample_means, scored, standing_in
-from topk_rkl.loss import ForwardKL, JensenShannon, Mixture, ReverseKL, Support, teacher_topk
+from topk_rkl.loss import ForwardKL, JensenShannon, Mixture, ReverseKL, teacher_topk
 
 FOLDER = Path(__file__).parent.parent / "docs/integrations"
 PAGES = "axolotl", "megatron", "nemo-rl", "slime", "unsloth"
@@ -572,5 +572,5 @@ def test_unsloth_gives_hidden_states_and_its_logits_again_afterwards(monkeypatch
     with pytest.raises(ValueError, match=rf"student_hidden \({B}, {S}, {V}\); the head must be"):
         run(Causal(V, H), teacher_topk(w, K), inputs | {"labels": labels})  # it ignores the variable
     with pytest.raises(RuntimeError, match="broken"):
-        run(model, Support(*teacher_topk(w, K)), inputs | {"labels": labels, "broken": True})
+        run(model, teacher_topk(w, K), inputs | {"labels": labels, "broken": True})
     assert os.environ["UNSLOTH_RETURN_HIDDEN_STATES"] == "0"

@@ -16,7 +16,7 @@ with use_backend("triton"):
     support = teacher_topk(teacher[:, :40], 5, normalize=True)
     loss = topk_reverse_kl(student[0], teacher, k=20) + topk_divergence(student[1], teacher, k=9, mass="tail")
     (loss + linear_topk_reverse_kl(hidden, head, support, softcap=9.0)).backward()
-print(loss.item(), *(x.tolist() for x in (*support, student.grad, hidden.grad, head.grad)))
+print(loss.item(), *(x.tolist() for x in (*support.tensors, student.grad, hidden.grad, head.grad)))
 """
 
 

@@ -59,7 +59,7 @@ def test_it_is_the_loss_of_the_dense_logits(backend, lead: tuple[int, ...], soft
     """Within the rounding of H products in float32: here 2e-6 of the largest entry."""
     hidden, head, bias, support = inputs()
     support.ids[0, 2], support.ids[1, 0], support.log_probs[2, 3] = -1, V, -torch.inf
-    support = Support(*(x.view(*lead, K) for x in support))
+    support = support.reshape(*lead)
     weights = torch.tensor([1.0, 0.0, -2.0, 1.0, 0.5, 3.0], device=DEVICE).view(lead)
     options = {"temperature": 0.7, "weights": weights}
     got = linear_topk_reverse_kl(
@@ -67,7 +67,7 @@ def test_it_is_the_loss_of_the_dense_logits(backend, lead: tuple[int, ...], soft
     )
     exact = [x.detach().double().requires_grad_() for x in (hidden, head, bias)]
     with use_backend("reference"):
-        want = topk_reverse_kl(dense(*exact, 1.3, softcap).view(*lead, V), Support(*support), **options)
+        want = topk_reverse_kl(dense(*exact, 1.3, softcap).view(*lead, V), support, **options)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
     for a, b in zip(gradients(got, hidden, head, bias), gradients(want, *exact), strict=True):
@@ -181,7 +181,8 @@ def test_linear_teacher_topk_gives_log_probs_of_its_buffer(backend) -> None:
     hidden, head, bias, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(n=11))
     got = linear_teacher_topk(hidden, head, 5, bias=bias, chunk_rows=4, normalize=True)
     parts = [teacher_topk(torch.addmm(bias, rows, head.T), 5, normalize=True) for rows in hidden.split(4)]
-    assert all(map(torch.equal, got, map(torch.cat, zip(*parts, strict=True))))
+    want = Support.cat(parts)
+    assert torch.equal(got.ids, want.ids) and torch.equal(got.log_probs, want.log_probs) and got.normalized
 
 
 @pytest.mark.parametrize("softcap", [1e30, 1.7e308])
@@ -199,7 +200,8 @@ def test_a_softcap_that_changes_nothing_is_none(backend, softcap: float) -> None
         assert torch.equal(losses[0], losses[1])
         torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-6)
     constant = hidden.detach(), head.detach()
-    assert all(map(torch.equal, *(linear_teacher_topk(*constant, 5, softcap=cap) for cap in (softcap, None))))
+    found = [linear_teacher_topk(*constant, 5, softcap=cap).tensors for cap in (softcap, None)]
+    assert all(map(torch.equal, *found))
     assert linear_topk_reverse_kl(hidden, head, support, softcap=1e-30, logit_scale=1e30).isfinite()
     assert linear_topk_reverse_kl(hidden, head, support, logit_scale=0.0).isfinite()
 
@@ -208,7 +210,7 @@ def test_a_softcap_that_changes_nothing_is_none(backend, softcap: float) -> None
 def test_a_softcap_of_16_bit_logits_is_taken_in_float32(dtype: torch.dtype) -> None:
     """In float16 the logits over a cap of 1e6 would have been 0, all of them."""
     hidden, head, _, _ = (x if isinstance(x, Support) else x.detach() for x in inputs(dtype))
-    got, want = (linear_teacher_topk(hidden, head, K, softcap=softcap) for softcap in (1e6, None))
+    got, want = (linear_teacher_topk(hidden, head, K, softcap=softcap).tensors for softcap in (1e6, None))
     assert all(map(torch.equal, got, want))
 
 
@@ -337,7 +339,7 @@ def test_the_reference_gathers_in_chunks() -> None:
     hidden, head, _, support = inputs(n=200)
     with Largest() as largest, pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "CHUNK_BYTES", 200_000)
-        reference.linear_loss(hidden.detach(), head.detach(), None, *support, None, 1.0, 1.0, None, True)
+        reference.linear_loss(hidden.detach(), head.detach(), None, *support.tensors, None, 1.0, 1.0, None, True)
     assert 0 < largest.numel <= 200_000 // 8
 
 
@@ -477,7 +479,7 @@ def test_repeatable_and_row_by_row(backend) -> None:
     assert all(same_bits(a, b) for a, b in zip(found, gradients(again, hidden, head), strict=True))
     for i in (0, 7, 29):
         row = hidden[i : i + 1].detach().requires_grad_()
-        alone = linear_topk_reverse_kl(row, head, Support(*(x[i : i + 1] for x in support)), reduction="none")
+        alone = linear_topk_reverse_kl(row, head, support[i : i + 1], reduction="none")
         assert same_bits(alone[0], loss[i]) and same_bits(gradients(alone, row)[0][0], found[0][i])
 
 
@@ -487,13 +489,13 @@ def test_strides_and_inputs_untouched(backend) -> None:
     wide = torch.full((2, N // 2 + 1, 2 * H), 7.0, device=DEVICE)
     wide[:, :-1, ::2] = hidden.view(2, N // 2, H)
     transposed = head.t().contiguous().t()
-    batch = Support(*(x.view(2, N // 2, K) for x in support))
-    kept = [x.clone() for x in (wide, transposed, bias, *support)]
+    batch = support.reshape(2, N // 2)
+    kept = [x.clone() for x in (wide, transposed, bias, *support.tensors)]
     strided = wide[:, :-1, ::2].requires_grad_()
     got = linear_topk_reverse_kl(strided, transposed.requires_grad_(), batch, student_bias=bias, reduction="none")
     got.sum().backward()
     assert torch.equal(got.flatten(), want)
-    assert all(torch.equal(a, b) for a, b in zip(kept, (wide, transposed, bias, *support), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, (wide, transposed, bias, *support.tensors), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["expanded", "strided", "per row"])
@@ -527,7 +529,7 @@ def test_no_host_sync(module) -> None:
     hidden, head, bias, support = (x if isinstance(x, Support) else x.detach() for x in inputs())
     dhead, dbias = torch.empty_like(head), torch.empty_like(bias)
     with NoHostSync():
-        loss, g, dhidden = module.linear_loss(hidden, head, bias, *support, None, 1.0, 1.0, 2.0, True)
+        loss, g, dhidden = module.linear_loss(hidden, head, bias, *support.tensors, None, 1.0, 1.0, 2.0, True)
         module.linear_weight_grad(g, support.ids, hidden, dhead, dbias)
     assert loss.isfinite().all() and dhidden.any() and dhead.any() and dbias.any()
 

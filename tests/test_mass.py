@@ -93,7 +93,7 @@ def test_tail_that_nearly_vanishes_keeps_its_accuracy(backend) -> None:
 def test_tail_of_any_support(backend) -> None:
     """Empty slots, ids in any order and twice, ids that the student lacks, rows of weight 0, NaN outside S."""
     z = torch.randn(6, 90, device=DEVICE)
-    ids, values = teacher_topk(torch.randn(6, 100, device=DEVICE), 12, normalize=True)
+    ids, values = teacher_topk(torch.randn(6, 100, device=DEVICE), 12, normalize=True).tensors
     ids[0, 2], values[0, 4], ids[0, 6], ids[1] = -1, -torch.inf, 95, -1
     want = mass_gradient(z, Support(ids, values))
     mixed = torch.tensor([7, 3, 11, 0, 1, 5, 2, 9, 4, 8, 10, 6, 3, 0, 5], device=DEVICE)
@@ -173,7 +173,7 @@ def test_repeatable_row_by_row_with_a_mass(backend, mass: str, given: str) -> No
     support = teacher_topk(w, 17, normalize=True)
 
     def run_rows(rows: slice) -> tuple[Tensor, Tensor]:
-        target, k = (w[rows], 17) if given == "logits" else (Support(*(x[rows] for x in support)), None)
+        target, k = (w[rows], 17) if given == "logits" else (support[rows], None)
         return mass_gradient(z[rows], target, k=k, mass=mass, weights=weights[rows])
 
     loss, grad = run_rows(slice(None))
@@ -186,7 +186,7 @@ def test_repeatable_row_by_row_with_a_mass(backend, mass: str, given: str) -> No
 def test_inputs_untouched_by_a_mass(backend) -> None:
     z, w, weights = torch.randn(4, 90, device=DEVICE), torch.randn(4, 90, device=DEVICE), torch.rand(4, device=DEVICE)
     support = teacher_topk(w, 9, normalize=True)
-    inputs = [z, w, weights, *support]
+    inputs = [z, w, weights, *support.tensors]
     before = [x.clone() for x in inputs]
     mass_gradient(z, w, k=9, weights=weights)
     mass_gradient(z, support, weights=weights)
@@ -212,7 +212,7 @@ def test_mass_does_not_read_the_device_on_the_host(module) -> None:
     if DEVICE == "cpu" and module.__name__.endswith("triton"):
         pytest.skip("the interpreter itself reads values")
     z, w = torch.randn(2, 4, 90, device=DEVICE)
-    ids, values = teacher_topk(w, 6)
+    ids, values = teacher_topk(w, 6).tensors
     ids = ids.sort(1).values
     with NoHostSync():
         tail = module.tail_logit(w, ids, 1.0)
@@ -374,15 +374,20 @@ def test_mass_from_hidden_states_is_that_of_the_logits(
 
 @pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL()], ids=str)
 @pytest.mark.parametrize("mass", MASSES)
-def test_a_support_of_logits_is_nan_and_one_of_rounded_log_probs_is_not(backend, mass: str, divergence) -> None:
+def test_a_support_of_logits_is_refused_or_nan_and_one_of_rounded_log_probs_is_not(
+    backend, mass: str, divergence
+) -> None:
     z, w = torch.randn(3, 60, device=DEVICE), torch.randn(3, 50, device=DEVICE)
     options = {"mass": mass, "divergence": divergence}
-    logits = teacher_topk(w + torch.tensor([[0.0], [2.0], [1e4]], device=DEVICE), 6)
+    told = teacher_topk(w + torch.tensor([[0.0], [2.0], [1e4]], device=DEVICE), 6)
+    with pytest.raises(ValueError, match=f"teacher holds logits, .*mass='{mass}' needs true log-probs"):
+        topk_divergence(z, told, **options)
+    logits = Support(*told.tensors)
     assert mass_gradient(z, logits, **options)[0].isnan().all()
     hidden, head = torch.randn(3, 8, device=DEVICE), torch.randn(60, 8, device=DEVICE)
     with use_backend("auto"):
         assert linear_topk_divergence(hidden, head, logits, reduction="none", **options).isnan().all()
-    ids, values = teacher_topk(w, 50, normalize=True)
+    ids, values = teacher_topk(w, 50, normalize=True).tensors
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert mass_gradient(z, Support(ids, values.to(dtype)), **options)[0].isfinite().all()
     alone = Support(ids[:, :1].expand(3, 9), values[:, :1].expand(3, 9))  # of an id given nine times one counts

@@ -158,7 +158,7 @@ def builders(n: int) -> Call:
         best = student_topk(student, teacher, K, normalize=True)
         teacher_top_p(teacher, 0.9, K)
         fixed_ids(teacher, range(K), normalize=True)
-        with_sampled(best, torch.arange(n), teacher, normalize=True)
+        with_sampled(best, torch.arange(n), teacher)
 
     return call
 

@@ -105,7 +105,7 @@ def by_support(student, teacher, weights):
 
 def by_unique_support(student, teacher, weights):
     support = teacher_topk(teacher, 6).unique()
-    return TopKReverseKLLoss()(student, Support(*support), weights)
+    return TopKReverseKLLoss()(student, support, weights)
 
 
 def overwriting(student, teacher, weights):

@@ -218,7 +218,7 @@ def test_hostile_rows_stay_in_their_rows_and_weight_0_drops_them(world: int) -> 
 def _hostile(group: dist.ProcessGroup) -> None:
     own = mine("unequal", group)
     student, teacher, _ = (x.view(10, -1) for x in problem(torch.float32))
-    ids, log_probs = teacher_topk(teacher, 4)
+    ids, log_probs = teacher_topk(teacher, 4).tensors
     ids[0, 1], ids[1] = -1, -1  # empty slots
     ids[2, :2] = ids[2, 0]  # an id twice
     ids[3] = torch.tensor([22, 0, 23, 2**30])  # the last two are of no rank

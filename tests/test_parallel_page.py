@@ -98,7 +98,7 @@ def test_the_step_of_the_page_gives_the_gradient_of_one_process(averaged: bool) 
     given = [{"inputs": hidden, "support": support, "weights": mask} for hidden, support, mask in parts]
     results = on_ranks(2, stepped, averaged, model, [given[:2], given[2:]])
     hidden, ids, log_probs, mask = (
-        torch.cat(each, 1) for each in zip(*((x, *support, mask) for x, support, mask in parts), strict=True)
+        torch.cat(each, 1) for each in zip(*((x, *support.tensors, mask) for x, support, mask in parts), strict=True)
     )
     topk_reverse_kl(model(hidden), Support(ids, log_probs), weights=mask).backward()
     for *grads, p in zip(*results, model.parameters(), strict=True):
@@ -193,7 +193,7 @@ def test_weights_that_add_up_to_1_give_the_mean_of_the_sequences() -> None:
     logits = hidden @ torch.randn(H, V).double()
     weights = shifted(mask)
     want = torch.stack(
-        [topk_reverse_kl(z, Support(*s), weights=w) for z, *s, w in zip(logits, *support, weights, strict=True)]
+        [topk_reverse_kl(z, Support(*s), weights=w) for z, *s, w in zip(logits, *support.tensors, weights, strict=True)]
     )
     got = topk_reverse_kl(logits, support, weights=weights / weights.sum(1, keepdim=True))
     torch.testing.assert_close(got, want.mean(), rtol=1e-13, atol=0)

@@ -258,7 +258,7 @@ def test_the_sampled_token_gets_a_slot_only_where_it_is_missing(backend) -> None
     values = teacher.gather(-1, sampled.clamp(min=0)[:, None])[:, 0]
     by_value = with_sampled(support, sampled, values)
     assert torch.equal(by_value.ids, got.ids) and torch.equal(by_value.log_probs, got.log_probs)
-    log_probs = with_sampled(teacher_topk(teacher, 4, normalize=True), sampled, teacher, normalize=True).log_probs
+    log_probs = with_sampled(teacher_topk(teacher, 4, normalize=True), sampled, teacher).log_probs
     torch.testing.assert_close(log_probs[0, 4], teacher.log_softmax(-1)[0, absent])
 
 
@@ -297,7 +297,7 @@ def test_a_slot_emptied_by_its_value_hides_no_token() -> None:
 
 def test_supports_of_two_integer_types_combine(backend) -> None:
     teacher = torch.randn(2, 3, 30, device=DEVICE)
-    narrow, wide = teacher_topk(teacher, 4), Support(*teacher.topk(6)[::-1])
+    narrow, wide = teacher_topk(teacher, 4), Support(*teacher.topk(6)[::-1], normalized=False)
     assert table(union(narrow, wide)) == [dict(list(row.items())) for row in table(wide)]
     assert torch.equal(intersection(narrow, wide).ids, narrow.ids)
 
@@ -355,7 +355,7 @@ def test_an_id_beyond_int32_is_no_token(backend, beyond: int) -> None:
     support, wide = teacher_topk(teacher, 9), tensor([beyond])
     assert table(fixed_ids(teacher, wide)) == table(fixed_ids(teacher, wide[None])) == [{}]
     assert table(with_sampled(support, wide, teacher)) == table(support)
-    stranger = Support(wide[None], torch.tensor([[9.0]], device=DEVICE))
+    stranger = Support(wide[None], torch.tensor([[9.0]], device=DEVICE), normalized=False)
     assert table(intersection(support, stranger)) == table(intersection(stranger, support)) == [{}]
     assert table(difference(support, stranger)) == table(support)
     assert (union(support, stranger).ids[0, -1] == max(beyond, -1)) and union(support, stranger).ids[0, 0] < 9
@@ -441,18 +441,18 @@ REFUSALS = {
     "fixed_ids: other rows": (lambda: fixed_ids(W, torch.ones(3, 2).long()), ValueError, r"ids has shape \(3, 2\)"),
     "with_sampled: shape": (lambda: with_sampled(S, Y[:1], W), ValueError, r"sampled_ids has shape \(1,\)"),
     "with_sampled: rows": (lambda: with_sampled(S, Y, W[:1]), ValueError, r"teacher has shape \(1, 9\)"),
-    "with_sampled: values": (
-        lambda: with_sampled(S, Y, W[:, 0], normalize=True),
-        ValueError,
-        "normalize is True, but teacher holds one value per position",
-    ),
     "with_sampled: trained": (
         lambda: with_sampled(S, Y, W.clone().requires_grad_()),
         ValueError,
         "teacher requires grad",
     ),
     "union: not a support": (lambda: union(S, W), TypeError, r"second is a torch.Tensor; it must be a Support"),
-    "union: a tuple": (lambda: union(tuple(S), S), TypeError, r"first is a tuple; it must be a Support"),
+    "union: a tuple": (lambda: union(S.tensors, S), TypeError, r"first is a tuple; it must be a Support"),
+    "union: logits and log-probs": (
+        lambda: union(S, Support(*S.tensors, normalized=False)),
+        ValueError,
+        "first holds log-probs and second logits.*normalize=True",
+    ),
     "union: other rows": (
         lambda: union(S, Support(S.ids[:1], S.log_probs[:1])),
         ValueError,

@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from tests.ranks import WORLD, on_ranks, together
 from tests.sharded_model import whole
 from tests.tiny_models import FAMILIES, K, V, collate, distance, formula, inputs_of, rows, tiny
-from topk_rkl.loss import ForwardKL, Support, teacher_topk
+from topk_rkl.loss import ForwardKL, teacher_topk
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK
 from topk_rkl.trainers.transformers import Distillation, distill
 
@@ -212,7 +212,7 @@ def stored(teacher: PreTrainedModel) -> list[dict[str, list]]:
     made = []
     for row in ROWS:
         with torch.no_grad():
-            ids, log_probs = teacher_topk(teacher(torch.tensor([row["input_ids"]])).logits[0], K)
+            ids, log_probs = teacher_topk(teacher(torch.tensor([row["input_ids"]])).logits[0], K).tensors
         made.append(row | {"teacher_ids": ids.tolist(), "teacher_log_probs": log_probs.tolist()})
     return made
 
@@ -227,7 +227,9 @@ def test_a_stored_teacher(train: Train, entry: str) -> None:
 
 def test_dropped_columns_are_named(train: Train) -> None:
     data = datasets.Dataset.from_list(stored(teacher_of()))
-    with pytest.raises(ValueError, match=r"lacks teacher_ids and teacher_log_probs;.*remove_unused_columns=False"):
+    with pytest.raises(
+        ValueError, match=r"must have teacher_ids, and either teacher_log_probs or .*remove_unused_columns=False"
+    ):
         train(student := tiny(), distill(student), data=data, remove_unused_columns=True)
 
 
@@ -252,7 +254,7 @@ def test_a_teacher_may_be_a_function_of_the_inputs(entry: str) -> None:
     functions = [
         (logits, K),
         (lambda inputs: teacher_topk(logits(inputs), K), None),
-        (lambda inputs: Support(*(x[:, :-1] for x in teacher_topk(logits(inputs), K))), None),
+        (lambda inputs: teacher_topk(logits(inputs), K)[:, :-1], None),
     ]
     for function, k in functions:
         assert distance(gradients_of(tiny(), function, k=k, entry=entry), want) < ROUNDING

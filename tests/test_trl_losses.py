@@ -316,14 +316,14 @@ def test_the_async_trainer_would_get_its_loss_and_its_five_sums(beta: float, tai
         return *(x.detach() for x in sums), *torch.autograd.grad(sums[0], leaves)
 
     close(run(ours), run(theirs), 1e-4)  # theirs is float32
-    alone = ours(hidden, weight, bias, 0.5, 4.0, *support, candidates, beta, at, tail, None, 3, 4)
+    alone = ours(hidden, weight, bias, 0.5, 4.0, *support.tensors, candidates, beta, at, tail, None, 3, 4)
     assert alone[4].tolist() == [0] * 9
 
 
 def test_a_server_that_divided_already_is_not_divided_again() -> None:
     z, w, labels = logits()
     at, count = 0.7, (labels != -100).sum()
-    ids, log_probs = teacher_topk(w / at, K, normalize=True)
+    ids, log_probs = teacher_topk(w / at, K, normalize=True).tensors
     log_probs[0, 0] = -torch.inf  # as TRL fills up what does not count
     answer = {"topk_token_ids": ids.long(), "topk_logprobs": log_probs}
     rows = [x.flatten(0, 1) for x in (z, w)]
@@ -347,7 +347,7 @@ def test_a_server_that_divided_already_is_not_divided_again() -> None:
 
 def test_a_server_of_forward_kl_gives_the_loss_of_trl() -> None:
     z, w, labels = logits()
-    ids, log_probs = teacher_topk(w, K, normalize=True)
+    ids, log_probs = teacher_topk(w, K, normalize=True).tensors
     log_probs[:, :, 4:] = -torch.inf
     answer = {"topk_token_ids": ids.long(), "topk_logprobs": log_probs}
     trainer = found("trl.experimental.server_distillation.ServerDistillationTrainer")

@@ -187,8 +187,7 @@ def topk_diagnostics(
         student_logits: (..., V) bfloat16, float16, float32 or float64, of any strides; detached here.
         teacher: (..., V_teacher) logits, of which the first K are S; or a Support. "teacher_entropy" and
             "teacher_sampled_log_prob" need logits. "teacher_mass" and "overlap_token_advantage" also take a Support of
-            true log-probs, such as of teacher_topk(..., normalize=True), if the teacher's temperature is 1; one of
-            logits gives NaN.
+            true log-probs, such as of teacher_topk(..., normalize=True), if the teacher's temperature is 1.
         names: some of `NAMES`, which are the methods of `Block`.
         k: 1 <= k <= V_teacher, with teacher logits alone.
         temperature, teacher_temperature: those of the loss.

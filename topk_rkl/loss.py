@@ -224,8 +224,8 @@ def topk_divergence(
             overwrite_student_logits, group: see `topk_reverse_kl`. Temperatures are numbers where mass is not
             "renormalized". A Support must then hold true log-probs, such as of teacher_topk(..., normalize=True), with
             the teacher's temperature 1: K of them do not tell the normaliser at another. 1 - Q is then at least half
-            the epsilon of their dtype. The first slot counts of an id given twice. A position whose probabilities add
-            up to more than 1 (by 1/16 in the logarithm) holds logits, and is NaN.
+            the epsilon of their dtype. The first slot counts of an id given twice. Logits are refused by the field
+            `normalized`; a position whose probabilities add up to more than 1 (by 1/16 in the logarithm) is NaN.
         divergence: `ReverseKL`, `ForwardKL`, `JensenShannon`, `Mixture`, `SkewReverseKL`, `SkewForwardKL`, `AlphaBeta`,
             each with mass="renormalized" and "tail". The raw masses are for ReverseKL without clamp, ForwardKL and
             Mixture, the last two masses for ReverseKL and ForwardKL. Or a function of log p and log q, (..., K) float64

@@ -55,6 +55,7 @@ class Support:
 
     @property
     def device(self) -> torch.device:
+        """Where both tensors are."""
         return self.ids.device
 
     def __len__(self) -> int:
@@ -83,6 +84,7 @@ class Support:
         return Support(ids, log_probs, self.normalized)
 
     def pin_memory(self) -> "Support":
+        """In page-locked memory, as a DataLoader with pin_memory=True asks for it."""
         return self.each(Tensor.pin_memory)
 
     def reshape(self, *shape: int) -> "Support":
@@ -170,6 +172,13 @@ def _joined(join: Callable[..., Tensor], supports: Sequence[Support], dim: int) 
         raise ValueError(f"dim is {dim}; it must be a dimension of the positions, from {-dims} to {dims - 1}")
     dim = dim if dim >= 0 else dim - 1  # the last one of the tensors is that of the slots
     k = max(x.k for x in supports)
+    shapes = {tuple(x.shape) for x in supports}
+    if join is torch.stack and len(shapes) > 1:
+        longest = max(shape[-1] for shape in shapes if shape)
+        raise ValueError(
+            f"supports have positions {' and '.join(map(str, sorted(shapes)))}; make them alike, such as by "
+            f"support.pad({longest})"
+        )
     wide = [x._filled((0, k - x.k)) for x in supports]
     ids, log_probs = (join(tensors, dim) for tensors in ([x.ids for x in wide], [x.log_probs for x in wide]))
     return Support(ids, log_probs, all(x.normalized for x in supports))

@@ -12,7 +12,7 @@ A source is a model's (..., V) logits or a `Support`.
 - One or more supports: the formula is evaluated on their slots, where the logits are read too. They must name the same
   tokens; a slot in which two name different ones makes its position NaN. One teacher on the tokens of another is
   `fixed_ids(teacher_logits, other.ids, normalize=True)`. The mixture and the clamp of the residual depend on the
-  normalisers, and take supports with true log-probs; a support of logits makes its positions NaN there.
+  normalisers, and take supports with true log-probs alone.
 
 Sources are constants: the student's own logits, in `taid` and `veto`, are detached. The loss's temperature divides the
 composed log-probs. An argument that is not as a function says raises TypeError or ValueError.

@@ -24,7 +24,7 @@ from topk_rkl.trainers.heads import Head, head_of, unwrapped
 Entry = Literal["hidden", "logits"]
 Inputs = dict[str, Any]  # what a model is called with, by name
 Asked = Callable[[Inputs], Support | Tensor]
-COLUMNS = "teacher_ids", "teacher_log_probs"  # of a batch with a stored teacher
+COLUMNS = "teacher_ids", "teacher_log_probs", "teacher_logits"  # of a batch with a stored teacher: Support.as_dict()
 NOT_OF_A_TEACHER = "num_items_in_batch", "use_cache", "past_key_values"
 HOOKS = "_topk_rkl_hooks"
 
@@ -47,7 +47,7 @@ def distill(
         teacher: a causal language model with the student's tokens; it is frozen, put into eval mode, and moved to the
             device of the inputs. Or a function that gives a Support of (B, T, K) or (B, T - 1, K), or logits
             (B, T, V_teacher), for the student's inputs; it runs under torch.no_grad. None takes the Support from the
-            columns teacher_ids and teacher_log_probs of the batch.
+            batch, as `Support.from_dict` does: columns teacher_ids and teacher_log_probs, or teacher_logits.
         k: how many tokens to compare, where the teacher has logits.
         entry: "hidden" takes the loss of a training step within the student's head, and no logits are made. "logits"
             takes it from the logits, as evaluation always does.
@@ -219,10 +219,10 @@ def _asked_of_model(teacher: nn.Module, k: int | None, normalize: bool) -> Asked
 
 
 def _stored(inputs: Inputs) -> Support:
-    missing = [name for name in COLUMNS if name not in inputs]
-    if missing:
+    try:
+        return Support.from_dict(inputs)
+    except ValueError as error:
         raise ValueError(
-            f"the batch lacks {' and '.join(missing)}; the Trainer drops columns that the model's forward does not "
-            "name: pass TrainingArguments(remove_unused_columns=False) and a data_collator that keeps them"
-        )
-    return Support.from_dict(inputs)
+            f"{error}. The Trainer drops columns that the model's forward does not name: pass "
+            "TrainingArguments(remove_unused_columns=False) and a data_collator that keeps them"
+        ) from error

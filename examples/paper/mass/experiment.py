@@ -171,7 +171,7 @@ def of_teacher(task: Language, size: Size) -> Record:
 
 def plus_one(task: Language, size: Size) -> Record:
     """The gradient of "raw" less that of "raw_stop_grad", beside the gradient of the student's mass on S."""
-    chosen = Support(*teacher_topk(task.teacher.double(), size.k, normalize=True))
+    chosen = teacher_topk(task.teacher.double(), size.k, normalize=True)
 
     def gradient(mass: str, logits: Tensor) -> Tensor:  # (R, V, V)
         z = logits.detach().clone().requires_grad_()
