@@ -178,8 +178,8 @@ def test_cuda_graphs_repeat_no_old_number(monkeypatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with FakeTensorMode():
         logits = torch.empty(4, V, device="cuda")
-        support = torch.empty(4, K, dtype=torch.int32, device="cuda"), torch.empty(4, K, device="cuda")
-        call = partial(ops.support_loss, logits, *support.tensors, None)
+        slots = torch.empty(4, K, dtype=torch.int32, device="cuda"), torch.empty(4, K, device="cuda")
+        call = partial(ops.support_loss, logits, *slots, None)
         traced = make_fx(
             lambda: (call(pack(temperature=0.7, softcap=3.0), "auto"), call(None, "auto")), select_decomp_table()
         )()

@@ -119,7 +119,7 @@ def test_composed_teachers_compile_without_a_graph_break() -> None:
     def composed(student: Tensor, a: Tensor, b: Tensor, share: Tensor) -> list[Tensor]:
         slots = teacher_topk(a, 5, normalize=True)
         targets = mixture([a, b], [0.3, share], k=4), taid(student, a, t=0.5, k=4), residual(slots, b)
-        return [x for target in targets for x in target]
+        return [x for target in targets for x in target.tensors]
 
     student, a, b = (x[:, :-1] for x in torch.randn(3, 2, 5, 40))  # no 2-D view
     got = torch.compile(composed, fullgraph=True, backend="aot_eager")(student, a, b, torch.full((2, 4), 0.7))

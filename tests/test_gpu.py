@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import BACKENDS
+from torch.utils.data import DataLoader
 
 from tests.oracles import plain, run, stable_sort
 from tests.probes import captured
@@ -292,3 +293,15 @@ def test_big_slabs(backend, stride: tuple[int, int, int]) -> None:
     logits.copy_(torch.randn(2, 2, 33))
     ids, _ = teacher_topk(logits, 5).tensors
     assert torch.equal(ids.view(4, 5), stable_sort(logits.reshape(4, 33), 5)[0])
+
+
+def test_a_support_is_pinned_and_moved() -> None:
+    """As a DataLoader with pin_memory=True and a Trainer do, and the loss on it is the same."""
+    support = teacher_topk(torch.randn(3, 5, 40), 4, normalize=True)
+    rows = [{"teacher": row} for row in (support[0], support[1], support[2])]
+    (batch,) = DataLoader(rows, batch_size=3, pin_memory=True)
+    assert batch["teacher"].ids.is_pinned() and batch["teacher"].log_probs.is_pinned()
+    moved = batch["teacher"].to("cuda", non_blocking=True)
+    assert moved.ids.is_cuda and moved.normalized and torch.equal(moved.ids.cpu(), support.ids)
+    student = torch.randn(3, 5, 40)
+    torch.testing.assert_close(topk_reverse_kl(student.cuda(), moved).cpu(), topk_reverse_kl(student, support))

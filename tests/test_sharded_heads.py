@@ -159,7 +159,7 @@ def constants(group: Any) -> None:
     hidden, weight, bias = torch.randn(3, WIDTH), torch.randn(67, WIDTH), torch.randn(67)
     w, b = (distribute_tensor(x, mesh_of(group), [Shard(0)]) for x in (weight, bias))
     ids = torch.arange(K).expand(3, K)
-    plain, sharded = {"bias": bias}, {"bias": b}
+    plain, sharded = {"bias": bias, "normalize": True}, {"bias": b, "normalize": True}
     pairs = [
         (linear_teacher_topk(hidden, weight, K, **plain), linear_teacher_topk(hidden, w, K, **sharded)),
         (linear_fixed_ids(hidden, weight, ids, **plain), linear_fixed_ids(hidden, w, ids, **sharded)),
@@ -169,7 +169,8 @@ def constants(group: Any) -> None:
         linear_topk_diagnostics(hidden, head, pairs[0][0], names, student_bias=c)
         for head, c in ((weight, bias), (w, b))
     )
-    for a, c in (*zip(*pairs[0]), *zip(*pairs[1]), *((one[name], many[name]) for name in names)):
+    tensors = [x for pair in pairs for x in zip(*(support.tensors for support in pair), strict=True)]
+    for a, c in (*tensors, *((one[name], many[name]) for name in names)):
         torch.testing.assert_close(a, c, rtol=0, atol=0, equal_nan=True)
 
 

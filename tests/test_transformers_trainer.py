@@ -227,9 +227,7 @@ def test_a_stored_teacher(train: Train, entry: str) -> None:
 
 def test_dropped_columns_are_named(train: Train) -> None:
     data = datasets.Dataset.from_list(stored(teacher_of()))
-    with pytest.raises(
-        ValueError, match=r"must have teacher_ids, .*remove_unused_columns=False"
-    ):
+    with pytest.raises(ValueError, match=r"must have teacher_ids, .*remove_unused_columns=False"):
         train(student := tiny(), distill(student), data=data, remove_unused_columns=True)
 
 
