@@ -202,7 +202,21 @@ def test_ids_that_spell_the_same_are_told() -> None:
     assert report.teacher.merged == [[10, 262], [A, 261]] and report.student.merged == []
     assert "2 spellings of several ids" in str(report)
     assert report.mapping[261] == A and report.mapping[262] == 10  # their probabilities are added
+    twice = check_tokenizers(teacher, byte_level(), student_vocab=263, teacher_vocab=261)
+    assert twice.verdict == "remap" and twice.moved == [(261, A), (262, 10)] and twice.mapping == {}
+    assert follow(twice, logits(261, 4), ids=[261, A]).teacher_input_ids.tolist() == [[A, A]]
     assert report.student.fragments == list(range(128, 256)) and "128 parts of characters" in str(report)
+
+
+def test_of_several_ids_that_spell_the_same_the_first_is_taken() -> None:
+    student = sentencepiece(extra=("<0x20>",))
+    assert student.get_vocab()["▁"] == 32 and student.get_vocab()["<0x20>"] == 261
+    assert check_tokenizers(student, byte_level()).to_student[32] == 32
+    assert check_tokenizers(student, byte_level(TOKENS[::-1])).to_student[260 - 32] == 32
+    swapped = sentencepiece(extra=("<0x20>",), order=[*range(32), 261, *range(33, 261), 32])  # "▁" is 261
+    assert check_tokenizers(swapped, byte_level()).to_student[32] == 32
+    unequal = check_tokenizers(swapped, byte_level(TOKENS[:32] + TOKENS[33:] + ["Ġ"]))
+    assert unequal.to_student[260] == 32
 
 
 def test_texts_may_be_cut_differently_by_one_vocabulary() -> None:

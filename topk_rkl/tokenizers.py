@@ -70,12 +70,16 @@ class TokenizerReport:
         """
         if self.common < COMMON or self.cut_differently:
             return "different"
-        changed = [t for _, t in self.moved] + self.student_lacks
-        if not (self.teacher.special.issuperset(changed) and self.student.special.issuperset(self.teacher_lacks)):
+        special_moved = all(self._is_special(*pair) for pair in self.moved)
+        mine, theirs = self.student.special, self.teacher.special
+        if not (special_moved and theirs.issuperset(self.student_lacks) and mine.issuperset(self.teacher_lacks)):
             return "remap"
-        if changed or self.teacher_lacks or self.renamed or self.markers:
+        if any((self.moved, self.student_lacks, self.teacher_lacks, self.renamed, self.markers)):
             return "same but for special tokens"
         return "same"
+
+    def _is_special(self, s: int, t: int) -> bool:
+        return s in self.student.special or t in self.teacher.special
 
     @property
     def same(self) -> bool:
@@ -99,8 +103,9 @@ class TokenizerReport:
 
     @cached_property
     def moved(self) -> list[tuple[int, int]]:
-        """The student's and the teacher's id of each token that has two."""
-        return [(s, t) for t, s in self.to_student.items() if s not in (-1, t)]
+        """The student's and the teacher's ids of each token that has two, ascending."""
+        pairs = {(s, t) for t, s in self.to_student.items()} | {*self.to_teacher.items()}
+        return sorted((s, t) for s, t in pairs if s != t and s >= 0 <= t)
 
     @cached_property
     def student_lacks(self) -> list[int]:
@@ -137,8 +142,8 @@ class TokenizerReport:
     @cached_property
     def special_ids(self) -> list[int]:
         """The student's ids of the special tokens that differ in id, name or role; for `special_token_mask`."""
-        student, teacher = self.student, self.teacher
-        found = {s for s, t in self.moved if s in student.special or t in teacher.special}
+        student = self.student
+        found = {s for s, t in self.moved if self._is_special(s, t)}
         found.update(student.special.intersection(self.teacher_lacks))
         for mine, theirs in self.renamed.values():
             found.update((mine, self.to_student[theirs]))
@@ -245,13 +250,12 @@ def check_tokenizers(
 
 
 def _matched(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
-    """The target's id of each token of the source: that of its string, else of its bytes, else -1."""
+    """The target's id of each token of the source: that of its string, else the first of its bytes, else -1."""
     found = {}
     for i, spelled in source.spelled.items():
         there = target.ids.get(source.strings[i], -1)
         if target.spelled.get(there) != spelled:
-            others = target.classes.get(spelled, [-1])
-            there = i if i in others else others[0]
+            there = target.classes.get(spelled, [-1])[0]
         found[i] = there
     return found
 
