@@ -156,6 +156,36 @@ def test_an_added_marker_is_special_and_an_added_word_is_not() -> None:
     assert check_tokenizers(byte_level(), worded, probe=["a quark"]).verdict == "different"
 
 
+def test_a_token_that_is_special_on_one_side_is_special() -> None:
+    added, trained = word_level("a", "b", "c"), word_level("a", "b", "c", "unused", "<think>")
+    added.add_tokens(["<think>", "unused"])
+    for pair in ((added, trained), (trained, added)):
+        report = check_tokenizers(*pair, probe=["a b"])
+        assert report.verdict == "remap" and sorted(report.moved) == sorted([(4, 5), (5, 4)])
+        assert report.special_ids == [pair[0].get_vocab()["<think>"]]
+    added, trained = word_level("a", "b"), word_level("a", "b", "<|0|>", "<think>")
+    added.add_tokens(["<think>", "<|0|>"])
+    for pair in ((added, trained), (trained, added)):
+        assert check_tokenizers(*pair, probe=["a b"]).verdict == "same but for special tokens"
+
+
+def test_an_added_token_is_written_as_text() -> None:
+    student, teacher = byte_level(), sentencepiece()
+    student.add_tokens(["é à", "   "])
+    teacher.add_tokens(["é▁à", "▁▁▁"])
+    report = check_tokenizers(student, teacher)
+    assert report.student.spelled[V] == report.teacher.spelled[V] == "é à".encode()
+    assert report.student.spelled[V + 1] == report.teacher.spelled[V + 1] == b"   "
+
+
+def test_one_string_may_spell_two_tokens() -> None:
+    student = Tokenizer(models.WordLevel({"a": 0, "Ġa": 1, "Ġb": 2}))
+    teacher = Tokenizer(models.WordLevel({"a": 0, "Ġa": 1, "▁b": 2, "▁a": 3, "▁c": 4}))
+    report = check_tokenizers(student, teacher, probe=["a"])
+    assert report.teacher.spelled[1] == "Ġa".encode() and report.student.spelled[1] == b" a"
+    assert report.to_student == {0: 0, 1: -1, 2: 2, 3: 1, 4: -1} and report.clashes == [1]
+
+
 def test_permuted_ids_are_mapped_both_ways() -> None:
     report = check_tokenizers(byte_level(), byte_level(TOKENS[::-1]), student_vocab=V)
     assert report.verdict == "remap" and report.cut_alike == report.common == 1 and report.special_ids == []
@@ -258,6 +288,10 @@ def test_the_markers_of_chat_templates_are_compared() -> None:
     assert report.special_ids == [IM_START] and "- in one chat template only (1): '<|im_start|>'" in str(report)
     student.chat_template = "Answer: " + teacher.chat_template
     assert check_tokenizers(student, teacher).same
+    other = byte_level(names=(*NAMES, "<|user|>"))
+    other.chat_template = teacher.chat_template + "<|user|>"
+    report = check_tokenizers(student, other)
+    assert report.markers == ["<|user|>"] and report.special_ids == []  # the student has no such id
 
 
 def test_padding_is_read_and_not_compared() -> None:

@@ -94,7 +94,7 @@ class TokenizerReport:
     @cached_property
     def shared(self) -> int:
         """The number of the teacher's tokens that the student has, under whatever id."""
-        return sum(spelled in self.student.classes for spelled in self.teacher.spelled.values())
+        return sum(spelled in self.student.first for spelled in self.teacher.spelled.values())
 
     @property
     def cut_alike(self) -> float:
@@ -255,7 +255,7 @@ def _matched(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
     for i, spelled in source.spelled.items():
         there = target.ids.get(source.strings[i], -1)
         if target.spelled.get(there) != spelled:
-            there = target.classes.get(spelled, [-1])[0]
+            there = target.first.get(spelled, -1)
         found[i] = there
     return found
 

@@ -55,17 +55,18 @@ class Vocabulary:
         return {token: i for i, token in self.strings.items()}
 
     @cached_property
-    def classes(self) -> dict[bytes, list[int]]:
-        """The ids of each spelling, ascending."""
-        found: dict[bytes, list[int]] = {}
-        for i, spelled in self.spelled.items():
-            found.setdefault(spelled, []).append(i)
-        return found
+    def first(self) -> dict[bytes, int]:
+        """The lowest id of each spelling."""
+        return {spelled: i for i, spelled in reversed(self.spelled.items())}
 
     @property
     def merged(self) -> list[list[int]]:
-        """Ids that spell the same bytes: as text they are one token."""
-        return [ids for ids in self.classes.values() if len(ids) > 1]
+        """The ids that spell the same bytes, which as text are one token; ascending."""
+        found: dict[bytes, list[int]] = {}
+        for i, spelled in self.spelled.items():
+            if (first := self.first[spelled]) != i:
+                found.setdefault(spelled, [first]).append(i)
+        return sorted(found.values())
 
     @cached_property
     def fragments(self) -> list[int]:
