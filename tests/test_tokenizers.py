@@ -169,6 +169,17 @@ def test_a_token_that_is_special_on_one_side_is_special() -> None:
         assert check_tokenizers(*pair, probe=["a b"]).verdict == "same but for special tokens"
 
 
+def test_a_token_with_a_role_is_special_however_it_came_to_be() -> None:
+    student, teacher = (NoIds({"a": 0, "None": 1, name: 2}) for name in ("END", "STOP"))
+    student.eos_token, teacher.eos_token = "END", "STOP"
+    student.encode = teacher.encode = lambda *_, **__: [0]
+    report = check_tokenizers(student, teacher)
+    assert report.verdict == "same but for special tokens" and report.special_ids == [2]
+    assert report.student.roles == {"eos": 2} and report.student.special == {2}
+    student.eos_token = teacher.eos_token = None
+    assert check_tokenizers(student, teacher).verdict == "remap"
+
+
 def test_an_added_token_is_written_as_text() -> None:
     student, teacher = byte_level(), sentencepiece()
     student.add_tokens(["é à", "   "])
@@ -383,8 +394,10 @@ def test_the_hash_of_a_slow_tokenizer_is_of_its_tokens_and_its_class() -> None:
     ranked.bpe_ranks = {("a", "b"): 0}
     modelled = copy.deepcopy(slow[0])
     modelled.sp_model = SimpleNamespace(serialized_model_proto=lambda: b"\1")
-    first, again, *others = [tokenizer_hash(x) for x in (*slow, ranked, modelled)]
-    assert first == again and len({first, *others}) == 5
+    flagged = copy.deepcopy(slow[0])
+    flagged.add_tokens([AddedToken("<extra_id_0>", lstrip=True, special=True)])
+    first, again, *others = [tokenizer_hash(x) for x in (*slow, ranked, modelled, flagged)]
+    assert first == again and len({first, *others}) == 6
 
 
 def test_the_hash_is_that_of_every_process(tmp_path: Path) -> None:
@@ -402,7 +415,7 @@ def test_the_hash_is_that_of_every_process(tmp_path: Path) -> None:
 
 class NoIds:
     def __init__(self, ids: object) -> None:
-        self.ids = ids
+        self.ids, self.eos_token = ids, None
 
     def get_vocab(self) -> object:
         return self.ids

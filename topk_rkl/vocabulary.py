@@ -88,8 +88,8 @@ def read_vocabulary(
     size = max(ids.values()) + 1 if logits is None else logits
     strings = {i: token for token, i in sorted(ids.items(), key=lambda pair: pair[1]) if i < size}
     added = added_tokens(tokenizer)
-    named = {role: ids.get(str(getattr(tokenizer, f"{role}_token", None)), size) for role in ROLES}
-    roles = {role: i for role, i in named.items() if i < size}
+    named = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    roles = {role: ids[str(x)] for role, x in named.items() if x is not None and ids.get(str(x), size) < size}
     special = {i for i, token in added.items() if token.special or MARKER.fullmatch(token.content)}
     special = special.union(roles.values()).intersection(strings)
     spelling = _spelling([token for i, token in strings.items() if i not in added])
@@ -117,12 +117,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """
     ids = require_tokenizer("tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    parts: dict[str, Any] = {"ids": ids, "added": {i: repr(token) for i, token in added_tokens(tokenizer).items()}}
+    parts: dict[str, Any] = {"ids": ids}
     if hasattr(backend, "to_str"):
         whole = json.loads(backend.to_str())
         parts |= {part: whole[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     else:
         model = getattr(tokenizer, "sp_model", None)
+        parts["added"] = {i: repr(token) for i, token in added_tokens(tokenizer).items()}
         parts["class"] = type(tokenizer).__name__
         parts["ranks"] = sorted(map(str, getattr(tokenizer, "bpe_ranks", {}).items()))
         parts["sentencepiece"] = model.serialized_model_proto().hex() if model is not None else None
