@@ -65,6 +65,7 @@ UNTESTED = {
     "sharded_training": "gloo ranks, on CPU tensors",
     "simulate": "the model of compiled code, by hand",
     "sums": "the order of sums, in what Triton compiles without a GPU",
+    "tokenizers": "tokens and their ids, on CPU tensors",
     "transformers_trainer": "the Trainer of transformers, on CPU tensors",
     "triton_launch": "launches on a stand-in for the driver",
     "support": "indices and joins, on CPU tensors",
