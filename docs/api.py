@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ MODULES = (
     "topk_rkl.recipe.weighting",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
+    "topk_rkl.plot",
 )
 HELPERS = ("log_probs_at", "normalized")  # of the builders, for the compositions
 HEAD = """# API
@@ -138,8 +140,8 @@ def class_headers(name: str, value: type) -> Iterator[str]:
 
 
 def fields(value: type) -> str:
-    """Those of a NamedTuple, each with the string that stands below it."""
-    if not hasattr(value, "_fields"):
+    """Those of a NamedTuple or a dataclass, each with the string that stands below it."""
+    if not hasattr(value, "_fields") and not is_dataclass(value):
         return ""
     node = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
     assert isinstance(node, ast.ClassDef)
@@ -147,7 +149,7 @@ def fields(value: type) -> str:
     for field, string in zip(node.body, node.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(string, ast.Expr):
             lines.append(item(field.target.id, inspect.cleandoc(ast.literal_eval(string.value))))
-    return "\n" + "".join(lines)
+    return "\n" + "".join(lines) if lines else ""
 
 
 def methods(value: type) -> str:

@@ -34,6 +34,7 @@ from topk_rkl.loss import (
     topk_reverse_kl,
     use_backend,
 )
+from topk_rkl.plot import TokenReport, save_html, save_png, token_report
 from topk_rkl.recipe.builders import (
     difference,
     fixed_ids,
@@ -327,3 +328,26 @@ head = torch.nn.Linear(H, V)
 with within_head(head, lambda x: linear_topk_reverse_kl(x, head.weight, support, student_bias=head.bias)) as taken:
     head(hidden)  # as the model that holds the head runs it
 loss = taken[0]
+
+# %% token_report
+report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids], weights=mask)
+assert report.loss.shape == (B, T - 1)
+
+# %% TokenReport
+report: TokenReport = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
+at = report.worst(1)[0]
+print(report.loss_text(at), report.context(at, 5), report.token(at), report.p[at], report.q[at])
+
+# %% save_html
+import tempfile
+
+report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
+with tempfile.TemporaryDirectory() as folder:
+    save_html(report, f"{folder}/errors.html", title="Step 100")
+
+# %% save_png
+import tempfile
+
+report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
+with tempfile.TemporaryDirectory() as folder:
+    save_png(report, f"{folder}/errors.png", positions=[(0, 3)])

@@ -36,8 +36,8 @@ class Word(NamedTuple):
 def save_png(report: TokenReport, path: str | Path, positions: Sequence[Position] | None = None) -> None:
     """Draws the text with the loss of each token, and below it p and q on S at some positions.
 
-    The sequences of the chosen positions come first, then the others, the largest mean loss first. The text ends after
-    80 lines, and says how many tokens are left out. Characters that the font of matplotlib lacks are boxes.
+    The text is that of the sequences in which the positions are; `save_html` shows all. It ends after 80 lines, and
+    says how many tokens are left out. Characters that the font of matplotlib lacks are boxes.
 
     Args:
         report: what `token_report` gives.
@@ -98,7 +98,7 @@ def _figure(report: TokenReport, chosen: list[Position]) -> Any:
     height = top + PANEL * -(-len(chosen) // COLUMNS) + MARGIN / 2
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), frameon=False, xticks=[], yticks=[])
-    _head(axes, report)
+    _head(axes, report, len(_drawn(report, chosen)))
     for line, y in zip(lines, middles):
         for word in line:
             _draw(axes, report, word, y, chosen)
@@ -115,13 +115,16 @@ def _figure(report: TokenReport, chosen: list[Position]) -> Any:
 
 def _lines(report: TokenReport, chosen: list[Position]) -> tuple[list[list[Word]], int]:
     """At most LINES, and how many tokens are on those that are left out."""
-    first = list(dict.fromkeys(sequence for sequence, _ in chosen))
-    order = first + [i for i in report.sequences() if i not in first]
     width_of, lines = _ruler(), []
-    for i in order:
+    for i in _drawn(report, chosen):
         lines += [[Word(f"Sequence {i}:  {report.summary(i)}", i, None, MARGIN, 0)]]
         lines += _flowed(report.cells(i), i, width_of)
     return lines[:LINES], sum(word.width > 0 for line in lines[LINES:] for word in line)
+
+
+def _drawn(report: TokenReport, chosen: list[Position]) -> list[int]:
+    """The sequences of the positions, and the worst one where there is none."""
+    return list(dict.fromkeys(sequence for sequence, _ in chosen)) or report.sequences()[:1]
 
 
 def _ruler() -> Callable[[str], float]:
@@ -157,10 +160,11 @@ def _flowed(
         yield line
 
 
-def _head(axes: Any, report: TokenReport) -> None:
+def _head(axes: Any, report: TokenReport, drawn: int) -> None:
     """The title, and a patch per level with the losses of some below."""
     axes.text(MARGIN, 0.42, "Where the student errs", size=15, weight="bold", color=colours.INK[0], va="center")
-    said = f"Reverse KL in nats on the teacher's top {report.ids.shape[-1]}; each token has the loss of predicting it."
+    said = f"Reverse KL in nats on the teacher's top {report.ids.shape[-1]}; each token has the loss of predicting it"
+    said += f"; {drawn} of {len(report)} sequences." if drawn < len(report) else "."
     axes.text(MARGIN, 0.72, said, size=9, color=FAINT, va="center")
     patch, left = 0.17, WIDTH - MARGIN - 0.17 * colours.LEVELS
     for level, colour in enumerate(colours.RAMPS[0]):

@@ -86,6 +86,7 @@ class TokenReport:
         return float(torch.where(self.loss.isfinite() & self.counted, self.loss, 0).max())
 
     def loss_text(self, position: Position) -> str:
+        """The loss to 3 digits, or NaN."""
         loss = float(self.loss[position])
         return "NaN" if math.isnan(loss) else f"{loss:.3f}"
 
