@@ -64,7 +64,7 @@ def page(report: TokenReport, title: str) -> str:
         light=_variables(0),
         dark=_variables(1),
         levels="\n".join(f".c{i} {{ background: var(--c{i}) }}" for i in range(colours.LEVELS)),
-        legend=_legend(report.largest()),
+        legend=_legend(report.largest),
         worst="\n".join(_listed(report, at) for at in report.worst(LISTED)),
         text="\n".join(_sequence(report, i) for i in report.sequences()),
         data=_embedded({"names": report.names, "k": report.ids.shape[-1], "at": _positions(report)}),
@@ -114,7 +114,7 @@ def _token(report: TokenReport, sequence: int, text: str, t: int | None) -> str:
 
 
 def _class(report: TokenReport, at: Position) -> str:
-    level = colours.level(float(report.loss[at]), report.largest())
+    level = colours.level(float(report.loss[at]), report.largest)
     return "nan" if level is None else f"c{level}"
 
 

@@ -170,7 +170,7 @@ def _head(axes: Any, report: TokenReport, drawn: int) -> None:
     for level, colour in enumerate(colours.RAMPS[0]):
         _patch(axes, left + patch * level, 0.36, patch, 0.16, colour)
         if level in LEGEND:
-            loss = f"{colours.loss_at(level, report.largest()):.2g}"
+            loss = f"{colours.loss_at(level, report.largest):.2g}"
             axes.text(left + patch * (level + 0.5), 0.66, loss, size=8, color=FAINT, ha="center", va="center")
     axes.text(left - 0.12, 0.45, "loss, nats", size=8, color=FAINT, ha="right", va="center")
 
@@ -182,7 +182,7 @@ def _draw(axes: Any, report: TokenReport, word: Word, y: float, chosen: list[Pos
     ink = FAINT
     if word.position is not None:
         at = word.sequence, word.position
-        level = colours.level(float(report.loss[at]), report.largest())
+        level = colours.level(float(report.loss[at]), report.largest)
         ink = colours.INK[0] if level is not None else "white"
         colour = colours.NOT_A_NUMBER if level is None else colours.RAMPS[0][level]
         _patch(axes, word.x, y - 0.1, word.width, 0.2, colour)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class TokenReport:
         words += "position" if len(losses) == 1 else "positions"
         return words if len(numbers) == len(losses) else f"{words}, {len(losses) - len(numbers):,} NaN"
 
+    @cached_property
     def largest(self) -> float:
         """The largest loss that is a number, 0 for none."""
         return float(torch.where(self.loss.isfinite() & self.counted, self.loss, 0).max())
