@@ -412,7 +412,7 @@ def test_the_size_of_a_page_is_bounded() -> None:
     student, teacher = torch.randn(2, length, 150_000, generator=source) * 6
     report = token_report(student, teacher_topk(teacher, k), torch.zeros(length).long(), lambda ids: ["a"] * len(ids))
     data = embedded(page(report, "x"))
-    assert len(json.dumps(data["at"], separators=(",", ":"))) / (length - 1) < 27 * k + 80
+    assert len(json.dumps(data["at"], separators=(",", ":"))) / (length - 1) < 29 * k + 80
     assert max(len(repr(x)) for numbers in data["at"].values() for x in numbers[7] + numbers[8]) <= 9
 
 

@@ -27,7 +27,7 @@ def save_html(report: TokenReport, path: str | Path, *, title: str = "Where the 
     choose a position, whose two distributions on S stand beside the text. A fragment does so too: `errors.html#2.17` is
     position 17 of sequence 2, marked at the token after it.
 
-    K ids and 2 K probabilities of 4 significant digits are kept per position that counts: at most 27 bytes per slot.
+    K ids and 2 K probabilities of 4 significant digits are kept per position that counts: at most 29 bytes per slot.
 
     Args:
         report: what `token_report` gives.

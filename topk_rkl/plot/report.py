@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from topk_rkl import checks
 from topk_rkl.diagnostics import topk_diagnostics
 from topk_rkl.loss import topk_reverse_kl
-from topk_rkl.plot.tokens import require_tokenizer, shown_tokens
+from topk_rkl.plot.tokens import Tokenizer, require_tokenizer, shown_tokens
 from topk_rkl.rows import finite_max, live_slots
 from topk_rkl.support import Support, require_support
 
@@ -125,7 +124,7 @@ def token_report(
     student_logits: Tensor,  # (T, V) or (B, T, V)
     support: Support,  # of (T, K) or (B, T, K)
     input_ids: Tensor,  # (T,) or (B, T), or longer: (L,) or (B, L)
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     weights: Tensor | None = None,  # (T,) or (B, T)
     temperature: float = 1.0,

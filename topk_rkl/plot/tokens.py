@@ -3,13 +3,24 @@
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from topk_rkl import checks
 
 MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")  # categories of Unicode
 BROKEN = "\ufffd"  # what decoders give for bytes that are no character
+
+
+class Decoder(Protocol):
+    """A tokenizer of transformers, or of the package tokenizers."""
+
+    @property
+    def decode(self) -> Callable[..., object]: ...
+
+
+Tokenizer = Decoder | Callable[[list[int]], list[str]]
+"""Or a function that gives a string for each id."""
 
 
 def require_tokenizer(tokenizer: Any) -> None:
