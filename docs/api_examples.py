@@ -34,6 +34,7 @@ from topk_rkl.loss import (
     topk_reverse_kl,
     use_backend,
 )
+from topk_rkl.plot import TokenReport, save_html, save_png, token_report
 from topk_rkl.recipe.builders import (
     difference,
     fixed_ids,
@@ -370,3 +371,25 @@ from tokenizers.models import WordLevel
 
 tokenizer, other = (Tokenizer(WordLevel(ids)) for ids in ({"yes": 0, "no": 1}, {"yes": 1, "no": 0}))
 assert tokenizer_hash(tokenizer) != tokenizer_hash(other)
+# %% token_report
+report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids], weights=mask)
+assert report.loss.shape == (B, T - 1)
+
+# %% TokenReport
+report: TokenReport = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
+at = report.worst(1)[0]
+print(report.loss_text(at), report.context(at, 5), report.token(at), report.p[at], report.q[at])
+
+# %% save_html
+import tempfile
+
+report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
+with tempfile.TemporaryDirectory() as folder:
+    save_html(report, f"{folder}/errors.html", title="Step 100")
+
+# %% save_png
+import tempfile
+
+report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
+with tempfile.TemporaryDirectory() as folder:
+    save_png(report, f"{folder}/errors.png", positions=[(0, 3)])

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from topk_rkl.diagnostics import topk_diagnostics
-from topk_rkl.loss import topk_reverse_kl
+from topk_rkl.loss import teacher_topk, topk_reverse_kl
+from topk_rkl.plot import TokenReport, save_html, save_png, token_report
 from topk_rkl.recipe.rollout import sampled_token_loss
 
 LR = {"topk": 1e-4, "sampled": 6e-5}
@@ -178,6 +179,15 @@ def plot(scores: dict[str, dict[str, float]], histories: dict[str, list[dict[str
     figure.savefig(path, dpi=150)
 
 
+@torch.no_grad()
+def errors(demo: Demo, student: nn.Module) -> TokenReport:
+    """Where the student errs in its greedy answers to the held-back prompts."""
+    sample = rollout(student, demo.tokenizer, demo.prompts["held back"], demo.args.length, GREEDY, seeded(demo))
+    support = teacher_topk(response_logits(demo.teacher, sample), demo.args.k, normalize=True)  # of (B, T, K)
+    _, weights = response_weights(demo.tokenizer, sample)  # (B, T)
+    return token_report(response_logits(student, sample), support, sample.ids, demo.tokenizer, weights=weights)
+
+
 def peak_bytes() -> int:
     """Resident memory of this process at its largest."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -200,6 +210,9 @@ def main() -> None:
         histories[objective] = train(demo, student, objective)
         scores[objective] = judge(demo, student, fixed)
         answers[objective] = answer(demo, student, prompt)
+        report = errors(demo, student)
+        save_html(report, args.out / f"errors_{objective}.html")
+        save_png(report, args.out / f"errors_{objective}.png")
     text = table(scores, answers, prompt)
     (args.out / "table.md").write_text(text, encoding="utf-8")
     taken = {name: value for name, value in vars(args).items() if name != "out"} | {"prompts": args.prompts.name}

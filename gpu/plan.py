@@ -52,6 +52,7 @@ UNTESTED = {
     "paper_smollm2": "a study of two CPU cores",
     "paper_variance": "a study of two CPU cores",
     "patch": "trainers of transformers, on CPU tensors",
+    "plot": "pictures of CPU tensors",
     "predict": "the model of a card, by hand",
     "out_of_bounds": "Triton's interpreter under AddressSanitizer",
     "ranks": "gloo ranks, on CPU tensors",

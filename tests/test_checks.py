@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import random
 import re
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 from topk_rkl.divergence import Divergence
 from topk_rkl.loss import causal_topk_reverse_kl, linear_causal_topk_reverse_kl
 from topk_rkl.overwrite import require_overwritable
+from topk_rkl.plot import save_html, save_png, token_report
 from topk_rkl.recipe import builders, composition, rewards, rollout
 from topk_rkl.recipe.builders import linear_fixed_ids
 from topk_rkl.recipe.rewards import return_to_go
@@ -53,6 +55,7 @@ IDS = torch.arange(5).expand(3, 5)
 S = Support(IDS, torch.randn(3, 5))
 HEAD = torch.randn(50, 40)
 YES_NO = Tokenizer(WordLevel({"yes": 0, "no": 1}))
+REPORT = token_report(Z, S, torch.tensor([1, 2, 3]), lambda ids: ["a"] * len(ids))
 
 
 def sharded(**marks: object) -> torch.Tensor:
@@ -676,6 +679,23 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     ),
     "tokenizer_hash": (tokenizer_hash, {"tokenizer": YES_NO}),
     "require of a report": (check_tokenizers(YES_NO, YES_NO, probe=["yes"]).require, {"worst": "same"}),
+    "token_report": (
+        token_report,
+        {
+            "student_logits": Z,
+            "support": S,
+            "input_ids": Y,
+            "tokenizer": lambda ids: ["a"] * len(ids),
+            "weights": torch.ones(3),
+            "temperature": 1.0,
+            "teacher_temperature": 1.0,
+        },
+    ),
+    "save_html": (lambda report, title: save_html(report, os.devnull, title=title), {"report": REPORT, "title": "a"}),
+    "save_png": (
+        lambda report, positions: save_png(report, os.devnull, positions),
+        {"report": REPORT, "positions": [(0, 1)]},
+    ),
 }
 
 
@@ -729,6 +749,7 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
     "logits_dtype": {"None"},
+    "input_ids": {"int tensor", "of other rows"}, "title": {"text"}, "positions": {"None", "empty"},
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip

@@ -18,6 +18,7 @@ if MISSING:
 
 from examples import distill  # noqa: E402
 from examples.smollm2 import Rollout  # noqa: E402
+from topk_rkl import topk_reverse_kl  # noqa: E402
 
 V, K, END = 12, 3, 7
 HISTORY = {"topk": [{"full": 1.0, "student_mass": 0.6}, {"full": 0.9, "student_mass": 0.7}]}
@@ -36,6 +37,26 @@ def test_the_students_mass_is_the_mean_over_the_tokens_that_count() -> None:
     masses = [ours[at].softmax(-1)[theirs[at].topk(K).indices].sum() for at in counted]
     assert float(found["student_mass"]) == pytest.approx(float(sum(masses)) / 4, rel=1e-5)
     assert not found["student_mass"].requires_grad and found["topk"] > 0
+
+
+def test_errors_are_those_of_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = torch.Generator().manual_seed(0)
+    logits = {"student": torch.randn(2, 4, V, generator=source), "teacher": torch.randn(2, 4, V, generator=source)}
+    ids = torch.tensor([[1, 2, 3, 4, 5, END], [END, 1, 5, END, END, END]])  # two tokens of a prompt, four of an answer
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]]).bool()
+    monkeypatch.setattr(distill, "rollout", lambda *_: Rollout(ids, mask, 4))
+    monkeypatch.setattr(distill, "response_logits", lambda model, _: logits[model])
+    tokenizer = SimpleNamespace(all_special_ids=[END], decode=lambda ids, **_: f" t{ids[0]}")
+    args = argparse.Namespace(k=K, length=4, seed=0)
+    found = distill.errors(distill.Demo(args, "teacher", tokenizer, {"held back": ["a", "b"]}), "student")
+    want = topk_reverse_kl(logits["student"], logits["teacher"], k=K, reduction="none").double()  # (2, 4)
+    counted = [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert sorted(found.worst(9)) == counted and found.teacher_mass is not None
+    for at in counted:
+        assert (
+            float(found.loss[at]) == pytest.approx(float(want[at]), rel=1e-5)
+            and found.token(at) == f"·t{ids[at[0], 2 + at[1]]}"
+        )
 
 
 def test_tables_show_the_mass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ def test_the_sdist_has_every_source(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     needed = ["CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py", "topk_rkl/py.typed"]
+    needed += ["topk_rkl/plot/page.html"]
     found = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "topk_rkl").rglob("*.py")]
     needed += [str(path.relative_to(ROOT)) for path in found]
     assert len(needed) > 90 and [name for name in needed if name not in held] == []
