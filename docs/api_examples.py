@@ -61,6 +61,7 @@ from topk_rkl.recipe.rewards import (
 )
 from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 from topk_rkl.recipe.weighting import Mode, Occurrences, aggregate, special_token_mask
+from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
 
@@ -327,3 +328,21 @@ head = torch.nn.Linear(H, V)
 with within_head(head, lambda x: linear_topk_reverse_kl(x, head.weight, support, student_bias=head.bias)) as taken:
     head(hidden)  # as the model that holds the head runs it
 loss = taken[0]
+
+# %% VLLM
+with VLLM("http://localhost:8000", "Qwen/Qwen3-32B", concurrency=16) as server:
+    teacher = server.teacher(k=K)  # for distill; supports = server.score(prompts, k=K) for prompts
+
+# %% SGLang
+with SGLang("http://localhost:30000", api_key="secret") as server:
+    teacher = server.teacher(k=K)
+
+# %% Server
+options = {"concurrency": 32, "retries": 8, "timeout": 120.0, "progress": True}
+servers: list[Server] = [SGLang(f"http://localhost:{port}", **options) for port in (30000, 30001)]
+
+# %% ScoringError
+try:
+    supports = SGLang("http://localhost:9", retries=0).score([[1, 2, 3]], k=K)
+except ScoringError as error:
+    supports = error.done  # by the place of the prompt; error.index is that of the one that failed

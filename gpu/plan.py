@@ -61,6 +61,7 @@ UNTESTED = {
     "rollout": "plain PyTorch on CPU tensors",
     "scaling": "the model of ranks, by hand and beside gloo on CPU tensors",
     "sequence_parallel": "sums over gloo ranks, of CPU tensors",
+    "server_client": "clients and stand-ins of servers, on CPU tensors",
     "sharded_heads": "gloo ranks, on CPU tensors",
     "sharded_training": "gloo ranks, on CPU tensors",
     "simulate": "the model of compiled code, by hand",

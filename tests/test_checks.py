@@ -43,6 +43,7 @@ from topk_rkl.recipe import builders, composition, rewards, rollout
 from topk_rkl.recipe.builders import linear_fixed_ids
 from topk_rkl.recipe.rewards import return_to_go
 from topk_rkl.recipe.weighting import aggregate, special_token_mask
+from topk_rkl.servers.client import VLLM, SGLang
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
@@ -541,6 +542,16 @@ LABELLED = {
     "weights": torch.ones(1, 3), "k": 3,
 }  # fmt: skip
 SIDES = {"student_log_probs": Z, "teacher_log_probs": W}
+SERVED = {"concurrency": 4, "retries": 2, "timeout": 9.0, "api_key": "key", "progress": False}
+
+
+class Unasked(SGLang):
+    """A client whose server is not asked."""
+
+    def _all(self, _: object) -> None:
+        raise AssertionError("the server was asked before the refusal")
+
+
 CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "teacher_topk": (teacher_topk, {"teacher_logits": W, "k": 3, "normalize": False}),
     "topk_reverse_kl": (topk_reverse_kl, LOSS | DENSE),
@@ -666,6 +677,11 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
     "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
     "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
+    "VLLM": (VLLM, {"url": "http://localhost", "model": "name", **SERVED}),
+    "SGLang": (SGLang, {"url": "http://localhost", **SERVED}),
+    "score": (Unasked("http://localhost").score, {"input_ids": [[1, 2]], "k": 3}),
+    "score_ids": (Unasked("http://localhost").score_ids, {"input_ids": [[1, 2, 3]], "ids": [IDS]}),
+    "teacher": (Unasked("http://localhost").teacher, {"k": 3}),
 }
 
 
@@ -719,6 +735,8 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
     "logits_dtype": {"None"},
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
+    "concurrency": {"numpy int"}, "retries": NUMBER - {"negative", "numpy float"}, "api_key": {"text", "None"},
+    "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"}, "progress": {"bool"},
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip
 
