@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -141,7 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**fault.headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault.cut else data)
+        with suppress(BrokenPipeError):  # of a client that gave up
+            self.wfile.write(data[: len(data) // 2] if fault.cut else data)
         self.close_connection = fault.cut
 
     def log_message(self, *_: object) -> None:

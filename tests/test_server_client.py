@@ -122,6 +122,7 @@ def test_given_ids_are_scored_by_the_model_in_their_order(pair: tuple[StandIn, M
     torch.manual_seed(0)
     ids = [torch.stack([torch.randperm(V)[:5] for _ in prompt]) for prompt in PROMPTS]
     ids[0][2, 1:3] = -1
+    ids[2][:, 1], ids[2][:, 3] = -1, ids[2][:, 0]  # no row is full, and one id is asked for twice
     ids[1][:] = -1
     found = make().score_ids(PROMPTS, ids)
     for support, prompt, asked in zip(found, PROMPTS, ids):
@@ -134,7 +135,7 @@ def test_given_ids_are_scored_by_the_model_in_their_order(pair: tuple[StandIn, M
 
 def test_the_ids_of_a_request_are_those_that_the_servers_take(pair: tuple[StandIn, Make]) -> None:
     server, make = pair
-    make().score_ids([[5, 6, 7]], [torch.tensor([[9, 4], [4, -7], [1, 1]])])
+    make().score_ids([[5, 6, 7]], [torch.tensor([[-1, 4, 9], [-7, 4, 4], [1, 1, 1]])])
     path, body, _ = server.asked[0]
     if path == "/generate":
         assert body["token_ids_logprob"] == [4, 9] and "top_logprobs_num" not in body
@@ -142,7 +143,7 @@ def test_the_ids_of_a_request_are_those_that_the_servers_take(pair: tuple[StandI
         assert path == "/inference/v1/generate" and body["token_ids"] == [5, 6, 7]
         assert body["sampling_params"] == {
             "max_tokens": 1, "temperature": 1.0, "detokenize": False, "prompt_logprob_start": 0,
-            "prompt_logprob_token_ids": [[9, 4], [4, -1]],
+            "prompt_logprob_token_ids": [[9, 4], [4, -1]],  # as few columns as hold the different ids
         }  # fmt: skip
 
 
@@ -296,7 +297,6 @@ def test_another_kind_of_server_is_told() -> None:
         ((403, ""), "answered 403: nothing; pass an api_key that may use this server"),
         ((413, "<html>Too Large</html>"), "answered 413: <html>Too Large</html>; score shorter prompts"),
         ((422, {"detail": [{"msg": "bad"}]}), r"answered 422: \[{'msg': 'bad'}\]; change what it names"),
-        ((307, "moved"), "answered 307: moved"),
         ((200, "<html>welcome"), "answered b'<html>welcome', which is not JSON; see that url is that of the server"),
         ((200, {"choices": []}), "must"),
         ((200, {"id": "1"}), "must have choices or outputs or prompt_logprobs"),
@@ -307,6 +307,13 @@ def test_an_answer_that_is_none_is_told(vllm: StandIn, answer: Answer, message: 
     vllm.faults = [Fault(answer)]
     with pytest.raises(ScoringError, match=rf"prompt 0 of VLLM.*{message}"):
         VLLM(vllm.url, NAME).score([[5, 6]], 4)
+
+
+def test_a_redirection_is_told_and_not_followed(vllm: StandIn) -> None:
+    vllm.faults = [Fault((307, ""), {"Location": vllm.url + "/elsewhere"})]
+    with pytest.raises(ScoringError, match=rf"answered 307: {vllm.url}/elsewhere; pass the url to which it leads"):
+        VLLM(vllm.url, NAME, api_key="secret").score([[5, 6]], 4)
+    assert len(vllm.asked) == 1
 
 
 def test_another_number_of_positions_is_refused(pair: tuple[StandIn, Make]) -> None:
@@ -410,6 +417,7 @@ def test_options_are_refused_by_their_name(options: dict[str, Any], message: str
         VLLM(**{"url": "http://localhost:8000", "model": NAME} | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["tqdm", "urllib3"])
 def test_a_missing_package_is_told_with_what_to_install(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; import topk_rkl.servers.client"
@@ -423,6 +431,7 @@ def test_waits_double() -> None:
     assert http.BACKOFF_SECONDS * 2 == 1  # second, of the second retry, as Server says
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_page_run(vllm: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/servers_client.md").read_text()

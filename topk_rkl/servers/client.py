@@ -236,9 +236,10 @@ class VLLM(Server):
         prompt: list[int],
         ids: Tensor,  # (T - 1, K)
     ) -> Support:
+        asked = _packed(ids)
         sampling = {
             "max_tokens": 1, "temperature": 1.0, "detokenize": False, "prompt_logprob_start": 0,
-            "prompt_logprob_token_ids": ids.clamp_min(-1).tolist(),
+            "prompt_logprob_token_ids": asked.tolist(),
         }  # fmt: skip
         body = {"model": self.model, "token_ids": prompt, "sampling_params": sampling}
         answer = self._post("/inference/v1/generate", body)
@@ -247,7 +248,7 @@ class VLLM(Server):
                 f"the answer has no {SCORES}; start vLLM 0.32 or later with VLLM_USE_V2_MODEL_RUNNER=1, and without "
                 "--kv-sharing-fast-prefill"
             )
-        return from_vllm_scores(answer, ids)
+        return from_vllm_scores(answer, asked)
 
     def _remedy(self, status: int, words: str) -> str | None:
         wanted = re.search(r"of (\d+), which is greater than max allowed", words)
@@ -297,6 +298,14 @@ def _require_positions(support: Support, prompt: list[int]) -> Support:
             "neither cuts prompts nor adds tokens to them"
         )
     return support
+
+
+def _packed(
+    ids: Tensor,  # (N, K)
+) -> Tensor:  # (N, U)
+    """The different ids of each row, then -1, in as few columns as hold them."""
+    packed = Support(ids, torch.zeros(ids.shape)).unique().ids.sort(-1, descending=True).values
+    return packed[:, : int((packed >= 0).sum(-1).max())].clamp_min(-1)
 
 
 def _taken(

@@ -13,7 +13,10 @@ from topk_rkl import checks
 CONNECT_SECONDS, BACKOFF_SECONDS = 10, 0.5  # to connect; half the wait before the second retry
 PASSING = (429, 500, 502, 503, 504)  # statuses of a server that is busy or starting
 TOLD = 600  # characters of a server's own words
-REMEDIES = {401: "pass api_key", 403: "pass an api_key that may use this server", 413: "score shorter prompts"}
+REMEDIES = {
+    **dict.fromkeys((301, 302, 307, 308), "pass the url to which it leads"),  # a key may not be sent on by itself
+    401: "pass api_key", 403: "pass an api_key that may use this server", 413: "score shorter prompts",
+}  # fmt: skip
 OTHERWISE = "change what it names, or raise retries where the server is busy or starting"
 Remedy = Callable[[int, str], str | None]  # of a status and the server's words; None where it knows none
 
@@ -55,7 +58,7 @@ class Http:
                 "retries or timeout"
             ) from error
         if answer.status != 200:
-            words = words_of(answer.data)
+            words = answer.headers.get("Location") or words_of(answer.data)
             todo = remedy(answer.status, words) or REMEDIES.get(answer.status, OTHERWISE)
             raise ValueError(f"{path} answered {answer.status}: {words}; {todo}")
         try:
