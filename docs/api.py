@@ -22,6 +22,7 @@ MODULES = (
     "topk_rkl.recipe.rewards",
     "topk_rkl.recipe.rollout",
     "topk_rkl.recipe.weighting",
+    "topk_rkl.servers",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
 )

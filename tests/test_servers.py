@@ -4,8 +4,10 @@ import base64
 import io
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy
 import pytest
 import torch
 
-from topk_rkl import Support
+from topk_rkl import Support, topk_reverse_kl
 from topk_rkl.servers import (
     alignment,
     from_llama_cpp,
@@ -602,3 +604,26 @@ def test_too_few_positions_tell_nothing() -> None:
     assert alignment(support, ids, at_least=15)[1] > 0.7
     with pytest.raises(ValueError, match=r"input_ids has shape \(16,\) and support positions \(17,\)"):
         alignment(support, ids[:16])
+
+
+def test_the_page_has_code_that_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "servers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page.partition("\n## Answers")[2].partition("\n## ")[0], re.M | re.S)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, scope)
+    answer = {"choices": [{"prompt_logprobs": vllm_rows()}, {"prompt_logprobs": vllm_rows()[:4]}]}
+    batch = scope["of_batch"](answer, K)
+    assert batch.shape == (2, 6)
+    same(batch[0], prompt())
+    same(batch[1], prompt()[:3].pad(6))
+    placed = scope["of_response"](chat(K + 1), K, 1)
+    same(placed, prompt())
+    with pytest.raises(ValueError, match="support has 5 positions"):
+        scope["distill"]({"prompt_logprobs": vllm_rows(32)}, torch.tensor(TOKENS), LOGITS)
+    ids, rows = [int(LOG_PROBS[0].argmax())] * 40, [None, *[vllm_row(0, int(LOG_PROBS[0].argmax()), 32)] * 39]
+    loss = scope["distill"]({"prompt_logprobs": rows}, torch.tensor(ids), LOGITS[:1].expand(40, -1))
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    loss = scope["distill"]({"prompt_logprobs": rows}, torch.tensor(ids), LOGITS[:1].expand(40, -1) * 0.5)
+    by_row = topk_reverse_kl(LOGITS[:1] * 0.5, truth(slice(0, 1), 32))
+    assert float(loss) == pytest.approx(float(by_row) * 39 / 40, rel=1e-5)  # an empty position has loss 0 and counts
