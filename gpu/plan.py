@@ -62,6 +62,8 @@ UNTESTED = {
     "scaling": "the model of ranks, by hand and beside gloo on CPU tensors",
     "sequence_parallel": "sums over gloo ranks, of CPU tensors",
     "server_client": "clients and stand-ins of servers, on CPU tensors",
+    "servers": "answers of servers, on CPU tensors",
+    "servers_recorded": "answers of servers beside a model on the CPU",
     "sharded_heads": "gloo ranks, on CPU tensors",
     "sharded_training": "gloo ranks, on CPU tensors",
     "simulate": "the model of compiled code, by hand",

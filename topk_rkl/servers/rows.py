@@ -76,13 +76,14 @@ def best(
 ) -> Support:
     """The best K of each row, (T, K), each id once, by (log-prob descending, id ascending)."""
     _require_numbers(name, ids, log_probs)
+    impossible = ((ids >= 0) & (log_probs <= NEVER)).sum(-1)  # listed, but no slot
     ids, log_probs = ranked(ids.to(torch.int32), log_probs)
     if (log_probs.logsumexp(-1) > LARGEST_LOG_SUM).any():
         raise ValueError(
             f"answer: probabilities of {name} add up to more than 1, so its numbers are logits; start the server so "
             "that it gives log-probs, such as with --logprobs-mode raw_logprobs"
         )
-    sure, most = surely_best(ids, log_probs, actual, crowded)
+    sure, most = surely_best(ids, log_probs, impossible, actual, crowded)
     if 0 < most < k:
         raise ValueError(f"k is {k}, but no position of {name} has more than {most} tokens; {remedy}")
     out = (ids < 0) | (torch.arange(ids.shape[-1]) >= sure[:, None])
@@ -106,27 +107,29 @@ def ranked(
 def surely_best(
     ids: Tensor,  # (T, W) ranked
     log_probs: Tensor,  # (T, W)
+    impossible: Tensor,  # (T,) the number of tokens that have -inf
     actual: Tensor | None,  # (T,)
     crowded: bool,
 ) -> tuple[Tensor, int]:
-    """How many leading slots of each row are known to be the teacher's best tokens, (T,), and the most of any row.
+    """How many leading slots of each row are known to be the teacher's best tokens, (T,), and how many K may be.
 
-    A server that is asked for K lists the actual token too. Where it is ranked last, a better one may be missing, for
-    it is either the K-th best or one that would not be listed otherwise. Other rows show K, unless rows are crowded.
+    A server that is asked for K lists K, and the actual token. Where that is ranked last, it is either the K-th best or
+    one that would not be listed otherwise: the row has K or K + 1. Another row has K. Crowded rows all have K, so that
+    an actual token which is ranked last may stand in the place of a better one.
     """
     given = (log_probs > -torch.inf).sum(-1)
-    most = int(given.max()) if given.numel() else 0
+    listed = given + impossible
+    most = int(listed.max()) if listed.numel() else 0
     if actual is None or most == 0:
         return given, most
     lowest = log_probs.gather(-1, (given - 1).clamp_min(0)[:, None])
-    doubtful = ((ids == actual[:, None]) & (ids >= 0) & (log_probs == lowest)).any(-1)
+    doubtful = ((ids == actual[:, None]) & (ids >= 0) & (log_probs == lowest)).any(-1) & (impossible == 0)
     if crowded:
         return given - doubtful.to(given.dtype), most
-    certain = given[~doubtful]
-    if certain.numel() and int(certain.max()):
-        most = int(certain.max())
-        return given.clamp_max(most), most
-    return given.clamp_max(most - 1), most
+    plain = ~doubtful & (given > 0) & (impossible == 0)
+    known = torch.cat([listed[plain], listed[doubtful] - 1])
+    least = int(known.max()) if len(known) else most  # K, or K - 1 where no row shows which
+    return given.clamp_max(least), least if plain.any() else most
 
 
 def _require_numbers(

@@ -150,8 +150,8 @@ def _chosen_ids(token_ids: Any) -> Tensor:
         except ValueError:
             raise TypeError("token_ids holds what is no int; it must be rows of ids") from None
         return rows._padded()[0]
-    if type(token_ids).__module__ == "numpy":
-        token_ids = torch.as_tensor(token_ids) if token_ids.dtype.kind in "iu" else None
+    if type(token_ids).__module__ == "numpy" and token_ids.dtype.kind == "i":
+        token_ids = torch.as_tensor(token_ids)
     if not isinstance(token_ids, Tensor):
         raise TypeError(f"token_ids is {checks.kind_of(token_ids)}; it must be (N, K) ids: a tensor, an array or lists")
     checks.require_tensor("token_ids", token_ids, checks.INTEGERS)
