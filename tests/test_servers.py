@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from topk_rkl.servers import (
     from_vllm,
     from_vllm_scores,
 )
+from topk_rkl.servers.strings import bytes_of
 
 LOGITS = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * 3
 LOG_PROBS = LOGITS.log_softmax(-1)
@@ -145,9 +147,15 @@ def test_a_k_that_the_server_does_not_give_is_refused() -> None:
 def test_the_actual_token_is_not_the_fifth_best_where_four_were_asked_for() -> None:
     with pytest.raises(ValueError, match="k is 5, but no position of prompt_logprobs has more than 4 tokens"):
         from_vllm({"prompt_logprobs": vllm_rows()}, K + 1)
-    rows = [row for row in vllm_rows()[1:] if len(row) == K + 1]  # every row has one more
-    found = from_vllm({"prompt_logprobs": [None, *rows]}, K + 1)
-    assert (found.ids[:-1] >= 0).sum(-1).tolist() == [K] * len(rows)
+    rows = [vllm_row(0, 0), vllm_row(1, int(LOG_PROBS[1].topk(K).indices[-1]))]  # one row has K + 1 tokens, one K
+    with pytest.raises(ValueError, match="k is 5, but no position of prompt_logprobs has more than 4 tokens"):
+        from_vllm({"prompt_logprobs": [None, *rows]}, K + 1)
+
+
+def test_a_single_row_whose_actual_token_is_the_last_is_whole() -> None:
+    row = vllm_row(0, int(LOG_PROBS[0].topk(K).indices[-1]))
+    assert len(row) == K
+    same(from_vllm({"prompt_logprobs": [None, row]}, K), truth(slice(0, 1)).pad(2))
 
 
 def test_a_position_of_fewer_tokens_has_empty_slots() -> None:
@@ -239,6 +247,15 @@ def test_a_chat_lets_the_sampled_token_push_out_the_last_one() -> None:
     assert (found.ids == -1).any()
     same(from_vllm(chat(K + 1), K, part="response"), truth())  # the remedy
     same(from_openai(chat(K + 1), K), truth())
+
+
+def test_objects_of_the_openai_package_are_read_as_json_is() -> None:
+    def objects_of(x: Any) -> Any:
+        if isinstance(x, dict):
+            return SimpleNamespace(**{name: objects_of(y) for name, y in x.items()})
+        return [objects_of(y) for y in x] if isinstance(x, list) else x
+
+    same(from_openai(objects_of(chat(K + 1)), K), truth())
 
 
 def scores(k: int = 3, dtype: type = numpy.float32) -> tuple[torch.Tensor, str]:
@@ -341,6 +358,16 @@ def test_sglang_scores_chosen_ids() -> None:
     same(found, Support(torch.tensor(ids)[order].int(), log_probs).pad(6))
 
 
+def test_rows_of_sglang_must_be_as_many_as_the_prompt_has_tokens() -> None:
+    answer = sglang([None, *triples(range(3, 5))], prompt_tokens=6)
+    with pytest.raises(ValueError, match="start is 0, and input_top_logprobs has 3 rows of a prompt of 6 tokens"):
+        from_sglang(answer, K)
+    assert len(from_sglang(answer, K, start=3)) == 6
+    with pytest.raises(ValueError, match=r"has 0 rows of a prompt of 6 tokens; pass the .* logprob_start_len=0"):
+        from_sglang(sglang([], prompt_tokens=6), K)
+    same(from_sglang(sglang([None, *triples(range(5))], prompt_tokens=6), K), prompt())
+
+
 def test_what_was_not_asked_of_sglang_is_named() -> None:
     with pytest.raises(ValueError, match=r"no input_top_logprobs; ask .* top_logprobs_num=4, logprob_start_len=0"):
         from_sglang({"meta_info": {}}, K)
@@ -437,7 +464,7 @@ def test_a_string_of_no_or_several_ids_is_refused(string: str) -> None:
 def test_a_token_that_is_left_out_makes_no_room_for_a_worse_one() -> None:
     answer = {"choices": [{"logprobs": {"tokens": ["a"], "top_logprobs": [{" b": -0.5, "<|end|>": -2.0, "a": -3.0}]}}]}
     found = from_openai(answer, 2, Words(), ambiguous="drop")
-    assert found.ids.tolist() == [[5, -1]]  # "a" was drawn, and need not be the third best
+    assert found.ids.tolist() == [[5, -1]]  # "a" is the third
 
 
 def test_bytes_name_a_part_of_a_character() -> None:
@@ -447,6 +474,24 @@ def test_bytes_name_a_part_of_a_character() -> None:
     ]
     answer = {"choices": [{"logprobs": {"content": [{**entries[0], "top_logprobs": entries}]}}]}
     assert from_openai(answer, 2, Words()).ids.tolist() == [[3, 4]]
+
+
+def test_a_tokenizer_that_grows_is_read_again() -> None:
+    words = Words()
+    assert from_openai(completion({"a": -1.0}), 1, words).ids.tolist() == [[0]]
+    words.tokens = (*Words.tokens, "new")
+    assert from_openai(completion({"new": -1.0}), 1, words).ids.tolist() == [[6]]
+
+
+def test_byte_fallback_names_a_byte() -> None:
+    assert bytes_of(["<0xE2>", "Ġa", "▁a", "<s>"]) == [b"\xe2", b" a", None, b"<s>"]
+
+
+def test_a_npy_file_needs_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, text = scores()
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ModuleNotFoundError, match=r"prompt_token_id_logprobs is a \.npy file.*pip install numpy"):
+        from_vllm_scores({"prompt_token_id_logprobs": text}, ids.tolist())
 
 
 def test_strings_without_a_tokenizer_are_refused_with_what_to_ask() -> None:
@@ -491,6 +536,11 @@ REFUSALS = {
         lambda: from_openai({"choices": [{"logprobs": {"content": [{"token": "a"}]}}]}, K),
         ValueError,
         r"logprobs.content\[0\] has no top_logprobs",
+    ),
+    "a chat with top_logprobs=0": (
+        lambda: from_openai({"choices": [{"logprobs": {"content": [{"token": "a", "top_logprobs": []}]}}]}, K),
+        ValueError,
+        r"logprobs.content\[0\] has no top_logprobs; ask the server for top_logprobs=K",
     ),
     "no choices": (lambda: from_vllm({"choices": []}, K), ValueError, "choices is .*at least one item"),
     "rows of another length": (

@@ -11,10 +11,10 @@ says nothing of it. An argument that is not as a function says raises TypeError 
 to ask of each server, and the traps.
 """
 
-from topk_rkl.servers.alignment import alignment
 from topk_rkl.servers.llama_cpp import from_llama_cpp
 from topk_rkl.servers.openai import from_openai
 from topk_rkl.servers.sglang import from_sglang
+from topk_rkl.servers.shifts import alignment
 from topk_rkl.servers.tinker import from_tinker
 from topk_rkl.servers.trtllm import from_trtllm
 from topk_rkl.servers.vllm import from_vllm, from_vllm_scores

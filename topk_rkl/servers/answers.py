@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import io
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -105,10 +106,10 @@ def raw(name: str, text: object, dtype: torch.dtype) -> Tensor:
 
 def from_npy(name: str, text: object) -> Tensor:
     """Base64 of a .npy file, which numpy reads, as float32."""
-    import io
-
-    import numpy
-
+    try:
+        import numpy
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(f"{name} is a .npy file, which numpy reads; run pip install numpy") from missing
     try:
         array = numpy.load(io.BytesIO(decoded(name, text)), allow_pickle=False)
         return torch.from_numpy(array.astype(numpy.float32))

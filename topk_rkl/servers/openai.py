@@ -83,7 +83,7 @@ def of_chat(name: str, content: Any, inverter: Inverter, crowded: bool = True) -
     lenient = Inverter(inverter.tokenizer, "drop")
     for i, entry in enumerate(require_rows(name, content, "top_logprobs=K")):
         top = field(entry, "top_logprobs")
-        if top is None:
+        if not top:
             raise ValueError(f"answer: {name}[{i}] has no top_logprobs; ask the server for top_logprobs=K")
         ids = [entry_id(name, i, x, inverter) for x in top]
         sampled = [x for x, y in zip(ids, top) if field(y, "token") == field(entry, "token")]

@@ -128,8 +128,10 @@ def surely_best(
         return given - doubtful.to(given.dtype), most
     plain = ~doubtful & (given > 0) & (impossible == 0)
     known = torch.cat([listed[plain], listed[doubtful] - 1])
-    least = int(known.max()) if len(known) else most  # K, or K - 1 where no row shows which
-    return given.clamp_max(least), least if plain.any() else most
+    least = int(known.max()) if len(known) else most
+    if not (listed == least).any():  # K or K - 1, and no row shows which: then `k` is taken at its word
+        return given, most
+    return given.clamp_max(least), least
 
 
 def _require_numbers(

@@ -56,7 +56,15 @@ def from_sglang(
     else:
         request += ", logprob_start_len=0" * (part == "prompt")
         support = _nested(name, require_rows(name, field(info, name), request)).support(k, f"ask for {request}")
-    return after(support, start) if part == "prompt" else support
+    if part == "response":
+        return support
+    length = field(info, "prompt_tokens")
+    if length not in (None, start + len(support)):
+        raise ValueError(
+            f"start is {start}, and {name} has {len(support)} rows of a prompt of {length} tokens; pass the "
+            "logprob_start_len of the request, which must be there to give rows: logprob_start_len=0"
+        )
+    return after(support, start)
 
 
 def _nested(name: str, rows: Any) -> Rows:

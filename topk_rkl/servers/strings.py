@@ -9,7 +9,7 @@ from topk_rkl import checks
 Ambiguous = Literal["refuse", "drop"]
 PREFIX = "token_id:"  # of vLLM, with return_tokens_as_token_ids
 SEVERAL = -2
-_known: "weakref.WeakKeyDictionary[Any, tuple[dict[str, int], dict[bytes, int]]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[Any, tuple[dict[str, int], dict[bytes, int], int]]" = weakref.WeakKeyDictionary()
 
 
 class Inverter:
@@ -59,13 +59,14 @@ def require_tokenizer(tokenizer: Any) -> None:
 
 
 def inverted(tokenizer: Any) -> tuple[dict[str, int], dict[bytes, int]]:
-    """The ids by string and by bytes, SEVERAL where more than one has it; worked out once per tokenizer."""
-    if tokenizer not in _known:
-        ids = range(len(tokenizer))
+    """The ids by string and by bytes, SEVERAL where more than one has it; worked out once per tokenizer and length."""
+    ids = range(len(tokenizer))
+    if tokenizer not in _known or _known[tokenizer][2] != len(ids):
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         strings = tokenizer.batch_decode([[i] for i in ids], **options)
-        _known[tokenizer] = (by_value(strings), by_value(bytes_of(tokenizer.convert_ids_to_tokens(list(ids)))))
-    return _known[tokenizer]
+        pieces = bytes_of(tokenizer.convert_ids_to_tokens(list(ids)))
+        _known[tokenizer] = (by_value(strings), by_value(pieces), len(ids))
+    return _known[tokenizer][:2]
 
 
 def by_value(values: Sequence[Any]) -> dict[Any, int]:
