@@ -93,7 +93,7 @@ class SGLangStandIn(StandIn):
         prompt = body["input_ids"]
         rows = self.log_probs(prompt)
         tokens = [[None, prompt[0], None], *([float(row[i]), i, None] for row, i in zip(rows, prompt[1:]))]
-        meta: dict[str, Any] = {"id": "1", "prompt_tokens": len(prompt), "input_token_logprobs": tokens}
+        meta: dict[str, Any] = {"id": "1", "prompt_tokens": len(prompt) - self.cut, "input_token_logprobs": tokens}
         if body.get("top_logprobs_num"):
             best = (row.topk(body["top_logprobs_num"]) for row in rows)
             meta["input_top_logprobs"] = [None, *(sglang_row(x.values, x.indices) for x in best)]

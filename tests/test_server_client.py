@@ -1,6 +1,7 @@
 """A teacher behind a server is the teacher itself: clients of vLLM and SGLang against stand-ins over real sockets."""
 
 import copy
+import json
 import pickle
 import re
 import socket
@@ -99,6 +100,22 @@ def test_a_prompt_may_be_a_tensor_and_supports_make_a_batch(pair: tuple[StandIn,
     for i, prompt in enumerate(PROMPTS[:3]):
         assert_same(batch[i, : len(prompt)], truth(prompt, 3))
         assert (batch[i, len(prompt) :].ids == -1).all()
+
+
+def test_a_prompt_of_two_tokens_has_k_slots_whichever_comes_second(pair: tuple[StandIn, Make]) -> None:
+    best = truth([8, 9], 4).ids[0].tolist()
+    prompts = [[8, token] for token in (*best, 3)]
+    for support, prompt in zip(pair[1]().score(prompts, 4), prompts):
+        assert_same(support, truth(prompt, 4))
+
+
+def test_an_answer_that_vllm_gave_is_read(vllm: StandIn) -> None:
+    answer = json.loads((ROOT / "tests/recorded/vllm.json").read_text())["prompt_logprobs"]
+    answer["choices"] = answer["choices"][:1]  # of two prompts
+    tokens = [next(iter(row)) for row in answer["choices"][0]["prompt_logprobs"][1:]]
+    vllm.faults = [Fault((200, answer))]
+    (found,) = VLLM(vllm.url, NAME).score([[1, *map(int, tokens)]], 8)
+    assert found.ids[0, :3].tolist() == [29, 28, 198] and found.log_probs[0, 0] == pytest.approx(-0.98550, abs=1e-5)
 
 
 def test_a_request_asks_for_raw_log_probs_of_the_whole_prompt(pair: tuple[StandIn, Make]) -> None:
