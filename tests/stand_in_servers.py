@@ -78,6 +78,10 @@ class VLLMStandIn(StandIn):
     def scores(self, body: dict[str, Any]) -> Answer:
         sampling, prompt = body["sampling_params"], body["token_ids"]
         ids = torch.tensor(sampling["prompt_logprob_token_ids"])
+        if ids.shape[1] > MAX_LOGPROBS:
+            words = f"Requested {ids.shape[1]} token ids per row in prompt_logprob_token_ids, which is greater than max"
+            more = f"Set max_logprobs (--max-logprobs) to at least {ids.shape[1]}."
+            return vllm_error(400, "BadRequestError", f"{words} allowed: {MAX_LOGPROBS}. {more}")
         assert len(ids) == len(prompt) - 1 - sampling["prompt_logprob_start"]
         found = self.log_probs(prompt).gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
         file = io.BytesIO()

@@ -273,10 +273,13 @@ def test_a_refusal_is_told_in_the_servers_words_and_not_repeated(vllm: StandIn) 
     assert str(caught.value) == (
         f"prompt 0 of VLLM('{vllm.url}'): /v1/completions answered 400: Requested prompt logprobs of 64, which is "
         "greater than max allowed: 20 (parameter=prompt_logprobs, value=64); start the server with --max-logprobs 64, "
-        "or ask for a smaller k"
+        "or ask for fewer"
     )
     assert len(vllm.asked) <= 2  # the next may be under way when the first fails
-    assert len(VLLM(vllm.url, NAME).score([[5, 6]], 20)[0]) == 2
+    with pytest.raises(ScoringError, match=r"answered 400: Requested 21 token ids .*with --max-logprobs 21, or ask"):
+        VLLM(vllm.url, NAME).score_ids([[5, 6]], [torch.arange(21).expand(2, 21)])
+    assert VLLM(vllm.url, NAME).score([[5, 6]], 20)[0].ids.min(-1).values[0] >= 0
+    assert VLLM(vllm.url, NAME).score_ids([[5, 6]], [torch.arange(20).expand(2, 20)])[0].ids[0, 19] == 19
 
 
 def test_answers_that_came_are_not_lost(pair: tuple[StandIn, Make]) -> None:
@@ -451,8 +454,9 @@ def test_waits_double() -> None:
 @pytest.mark.slow
 def test_the_lines_of_the_page_run(vllm: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs/servers_client.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("servers*.md"))
+    section = pages.partition("## The client\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     student = tiny()
     before = [p.clone() for p in student.parameters()]
     scope = {"student": student, "data": rows(4), "collate": collate, "prompts": PROMPTS, "torch": torch}

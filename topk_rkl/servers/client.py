@@ -251,9 +251,9 @@ class VLLM(Server):
         return from_vllm_scores(answer, asked)
 
     def _remedy(self, status: int, words: str) -> str | None:
-        wanted = re.search(r"of (\d+), which is greater than max allowed", words)
+        wanted = re.match(r"Requested \D*(\d+).*greater than max allowed", words)  # best tokens, or ids per position
         if wanted:
-            return f"start the server with --max-logprobs {wanted[1]}, or ask for a smaller k"
+            return f"start the server with --max-logprobs {wanted[1]}, or ask for fewer"
         if status == 404 and "model" in words.lower():
             return f"model is {self.model!r}; pass a name that {self._http.url}/v1/models lists"
         if status == 404:
@@ -314,7 +314,7 @@ def _taken(
 ) -> Support:  # (T, K)
     """What the support says of the ids, in their order; empty where it says nothing."""
     known, order = support.ids.long().sort(-1)
-    at = torch.searchsorted(known, ids.long()).clamp_max(support.k - 1)
+    at = torch.searchsorted(known, ids.long().contiguous()).clamp_max(support.k - 1)
     log_probs = support.log_probs.gather(-1, order).gather(-1, at)
     return Support(ids, log_probs).without((known.gather(-1, at) != ids) | (ids < 0))
 
