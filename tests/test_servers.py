@@ -249,6 +249,17 @@ def test_a_chat_lets_the_sampled_token_push_out_the_last_one() -> None:
     same(from_openai(chat(K + 1), K), truth())
 
 
+def test_a_chat_that_lists_the_best_alone_is_whole() -> None:
+    answer = chat(K)
+    for t, entry in enumerate(answer["choices"][0]["logprobs"]["content"]):
+        entry["top_logprobs"] = [
+            {"token": f"token_id:{i}", "logprob": LOG_PROBS[t, i].item()} for i in LOG_PROBS[t].topk(K).indices.tolist()
+        ]
+    beyond = [TOKENS[t + 1] not in truth().ids[t] for t in range(5)]
+    assert sum(beyond) >= 2
+    same(from_openai(answer, K)[torch.tensor(beyond)], truth()[torch.tensor(beyond)])
+
+
 def test_objects_of_the_openai_package_are_read_as_json_is() -> None:
     def objects_of(x: Any) -> Any:
         if isinstance(x, dict):
@@ -465,6 +476,8 @@ def test_a_token_that_is_left_out_makes_no_room_for_a_worse_one() -> None:
     answer = {"choices": [{"logprobs": {"tokens": ["a"], "top_logprobs": [{" b": -0.5, "<|end|>": -2.0, "a": -3.0}]}}]}
     found = from_openai(answer, 2, Words(), ambiguous="drop")
     assert found.ids.tolist() == [[5, -1]]  # "a" is the third
+    answer = completion({" b": -0.5, "none": -0.6, "<|end|>": -2.0, "a": -3.0})
+    assert from_openai(answer, 3, Words(), ambiguous="drop").ids.tolist() == [[5, -1, -1]]
 
 
 def test_bytes_name_a_part_of_a_character() -> None:
@@ -492,6 +505,15 @@ def test_a_npy_file_needs_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(ModuleNotFoundError, match=r"prompt_token_id_logprobs is a \.npy file.*pip install numpy"):
         from_vllm_scores({"prompt_token_id_logprobs": text}, ids.tolist())
+
+
+def test_the_bytes_of_a_string_that_stands_for_others_are_no_bytes_of_a_token() -> None:
+    words = Words()
+    words.tokens = (*Words.tokens, "ï¿½")  # the character that others are replaced by is a token too
+    entry = {"token": "\ufffd", "bytes": list("\ufffd".encode()), "logprob": -0.5}
+    answer = {"choices": [{"logprobs": {"content": [{**entry, "top_logprobs": [entry]}]}}]}
+    with pytest.raises(ValueError, match="is not the string of one id alone"):
+        from_openai(answer, 1, words)
 
 
 def test_strings_without_a_tokenizer_are_refused_with_what_to_ask() -> None:

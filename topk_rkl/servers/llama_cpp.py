@@ -1,6 +1,5 @@
 """llama.cpp: its own server, which gives ids, and llama-cpp-python, which gives strings."""
 
-from typing import Any
 
 from topk_rkl.servers.answers import chosen, field, require_answer
 from topk_rkl.servers.openai import generated, of_chat
@@ -12,9 +11,9 @@ NATIVE = "completion_probabilities"
 
 
 def from_llama_cpp(
-    answer: Any,
+    answer: object,
     k: int,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     *,
     choice: int | None = None,
     ambiguous: Ambiguous = "refuse",

@@ -11,9 +11,9 @@ REMEDY = "ask for logprobs={0}, or top_logprobs={0} in a chat"
 
 
 def from_openai(
-    answer: Any,
+    answer: object,
     k: int,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     *,
     choice: int | None = None,
     ambiguous: Ambiguous = "refuse",
@@ -65,7 +65,6 @@ def generated(choice: Any, inverter: Inverter, crowded: bool = True) -> Rows:
     if len(tokens) != len(rows):
         raise ValueError(f"answer: {name} has {len(rows)} rows for {len(tokens)} tokens; it must have one per token")
     found = Rows(name)
-    lenient = Inverter(inverter.tokenizer, "drop")
     for i, (row, token) in enumerate(zip(rows, tokens)):
         if not row:
             found.add((), ())
@@ -73,22 +72,22 @@ def generated(choice: Any, inverter: Inverter, crowded: bool = True) -> Rows:
         if not hasattr(row, "items"):
             raise ValueError(f"answer: {name}[{i}] is not a dict of tokens and log-probs")
         ids = [inverter.id_of(name, i, x) for x in row]
-        found.add(ids, row.values(), lenient.id_of(name, i, token) if token in row else -1)
+        found.add(ids, row.values(), dict(zip(row, ids)).get(token, -1))
     return found
 
 
 def of_chat(name: str, content: Any, inverter: Inverter, crowded: bool = True) -> Rows:
     """Of entries with `top_logprobs`, each a token with its log-prob."""
     found = Rows(name, crowded=crowded)
-    lenient = Inverter(inverter.tokenizer, "drop")
     for i, entry in enumerate(require_rows(name, content, "top_logprobs=K")):
         top = field(entry, "top_logprobs")
         if not top:
             raise ValueError(f"answer: {name}[{i}] has no top_logprobs; ask the server for top_logprobs=K")
         ids = [entry_id(name, i, x, inverter) for x in top]
-        sampled = [x for x, y in zip(ids, top) if field(y, "token") == field(entry, "token")]
-        actual = sampled[0] if len(sampled) == 1 else entry_id(name, i, entry, lenient)
-        found.add(ids, [field(x, "logprob") for x in top], actual)
+        log_probs = [field(x, "logprob") for x in top]
+        drawn = field(entry, "token"), field(entry, "logprob")  # two parts of characters may have one string
+        listed = [x for x, y, log_prob in zip(ids, top, log_probs) if (field(y, "token"), log_prob) == drawn]
+        found.add(ids, log_probs, listed[0] if listed else -1)
     return found
 
 

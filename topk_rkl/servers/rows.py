@@ -129,9 +129,8 @@ def surely_best(
     plain = ~doubtful & (given > 0) & (impossible == 0)
     known = torch.cat([listed[plain], listed[doubtful] - 1])
     least = int(known.max()) if len(known) else most
-    if not (listed == least).any():  # K or K - 1, and no row shows which: then `k` is taken at its word
-        return given, most
-    return given.clamp_max(least), least
+    shown = bool((listed == least).any())  # else K is `least` or one more, and the caller's k is taken at its word
+    return given, least if shown else most
 
 
 def _require_numbers(

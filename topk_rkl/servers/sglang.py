@@ -15,7 +15,7 @@ FLAT = "input_top_logprobs"
 
 
 def from_sglang(
-    answer: Any,
+    answer: object,
     k: int,
     *,
     part: Part = "prompt",

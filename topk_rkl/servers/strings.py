@@ -37,7 +37,7 @@ class Inverter:
             )
         strings, pieces = inverted(self.tokenizer)
         found = strings.get(token, SEVERAL) if token else SEVERAL
-        if found < 0 and data:  # part of a character has no string of its own
+        if found < 0 and data and bytes(data) != token.encode():  # part of a character has no string of its own
             found = pieces.get(bytes(data), SEVERAL)
         if found >= 0:
             return found

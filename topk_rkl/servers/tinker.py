@@ -1,6 +1,5 @@
 """Tinker: dense arrays, or lists of (id, log-prob)."""
 
-from typing import Any
 
 import torch
 
@@ -10,7 +9,7 @@ from topk_rkl.servers.rows import Rows, after, best, require_wanted
 from topk_rkl.support import Support
 
 
-def from_tinker(answer: Any, k: int) -> Support:
+def from_tinker(answer: object, k: int) -> Support:
     """The teacher's best K tokens after each token of the prompt.
 
     Tinker's row i speaks of token i, and row 0 is missing: the rows move one position earlier here. Missing entries

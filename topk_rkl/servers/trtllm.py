@@ -1,6 +1,5 @@
 """TensorRT-LLM: the results of its LLM API."""
 
-from typing import Any
 
 from topk_rkl.servers.answers import Part, chosen, field, require_answer, require_part, require_rows
 from topk_rkl.servers.rows import require_wanted
@@ -9,7 +8,7 @@ from topk_rkl.support import Support
 
 
 def from_trtllm(
-    answer: Any,
+    answer: object,
     k: int,
     *,
     part: Part = "prompt",

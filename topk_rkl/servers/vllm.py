@@ -26,7 +26,7 @@ REMEDY = "ask for {0}={1}, and start the server with --max-logprobs {1}"
 
 
 def from_vllm(
-    answer: Any,
+    answer: object,
     k: int,
     *,
     part: Part = "prompt",
@@ -71,7 +71,7 @@ def from_vllm(
 
 
 def from_vllm_scores(
-    answer: Any,
+    answer: object,
     token_ids: Sequence[Sequence[int]] | Tensor,  # (N, K)
     *,
     start: int = 0,
