@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
-from topk_rkl.servers.prompts import require_batch, require_ids, require_positive_integer, require_prompts
+from topk_rkl.servers.prompts import (
+    packed,
+    require_batch,
+    require_ids,
+    require_positive_integer,
+    require_prompts,
+    taken,
+)  # fmt: skip
 from topk_rkl.servers.sglang import from_sglang
 from topk_rkl.servers.vllm import from_vllm, from_vllm_scores
 from topk_rkl.support import Support
@@ -172,7 +179,7 @@ class Server(ABC):
     ) -> Support:  # (T, K)
         if not (ids[:-1] >= 0).any():
             return Support(torch.full_like(ids, -1), torch.full(ids.shape, -torch.inf))
-        return _taken(_require_positions(self._scored(prompt, ids[:-1]), prompt), ids)
+        return taken(_require_positions(self._scored(prompt, ids[:-1]), prompt), ids)
 
     def _batch(self, inputs: Mapping[str, Any], k: int) -> Support:
         ids, kept = require_batch(inputs)
@@ -236,7 +243,7 @@ class VLLM(Server):
         prompt: list[int],
         ids: Tensor,  # (T - 1, K)
     ) -> Support:
-        asked = _packed(ids)
+        asked = packed(ids)
         sampling = {
             "max_tokens": 1, "temperature": 1.0, "detokenize": False, "prompt_logprob_start": 0,
             "prompt_logprob_token_ids": asked.tolist(),
@@ -298,25 +305,6 @@ def _require_positions(support: Support, prompt: list[int]) -> Support:
             "neither cuts prompts nor adds tokens to them"
         )
     return support
-
-
-def _packed(
-    ids: Tensor,  # (N, K)
-) -> Tensor:  # (N, U)
-    """The different ids of each row, then -1, in as few columns as hold them."""
-    packed = Support(ids, torch.zeros(ids.shape)).unique().ids.sort(-1, descending=True).values
-    return packed[:, : int((packed >= 0).sum(-1).max())].clamp_min(-1)
-
-
-def _taken(
-    support: Support,  # (T, U)
-    ids: Tensor,  # (T, K)
-) -> Support:  # (T, K)
-    """What the support says of the ids, in their order; empty where it says nothing."""
-    known, order = support.ids.long().sort(-1)
-    at = torch.searchsorted(known, ids.long().contiguous()).clamp_max(support.k - 1)
-    log_probs = support.log_probs.gather(-1, order).gather(-1, at)
-    return Support(ids, log_probs).without((known.gather(-1, at) != ids) | (ids < 0))
 
 
 def _succeeded(future: Future[Support]) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
+from topk_rkl.support import Support
 
 BEYOND_IDS = ("inputs_embeds", "pixel_values", "position_ids", "cu_seq_lens_q", "seq_idx")  # change what a model reads
 
@@ -52,6 +53,25 @@ def _require_tensor_of_ids(
             f"({len(prompt)}, K)"
         )
     return x.cpu()
+
+
+def packed(
+    ids: Tensor,  # (N, K)
+) -> Tensor:  # (N, U)
+    """The different ids of each row, then -1, in as few columns as hold them."""
+    unique = Support(ids, torch.zeros(ids.shape)).unique().ids.sort(-1, descending=True).values
+    return unique[:, : int((unique >= 0).sum(-1).max())].clamp_min(-1)
+
+
+def taken(
+    support: Support,  # (T, U)
+    ids: Tensor,  # (T, K)
+) -> Support:  # (T, K)
+    """What the support says of the ids, in their order; empty where it says nothing."""
+    known, order = support.ids.long().sort(-1)
+    at = torch.searchsorted(known, ids.long().contiguous()).clamp_max(support.k - 1)
+    log_probs = support.log_probs.gather(-1, order).gather(-1, at)
+    return Support(ids, log_probs).without((known.gather(-1, at) != ids) | (ids < 0))
 
 
 def require_batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
