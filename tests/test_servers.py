@@ -476,7 +476,7 @@ def test_a_token_that_is_left_out_makes_no_room_for_a_worse_one() -> None:
     answer = {"choices": [{"logprobs": {"tokens": ["a"], "top_logprobs": [{" b": -0.5, "<|end|>": -2.0, "a": -3.0}]}}]}
     found = from_openai(answer, 2, Words(), ambiguous="drop")
     assert found.ids.tolist() == [[5, -1]]  # "a" is the third
-    answer = completion({" b": -0.5, "none": -0.6, "<|end|>": -2.0, "a": -3.0})
+    answer = completion({" b": -1.5, "none": -1.6, "<|end|>": -2.0, "a": -3.0})
     assert from_openai(answer, 3, Words(), ambiguous="drop").ids.tolist() == [[5, -1, -1]]
 
 
