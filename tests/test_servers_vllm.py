@@ -187,7 +187,7 @@ def test_scores_of_chosen_ids_stand_where_the_request_began() -> None:
 
 
 def test_padding_of_chosen_ids_is_empty() -> None:
-    answer = SimpleNamespace(prompt_token_id_logprobs=torch.tensor([[-1.0, -math.inf], [-3.0, -2.0]]))
+    answer = SimpleNamespace(prompt_token_id_logprobs=torch.tensor([[-1.0, -0.9], [-3.0, -2.0]]))
     found = from_vllm_scores(answer, [[8], [4, 6]])
     assert found.ids.tolist() == [[8, -1], [6, 4], [-1, -1]]
 
