@@ -1,6 +1,5 @@
 """llama.cpp: its own server, which gives ids, and llama-cpp-python, which gives strings."""
 
-
 from topk_rkl.servers.answers import chosen, field, require_answer
 from topk_rkl.servers.openai import generated, of_chat
 from topk_rkl.servers.rows import require_wanted

@@ -123,12 +123,10 @@ def surely_best(
     if actual is None or most == 0:
         return given, most
     lowest = log_probs.gather(-1, (given - 1).clamp_min(0)[:, None])
-    doubtful = ((ids == actual[:, None]) & (ids >= 0) & (log_probs == lowest)).any(-1) & (impossible == 0)
+    doubtful = ((ids == actual[:, None]) & (ids >= 0) & (log_probs == lowest)).any(-1).long()
     if crowded:
-        return given - doubtful.to(given.dtype), most
-    plain = ~doubtful & (given > 0) & (impossible == 0)
-    known = torch.cat([listed[plain], listed[doubtful] - 1])
-    least = int(known.max()) if len(known) else most
+        return given - doubtful, most
+    least = int((listed - doubtful).max())
     shown = bool((listed == least).any())  # else K is `least` or one more, and the caller's k is taken at its word
     return given, least if shown else most
 

@@ -1,6 +1,5 @@
 """Tinker: dense arrays, or lists of (id, log-prob)."""
 
-
 import torch
 
 from topk_rkl import checks

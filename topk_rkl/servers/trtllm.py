@@ -1,6 +1,5 @@
 """TensorRT-LLM: the results of its LLM API."""
 
-
 from topk_rkl.servers.answers import Part, chosen, field, require_answer, require_part, require_rows
 from topk_rkl.servers.rows import require_wanted
 from topk_rkl.servers.vllm import from_dicts

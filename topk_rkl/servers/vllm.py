@@ -101,7 +101,6 @@ def from_vllm_scores(
             f"token_ids has shape {checks.shape_of(ids)}, but {name} of the answer {checks.shape_of(scores)}; pass the "
             "ids that were sent with the request"
         )
-    scores = scores.masked_fill(ids < 0, -torch.inf)
     found = best(name, ids, scores, ids.shape[-1], "").pad(start + len(ids), side="left")
     return found.pad(start + len(ids) + 1)
 
