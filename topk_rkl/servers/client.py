@@ -22,7 +22,7 @@ from topk_rkl.servers.prompts import (
     require_positive_integer,
     require_prompts,
     taken,
-)  # fmt: skip
+)
 from topk_rkl.servers.sglang import from_sglang
 from topk_rkl.servers.vllm import from_vllm, from_vllm_scores
 from topk_rkl.support import Support
