@@ -23,6 +23,8 @@ MODULES = (
     "topk_rkl.recipe.rewards",
     "topk_rkl.recipe.rollout",
     "topk_rkl.recipe.weighting",
+    "topk_rkl.servers",
+    "topk_rkl.servers.client",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
     "topk_rkl.plot",

@@ -63,6 +63,17 @@ from topk_rkl.recipe.rewards import (
 from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 from topk_rkl.recipe.weighting import Mode, Occurrences, aggregate, special_token_mask
 from topk_rkl.tokenizers import TokenizerReport, Verdict, Vocabulary, check_tokenizers, tokenizer_hash
+from topk_rkl.servers import (
+    alignment,
+    from_llama_cpp,
+    from_openai,
+    from_sglang,
+    from_tinker,
+    from_trtllm,
+    from_vllm,
+    from_vllm_scores,
+)
+from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
 
@@ -393,3 +404,57 @@ import tempfile
 report = token_report(student, support, sampled, lambda ids: [f" {i}" for i in ids])
 with tempfile.TemporaryDirectory() as folder:
     save_png(report, f"{folder}/errors.png", positions=[(0, 3)])
+# %% VLLM
+with VLLM("http://localhost:8000", "Qwen/Qwen3-32B", concurrency=16) as server:
+    teacher = server.teacher(k=K)  # for distill; supports = server.score(prompts, k=K) for prompts
+
+# %% SGLang
+with SGLang("http://localhost:30000", api_key="secret") as server:
+    teacher = server.teacher(k=K)
+
+# %% Server
+options = {"concurrency": 32, "retries": 8, "timeout": 120.0, "progress": True}
+servers: list[Server] = [SGLang(f"http://localhost:{port}", **options) for port in (30000, 30001)]
+
+# %% ScoringError
+try:
+    supports = SGLang("http://localhost:9", retries=0).score([[1, 2, 3]], k=K)
+except ScoringError as error:
+    supports = error.done  # by the place of the prompt; error.index is that of the one that failed
+
+# %% from_vllm
+row = {"7": {"logprob": -4.0}, "3": {"logprob": -0.1}, "5": {"logprob": -2.9}}  # the actual token first
+received = from_vllm({"choices": [{"prompt_logprobs": [None, row]}]}, k=2)  # of a prompt of two tokens
+assert received.ids.tolist() == [[3, 5], [-1, -1]]
+
+# %% from_vllm_scores
+answer = {"prompt_token_id_logprobs": torch.tensor([[-2.9, -0.1]])}  # JSON has base64 of a .npy file
+assert from_vllm_scores(answer, token_ids=[[5, 3]], start=0).ids.tolist() == [[3, 5], [-1, -1]]
+
+# %% from_sglang
+answer = {"meta_info": {"input_top_logprobs": [None, [[-0.1, 3, None], [-2.9, 5, None]]]}}
+assert from_sglang(answer, k=2).ids.tolist() == [[3, 5], [-1, -1]]
+
+# %% from_openai
+top = [{"token_id:3": -0.1, "token_id:5": -2.9}]  # of one token that was drawn
+answer = {"choices": [{"logprobs": {"tokens": ["token_id:3"], "top_logprobs": top}}]}
+assert from_openai(answer, k=2).ids.tolist() == [[3, 5]]
+
+# %% from_trtllm
+row = {3: {"logprob": -0.1}, 5: {"logprob": -2.9}}  # objects with a logprob, in the engine's own result
+assert from_trtllm({"outputs": [{"prompt_logprobs": [row]}]}, k=2).ids.tolist() == [[3, 5]]
+
+# %% from_tinker
+answer = {"topk_prompt_logprobs": [None, [(3, -0.1), (5, -2.9)]]}
+assert from_tinker(answer, k=2).ids.tolist() == [[3, 5], [-1, -1]]
+
+# %% from_llama_cpp
+best = [{"id": 3, "token": " a", "logprob": -0.1}, {"id": 5, "token": " b", "logprob": -2.9}]
+answer = {"completion_probabilities": [{**best[0], "top_logprobs": best}]}
+assert from_llama_cpp(answer, k=2).ids.tolist() == [[3, 5]]
+
+# %% alignment
+input_ids = torch.randint(V, (40,))
+received = Support(input_ids.roll(-1)[:, None].int(), torch.zeros(40, 1))  # of a teacher that is always right
+shares = alignment(received, input_ids)
+assert shares[1] > 0.9 > shares[0]

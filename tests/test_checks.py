@@ -48,6 +48,17 @@ from topk_rkl.recipe.builders import linear_fixed_ids
 from topk_rkl.recipe.rewards import return_to_go
 from topk_rkl.recipe.weighting import aggregate, special_token_mask
 from topk_rkl.tokenizers import check_tokenizers, tokenizer_hash
+from topk_rkl.servers import (
+    alignment,
+    from_llama_cpp,
+    from_openai,
+    from_sglang,
+    from_tinker,
+    from_trtllm,
+    from_vllm,
+    from_vllm_scores,
+)
+from topk_rkl.servers.client import VLLM, SGLang
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
@@ -548,6 +559,20 @@ LABELLED = {
     "weights": torch.ones(1, 3), "k": 3,
 }  # fmt: skip
 SIDES = {"student_log_probs": Z, "teacher_log_probs": W}
+SERVED = {"concurrency": 4, "retries": 2, "timeout": 9.0, "api_key": "key", "progress": False}
+
+
+class Unasked(SGLang):
+    """A client whose server is not asked."""
+
+    def _all(self, _: object) -> None:
+        raise AssertionError("the server was asked before the refusal")
+
+
+LISTED = {"7": {"logprob": -0.5}, "3": {"logprob": -1.5}}
+TRIPLES = [None, [[-0.5, 7, None], [-1.5, 3, None]]]
+CHOICES = [{"logprobs": {"tokens": ["token_id:7"], "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -1.5}]}}] * 2
+TOKENS = {"answer": {"choices": CHOICES}, "k": 2, "choice": 0, "ambiguous": "drop"}
 CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "teacher_topk": (teacher_topk, {"teacher_logits": W, "k": 3, "normalize": False}),
     "topk_reverse_kl": (topk_reverse_kl, LOSS | DENSE),
@@ -695,6 +720,52 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "save_png": (
         lambda report, positions: save_png(report, os.devnull, positions),
         {"report": REPORT, "positions": [(0, 1)]},
+    "VLLM": (VLLM, {"url": "http://localhost", "model": "name", **SERVED}),
+    "SGLang": (SGLang, {"url": "http://localhost", **SERVED}),
+    "score": (Unasked("http://localhost").score, {"input_ids": [[1, 2]], "k": 3}),
+    "score_ids": (Unasked("http://localhost").score_ids, {"input_ids": [[1, 2, 3]], "ids": [IDS]}),
+    "teacher": (Unasked("http://localhost").teacher, {"k": 3}),
+    "from_vllm": (
+        from_vllm,
+        {"answer": {"choices": [{"prompt_logprobs": [None, LISTED]}] * 2}, "k": 2, "part": "prompt", "choice": 0},
+    ),
+    "from_vllm_scores": (
+        from_vllm_scores,
+        {
+            "answer": {"prompt_token_id_logprobs": W[:2, :2] - 9},
+            "token_ids": torch.tensor([[1, 2], [3, 4]]),
+            "start": 1,
+        },
+    ),
+    "from_sglang": (
+        from_sglang,
+        {
+            "answer": {"meta_info": {"input_top_logprobs": TRIPLES, "input_token_ids_logprobs": TRIPLES}},
+            "k": 2,
+            "part": "prompt",
+            "scored": False,
+            "start": 0,
+        },
+    ),
+    "from_openai": (from_openai, TOKENS),
+    "tokenizer of from_openai": (lambda tokenizer: from_openai(**TOKENS, tokenizer=tokenizer), {"tokenizer": None}),
+    "from_llama_cpp": (from_llama_cpp, TOKENS),
+    "tokenizer of from_llama_cpp": (
+        lambda tokenizer: from_llama_cpp(**TOKENS, tokenizer=tokenizer),
+        {"tokenizer": None},
+    ),
+    "from_trtllm": (
+        from_trtllm,
+        {"answer": {"outputs": [{"prompt_logprobs": [LISTED]}] * 2}, "k": 2, "part": "prompt", "choice": 0},
+    ),
+    "from_tinker": (from_tinker, {"answer": {"topk_prompt_logprobs": [None, [(7, -0.5), (3, -1.5)]]}, "k": 2}),
+    "alignment": (
+        alignment,
+        {
+            "support": Support(IDS[:1].expand(20, 5), W[:1, :5].expand(20, 5)),
+            "input_ids": Y[:1].expand(20),
+            "at_least": 9,
+        },
     ),
 }
 
@@ -751,6 +822,10 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "logits_dtype": {"None"},
     "input_ids": {"int tensor", "of other rows"}, "title": {"text"}, "positions": {"None", "empty"},
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
+    "concurrency": {"numpy int"}, "retries": NUMBER - {"negative", "numpy float"}, "api_key": {"text", "None"},
+    "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"}, "progress": {"bool"},
+    "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"}, "tokenizer": {"None"},
+    "at_least": {"numpy int"}, "input_ids": {"int tensor"},
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip
 

@@ -1,0 +1,45 @@
+"""Tinker: dense arrays, or lists of (id, log-prob)."""
+
+import torch
+
+from topk_rkl import checks
+from topk_rkl.servers.answers import field, require_answer, require_rows
+from topk_rkl.servers.rows import Rows, after, best, require_wanted
+from topk_rkl.support import Support
+
+
+def from_tinker(answer: object, k: int) -> Support:
+    """The teacher's best K tokens after each token of the prompt.
+
+    Tinker's row i speaks of token i, and row 0 is missing: the rows move one position earlier here. Missing entries
+    have id 0 and log-prob -99999.0 in the arrays, and are empty slots here.
+
+    Args:
+        answer: a SampleResponse, of `sample(..., topk_prompt_logprobs=k)`, by its arrays `topk_prompt_logprobs_np`, or
+            by `topk_prompt_logprobs`, as in decoded JSON.
+        k: at most the number of the request.
+
+    Returns:
+        Support (T, K) for T tokens of the prompt, the last position empty.
+
+    Raises:
+        ValueError: as `from_vllm`.
+    """
+    k = require_wanted(k)
+    names = ("topk_prompt_logprobs_np", "topk_prompt_logprobs")
+    require_answer(answer, *names, "sequences")
+    remedy = f"ask for topk_prompt_logprobs={k}"
+    dense = field(answer, names[0])
+    if dense is not None:
+        ids, log_probs = torch.as_tensor(dense.token_ids).long(), torch.as_tensor(dense.logprobs).float()
+        if ids.dim() != 2 or ids.shape != log_probs.shape:
+            shapes = f"{checks.shape_of(ids)} and {checks.shape_of(log_probs)}"
+            raise ValueError(f"answer: {names[0]} has arrays of {shapes}; both must be (T, K)")
+        return after(best(names[0], ids, log_probs, k, remedy))
+    rows = Rows(names[1])
+    for i, row in enumerate(require_rows(names[1], field(answer, names[1]), f"topk_prompt_logprobs={k}")):
+        try:
+            rows.add([x[0] for x in row or ()], [x[1] for x in row or ()])
+        except (TypeError, IndexError, KeyError):
+            raise ValueError(f"answer: {names[1]}[{i}] is not a list of (id, log-prob)") from None
+    return after(rows.support(k, remedy))
