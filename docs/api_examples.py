@@ -62,7 +62,6 @@ from topk_rkl.recipe.rewards import (
 )
 from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 from topk_rkl.recipe.weighting import Mode, Occurrences, aggregate, special_token_mask
-from topk_rkl.tokenizers import TokenizerReport, Verdict, Vocabulary, check_tokenizers, tokenizer_hash
 from topk_rkl.servers import (
     alignment,
     from_llama_cpp,
@@ -74,6 +73,7 @@ from topk_rkl.servers import (
     from_vllm_scores,
 )
 from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
+from topk_rkl.tokenizers import TokenizerReport, Verdict, Vocabulary, check_tokenizers, tokenizer_hash
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
 

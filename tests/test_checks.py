@@ -47,7 +47,6 @@ from topk_rkl.recipe import builders, composition, rewards, rollout
 from topk_rkl.recipe.builders import linear_fixed_ids
 from topk_rkl.recipe.rewards import return_to_go
 from topk_rkl.recipe.weighting import aggregate, special_token_mask
-from topk_rkl.tokenizers import check_tokenizers, tokenizer_hash
 from topk_rkl.servers import (
     alignment,
     from_llama_cpp,
@@ -59,6 +58,7 @@ from topk_rkl.servers import (
     from_vllm_scores,
 )
 from topk_rkl.servers.client import VLLM, SGLang
+from topk_rkl.tokenizers import check_tokenizers, tokenizer_hash
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
@@ -720,6 +720,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "save_png": (
         lambda report, positions: save_png(report, os.devnull, positions),
         {"report": REPORT, "positions": [(0, 1)]},
+    ),
     "VLLM": (VLLM, {"url": "http://localhost", "model": "name", **SERVED}),
     "SGLang": (SGLang, {"url": "http://localhost", **SERVED}),
     "score": (Unasked("http://localhost").score, {"input_ids": [[1, 2]], "k": 3}),
@@ -825,7 +826,7 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "concurrency": {"numpy int"}, "retries": NUMBER - {"negative", "numpy float"}, "api_key": {"text", "None"},
     "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"}, "progress": {"bool"},
     "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"}, "tokenizer": {"None"},
-    "at_least": {"numpy int"}, "input_ids": {"int tensor"},
+    "at_least": {"numpy int"},
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip
 
