@@ -151,6 +151,8 @@ def test_tokens_that_were_drawn_have_the_log_probs_that_they_were_drawn_from() -
     answer = {"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": top}}]}
     same(from_vllm(answer, K, part="response"), truth())
     same(from_openai(answer, K), truth())
+    with pytest.raises(ValueError, match=r"k is 5, but no position of logprobs\.top_logprobs has more than 4"):
+        from_openai(answer, K + 1)
     outputs = [SimpleNamespace(logprobs=objects(vllm_rows()[1:]))]
     same(from_vllm(SimpleNamespace(prompt_logprobs=None, outputs=outputs), K, part="response"), truth())
 
