@@ -154,6 +154,9 @@ def test_alignment_leaves_out_empty_positions_and_negative_ids() -> None:
     padded = alignment(support.pad(50), torch.cat([ids, torch.zeros(10, dtype=torch.int64)]))
     assert padded[1] == pytest.approx(shares[1] * 39 / 40)  # the last of the text looks at the padding
     assert alignment(support.pad(50), torch.cat([ids, torch.full((10,), -100)])) == shares
+    log_probs = support.log_probs.clone()
+    log_probs[::2, 1] = -torch.inf  # the slot of the next token, at every other position
+    assert alignment(Support(support.ids, log_probs), ids)[1] < 0.7 * shares[1]
 
 
 @pytest.mark.parametrize(("shift", "moved"), [(0, lambda s: s.pad(41, side="left")[:-1]), (2, lambda s: s[1:].pad(40))])

@@ -60,6 +60,10 @@ def test_flat_arrays_of_another_size_are_refused() -> None:
     answer["meta_info"]["input_top_logprobs_val_flat"].pop()
     with pytest.raises(ValueError, match=r"input_top_logprobs_val_flat has 19 numbers.*shape is \[5, 4\]"):
         from_sglang(answer, K)
+    answer = flat(False, False)
+    answer["meta_info"]["input_top_logprobs_null_prefix"] = -1
+    with pytest.raises(ValueError, match="input_top_logprobs_null_prefix -1; both must have a number per row and slot"):
+        from_sglang(answer, K)
     answer = flat(False, True)
     answer["meta_info"]["input_top_logprobs_val_flat_b64_dtype"] = "float8"
     with pytest.raises(ValueError, match="input_top_logprobs_val_flat_b64_dtype is 'float8'; it must be float32"):
@@ -105,6 +109,14 @@ def test_trtllm_speaks_of_the_next_token_already() -> None:
     same(from_trtllm(answer, K), want)
 
 
+def test_the_actual_token_of_trtllm_is_not_one_of_the_best() -> None:
+    rows = objects([dict(reversed(row.items())) for row in vllm_rows()[1:]])
+    answer = SimpleNamespace(outputs=[SimpleNamespace(prompt_logprobs=rows)], prompt_token_ids=TOKENS)
+    same(from_trtllm(answer, K), truth())
+    with pytest.raises(ValueError, match="k is 5, but no position of prompt_logprobs has more than 4"):
+        from_trtllm(answer, K + 1)
+
+
 def test_trtllm_gives_the_response() -> None:
     rows = objects(vllm_rows()[1:])
     answer = SimpleNamespace(outputs=[SimpleNamespace(logprobs=rows, token_ids=TOKENS[1:])])
@@ -141,3 +153,14 @@ def test_the_server_of_llama_cpp_gives_ids() -> None:
     same(from_llama_cpp({"content": "", "completion_probabilities": rows}, K), truth())
     with pytest.raises(ValueError, match=r"completion_probabilities\[0\] has no top_logprobs; ask for n_probs=4 with"):
         from_llama_cpp({"completion_probabilities": [{"id": 3, "top_probs": []}]}, K)
+
+
+def test_a_chat_of_llama_cpp_adds_the_sampled_token_to_the_best() -> None:
+    def entry(t: int, i: int) -> dict[str, Any]:
+        return {"token": f"token_id:{i}", "logprob": LOG_PROBS[t, i].item(), "bytes": None}
+
+    content = []
+    for t, drawn in enumerate([int(LOG_PROBS[0].topk(K).indices[-1]), *TOKENS[2:]]):
+        listed = dict.fromkeys([*LOG_PROBS[t].topk(K).indices.tolist(), drawn])
+        content.append({**entry(t, drawn), "top_logprobs": [entry(t, i) for i in listed]})
+    same(from_llama_cpp({"choices": [{"logprobs": {"content": content}}]}, K), truth())

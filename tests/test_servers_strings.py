@@ -49,6 +49,13 @@ def test_a_string_of_no_or_several_ids_is_refused(string: str) -> None:
     assert found.log_probs[0, 0] == torch.tensor(-0.9) and found.log_probs[0, 1] == -math.inf
 
 
+def test_an_empty_string_is_refused_even_where_one_id_has_it() -> None:
+    words = Words()
+    words.tokens = (*Words.tokens, "")
+    with pytest.raises(ValueError, match="has the token '', which is not the string of one id alone"):
+        from_openai(completion({"a": -0.9, "": -1.0}), 2, words)
+
+
 def test_a_token_that_is_left_out_makes_no_room_for_a_worse_one() -> None:
     answer = {"choices": [{"logprobs": {"tokens": ["a"], "top_logprobs": [{" b": -0.5, "<|end|>": -2.0, "a": -3.0}]}}]}
     found = from_openai(answer, 2, Words(), ambiguous="drop")

@@ -151,8 +151,16 @@ def test_tokens_that_were_drawn_have_the_log_probs_that_they_were_drawn_from() -
     answer = {"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": top}}]}
     same(from_vllm(answer, K, part="response"), truth())
     same(from_openai(answer, K), truth())
+    with pytest.raises(ValueError, match=r"k is 5, but no position of logprobs\.top_logprobs has more than 4"):
+        from_openai(answer, K + 1)
     outputs = [SimpleNamespace(logprobs=objects(vllm_rows()[1:]))]
     same(from_vllm(SimpleNamespace(prompt_logprobs=None, outputs=outputs), K, part="response"), truth())
+
+
+def test_an_echo_begins_with_the_prompt_and_moves() -> None:
+    tokens = [f"token_id:{i}" for i in TOKENS]
+    top = [row and {f"token_id:{i}": x["logprob"] for i, x in row.items()} for row in vllm_rows()]
+    same(from_openai({"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": top}}]}, K), prompt())
 
 
 def test_a_chat_lets_the_sampled_token_push_out_the_last_one() -> None:
