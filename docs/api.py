@@ -24,6 +24,8 @@ MODULES = (
     "topk_rkl.recipe.weighting",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
+    "topk_rkl.store",
+    "topk_rkl.store.readers",
 )
 HELPERS = ("log_probs_at", "normalized")  # of the builders, for the compositions
 HEAD = """# API

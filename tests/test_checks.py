@@ -43,6 +43,7 @@ from topk_rkl.recipe import builders, composition, rewards, rollout
 from topk_rkl.recipe.builders import linear_fixed_ids
 from topk_rkl.recipe.rewards import return_to_go
 from topk_rkl.recipe.weighting import aggregate, special_token_mask
+from topk_rkl.store import Collator, Header, readers as store_readers, tokenizer_hash
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
@@ -666,6 +667,21 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
     "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
     "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
+    "Header": (
+        lambda **given: Header(teacher="a", **given),
+        {
+            "k": 2,
+            "vocab_size": 9,
+            "tokenizer": "b",
+            "source": "c",
+            "temperature": 1.0,
+            "normalized": True,
+            "log_probs_dtype": "float16",
+        },
+    ),
+    "Collator": (Collator, {"pad_token_id": 0, "label_pad": -100, "max_length": 4, "pad_to_multiple_of": 2}),
+    "tokenizer_hash": (tokenizer_hash, {"tokenizer": None}),
+    "axolotl": (store_readers.axolotl, {"speaks_of": "next"}),
 }
 
 
@@ -719,6 +735,9 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
     "logits_dtype": {"None"},
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
+    "vocab_size": {"numpy int"}, "tokenizer": {"text"}, "source": {"text"}, "normalized": {"bool"},
+    "pad_token_id": NUMBER - {"negative", "numpy float"}, "max_length": {"numpy int", "huge", "None"},
+    "pad_to_multiple_of": {"numpy int", "huge", "None"},
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 Ids of 2 bytes are stored plus 1, so that 0 is an empty slot and one subtraction decodes them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -154,18 +155,18 @@ def _require_storable(
 
 def _require_probabilities(name: str, x: Support) -> None:
     """Refuses logits that are called log-probs."""
-    over = _log_sum(x) > LARGEST_LOG_SUM
-    if over.any() and (over := _log_sum(x.unique()) > LARGEST_LOG_SUM).any():  # an id may stand there twice
+    most = math.exp(LARGEST_LOG_SUM)
+    if (_total(x) > most).any() and (over := _total(x.unique()) > most).any():  # an id may stand there twice
         position = int(over.nonzero()[0])
-        total = float(_log_sum(x)[position].exp())
         raise ValueError(
-            f"{name} at position {position} has probabilities that add up to {total:.3g}; true log-probs add up to at "
-            "most 1. Logits need Support(..., normalized=False) and a header that says so"
+            f"{name} at position {position} has probabilities that add up to {float(_total(x)[position]):.3g}; true "
+            "log-probs add up to at most 1. Logits need Support(..., normalized=False) and a header that says so"
         )
 
 
-def _log_sum(x: Support) -> Tensor:  # (T,)
-    return x.log_probs.masked_fill(x.ids < 0, -torch.inf).double().logsumexp(-1)
+def _total(x: Support) -> Tensor:  # (T,)
+    """Of the probabilities of all slots that are not empty."""
+    return x.log_probs.float().exp().masked_fill(x.ids < 0, 0).sum(-1)
 
 
 def _require_on_cpu(name: str, x: Tensor) -> None:
