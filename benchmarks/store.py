@@ -59,13 +59,13 @@ def answers(length: int, vocab: int, k: int) -> Support:
 
 
 def median(call: Callable[[], object], rounds: int) -> float:
-    """Seconds of a core."""
-    times = []
-    for _ in range(rounds):
+    """Seconds of a core, of the rounds after as many that settle the allocator."""
+    times: list[float] = []
+    for _ in range(2 * rounds):
         start = time.process_time()
         call()
         times.append(time.process_time() - start)
-    return statistics.median(times)
+    return statistics.median(times[rounds:])
 
 
 def rates(folder: Path, vocab: int, k: int, rows: int, length: int, rounds: int) -> Line:

@@ -681,7 +681,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     ),
     "Collator": (Collator, {"pad_token_id": 0, "label_pad": -100, "max_length": 4, "pad_to_multiple_of": 2}),
     "tokenizer_hash": (tokenizer_hash, {"tokenizer": None}),
-    "axolotl": (store_readers.axolotl, {"speaks_of": "next"}),
+    "axolotl": (lambda speaks_of: store_readers.axolotl([], speaks_of=speaks_of), {"speaks_of": "next"}),
 }
 
 

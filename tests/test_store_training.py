@@ -1,5 +1,6 @@
 """Promise: stored sets. Ranks and workers share each row once, and a loss from a set is that of the live teacher."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -11,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.records import is_clean
+from benchmarks.store import FILE, measured
 from tests.stored import HEADER, K, V, rows, same, written
 from tests.tiny_models import V as TINY_V, tiny
 from topk_rkl.loss import Support, causal_topk_reverse_kl, teacher_topk
@@ -173,6 +176,9 @@ def test_a_collator_refuses_by_name(given: dict[str, Any], message: str) -> None
         Collator(**{"pad_token_id": 0, **given})
     with pytest.raises(ValueError, match="rows is empty"):
         Collator(0)([])
+    row = rows(1)[0]
+    with pytest.raises(ValueError, match="rows have supports of K = 3, 4; a batch is of rows of one set"):
+        Collator(0)([row, row._replace(support=row.support.each(lambda x: x[:, :3]))])
 
 
 def taught(folder: Path, teacher: Any, sequences: list[torch.Tensor], k: int, dtype: str = "float16") -> Store:
@@ -262,3 +268,22 @@ def test_a_row_of_the_set_is_a_row_of_the_teacher(folder: Path) -> None:
     found = [row for batch in loader for row in batch]
     assert len(found) == 12 and all(any(same(a, b) for b in made) for a in found)
     assert replace(HEADER, k=K).vocab_size == V
+
+
+def test_the_measurement_runs_and_the_record_is_of_a_commit() -> None:
+    threads = torch.get_num_threads()
+    found = measured(tiny=True)
+    torch.set_num_threads(threads)
+    narrow, wide = found["rates"]
+    assert (narrow["stored_bytes"], wide["stored_bytes"]) == (8 * 5 * 4 * 4, 8 * 5 * 4 * 6)
+    assert all(x[f"{part}_gb_per_s"] > 0 for x in (narrow, wide) for part in ("write", "decode", "pad", "batch"))
+    for small, large in (("set, float16", "set, float32"), ("set, float32", "torch"), ("torch", "JSON")):
+        assert all(x[small] < x[large] for x in found["bytes_per_token"])
+    recorded = json.loads(FILE.read_text())
+    assert is_clean(recorded["setting"]["commit"])
+    for x in recorded["bytes_per_token"]:  # ids and log-probs, the token, and what a row and a shard take
+        exact = x["k"] * (4 if x["vocab"] < 2**16 else 6) + (2 if x["vocab"] < 2**16 else 4)
+        assert exact < x["set, float16"] < exact + 0.5
+    for x in recorded["rounding"]:  # 11 bits and 8 bits, of log-probs around 8
+        assert x["loss_mean"] < x["loss_max"] < (2e-3 if x["dtype"] == "float16" else 2e-2)
+    assert all(x["batch_gb_per_s"] > 1 for x in recorded["rates"])

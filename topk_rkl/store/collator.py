@@ -57,15 +57,22 @@ class Collator:
         shape = len(rows), -(-max(lengths) // multiple) * multiple
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask, labels = torch.zeros_like(input_ids), torch.full(shape, self.label_pad)
-        slots = *shape, max(row.support.k for row in rows)
-        ids, log_probs = torch.full(slots, -1, dtype=torch.int32), torch.full(slots, -torch.inf)
+        slots = *shape, _require_one_k(rows)
+        ids, log_probs = torch.empty(slots, dtype=torch.int32), torch.empty(slots)
         for i, (row, n) in enumerate(zip(rows, lengths)):
             input_ids[i, :n] = row.input_ids[:n]
             attention_mask[i, :n] = 1
             labels[i, :n] = row.input_ids[:n]
             if row.loss_mask is not None:
                 labels[i, :n].masked_fill_(~row.loss_mask[:n], self.label_pad)
-            ids[i, :n, : row.support.k] = row.support.ids[:n]
-            log_probs[i, :n, : row.support.k] = row.support.log_probs[:n]
+            ids[i, :n], log_probs[i, :n] = (x[:n] for x in row.support.tensors)
+            ids[i, n:], log_probs[i, n:] = -1, -torch.inf
         support = Support(ids, log_probs, all(row.support.normalized for row in rows))
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **support.as_dict()}
+
+
+def _require_one_k(rows: Sequence[Row]) -> int:
+    found = sorted({row.support.k for row in rows})
+    if len(found) > 1:
+        raise ValueError(f"rows have supports of K = {', '.join(map(str, found))}; a batch is of rows of one set")
+    return found[0]
