@@ -3,7 +3,8 @@
     python -m benchmarks.store [--tiny] [--json benchmarks/results/store.json]
 
 One thread; the files are in the page cache, since they were just written. A rate is of stored bytes of ids and
-log-probs per second of a core: processor time, which leaves out the wait for the disk and for other programs.
+log-probs per second of a core: processor time, which leaves out the wait for the disk and for other programs. As in
+the other measurements the allocator keeps its memory.
 `python -m benchmarks report` makes the tables of docs/stores.md from that file.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import start_anew
 from benchmarks.records import FOLDER, Line, setting
 from topk_rkl.loss import Support, teacher_topk, topk_reverse_kl
 from topk_rkl.store import Collator, Header, Row, Store, Writer
@@ -59,13 +61,13 @@ def answers(length: int, vocab: int, k: int) -> Support:
 
 
 def median(call: Callable[[], object], rounds: int) -> float:
-    """Seconds of a core, of the rounds after as many that settle the allocator."""
+    """Seconds of a core."""
     times: list[float] = []
-    for _ in range(2 * rounds):
+    for _ in range(rounds):
         start = time.process_time()
         call()
         times.append(time.process_time() - start)
-    return statistics.median(times[rounds:])
+    return statistics.median(times)
 
 
 def rates(folder: Path, vocab: int, k: int, rows: int, length: int, rounds: int) -> Line:
@@ -201,7 +203,7 @@ def place(found: Line) -> str:
 def rate_table(lines: list[Line]) -> str:
     parts = {"decode": "rows", "pad": "padding", "batch": "batches of 8 rows", "write": "writing"}
     rows = [["V", "K", *parts.values()], ["---:", "---:", *["---:"] * len(parts)]]
-    rows += [[f"{x['vocab']:,}", str(x["k"]), *(f"{x[f'{name}_gb_per_s']:.2g} GB/s" for name in parts)] for x in lines]
+    rows += [[f"{x['vocab']:,}", str(x["k"]), *(f"{x[f'{name}_gb_per_s']:#.2g} GB/s" for name in parts)] for x in lines]
     return as_table(rows)
 
 
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check the harness")
     parser.add_argument("--json", type=Path, help="the file that is written anew")
     options = parser.parse_args()
+    start_anew()
     found = measured(options.tiny)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
