@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from tests.stored import HEADER, K, V, contents, rows, same, written
+from tests.stored import HEADER, V, contents, rows, same, written
 from topk_rkl.loss import topk_divergence
 from topk_rkl.store import Header, Row, Store, Writer, tokenizer_hash
 from topk_rkl.store.files import FORMAT, MANIFEST, shard_metadata
@@ -443,8 +443,3 @@ def test_what_is_not_installed_is_named(folder: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'topk-rkl\[store\]'"):
             call()
     assert not folder.exists()
-
-
-def test_k_is_that_of_the_rows(folder: Path) -> None:
-    written(folder)
-    assert Store(folder)[0].support.k == K
