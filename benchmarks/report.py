@@ -13,6 +13,7 @@ A mark is a pair of Markdown comments, <!-- KIND ARGUMENTS --> and <!-- end -->.
     scaling NAME                a table of scaling/tables.py: the model of ranks that share a vocabulary
     used                        what ran in real trainers
     paper claims                what became of each claim that a study of examples/paper measured
+    stores NAME                 a table of docs/stores.md, from `python -m benchmarks.store`
     paper NAME TITLE            a table of that study; `ran` for its seeds and its time
 
 Several runs of a case are one contest: the median of their medians and of their ratios is printed.
@@ -25,7 +26,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import phases, predict
+from benchmarks import phases, predict, store
 from benchmarks.fit import exponents
 from benchmarks.gpu_report import gpu, item_lines
 from benchmarks.records import FOLDER, Line, load
@@ -57,13 +58,15 @@ FILES = tuple(
         "docs/compiled.md",
         "docs/paper.md",
         "docs/scaling.md",
+        "docs/stores.md",
         "docs/integrations/README.md",
         "examples/README.md",
     )
 )
 UNPUBLISHED = "tiny"  # the case that checks the harness
 MARK = re.compile(
-    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling|used|paper)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)",
+    r"(<!-- (picture|cases|held|exponents|compiled|demo|gpu|scaling|stores|used|paper)(?: ([^\n]*?))? -->\n)"
+    r".*?(<!-- end -->)",
     re.DOTALL,
 )
 
@@ -234,6 +237,7 @@ def paper(arguments: str) -> str:
 KINDS: dict[str, Callable[[str], str]] = {
     "picture": shown, "cases": cases, "exponents": growth, "compiled": compiled, "held": held, "demo": demo,
     "gpu": gpu, "scaling": scaling.written, "used": used, "paper": paper,
+    "stores": store.told,
 }  # fmt: skip
 
 

@@ -23,11 +23,13 @@ MODULES = (
     "topk_rkl.recipe.rewards",
     "topk_rkl.recipe.rollout",
     "topk_rkl.recipe.weighting",
-    "topk_rkl.servers",
-    "topk_rkl.servers.client",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
     "topk_rkl.plot",
+    "topk_rkl.servers",
+    "topk_rkl.servers.client",
+    "topk_rkl.store",
+    "topk_rkl.store.readers",
     "topk_rkl.tokenizers",
 )
 HELPERS = ("log_probs_at", "normalized")  # of the builders, for the compositions

@@ -73,6 +73,8 @@ from topk_rkl.servers import (
     from_vllm_scores,
 )
 from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
+from topk_rkl.store import Collator, Header, Row, Store, StoreDataset, Writer, tokenizer_hash
+from topk_rkl.store.readers import axolotl, distillkit, megatron
 from topk_rkl.tokenizers import TokenizerReport, Verdict, Vocabulary, check_tokenizers, tokenizer_hash
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
@@ -458,3 +460,101 @@ input_ids = torch.randint(V, (40,))
 received = Support(input_ids.roll(-1)[:, None].int(), torch.zeros(40, 1))  # of a teacher that is always right
 shares = alignment(received, input_ids)
 assert shares[1] > 0.9 > shares[0]
+# %% tokenizer_hash
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])))
+assert len(tokenizer_hash(tokenizer)) == 64
+
+# %% Header
+header = Header(K, V, teacher="a model", tokenizer="0" * 64, source="some prompts")
+assert header.log_probs_dtype == "float16"
+
+# %% Row
+row = Row(sampled[0], teacher_topk(teacher[0], K, normalize=True), loss_mask=torch.arange(T) >= 3)
+
+# %% Writer
+from tempfile import mkdtemp
+
+header = Header(K, V, teacher="a model", tokenizer="0" * 64, source="some prompts")
+rows = [Row(sampled[i], teacher_topk(teacher[i], K, normalize=True)) for i in range(B)]
+with Writer(mkdtemp(), header) as writer:
+    for i in range(writer.rows, B):  # from the row after those that are stored
+        writer.append(rows[i : i + 1])
+    writer.finish()
+
+# %% Store
+from tempfile import mkdtemp
+
+folder = mkdtemp()
+with Writer(folder, Header(K, V, teacher="a model", tokenizer="0" * 64, source="some prompts")) as writer:
+    writer.append([Row(sampled[0], teacher_topk(teacher[0], K, normalize=True))])
+    writer.finish()
+store = Store(folder, check="full")
+assert len(store) == 1 and torch.equal(store[0].input_ids, sampled[0])
+
+# %% StoreDataset
+from tempfile import mkdtemp
+
+folder = mkdtemp()
+with Writer(folder, Header(K, V, teacher="a model", tokenizer="0" * 64, source="some prompts")) as writer:
+    writer.append([Row(sampled[0], teacher_topk(teacher[0], K, normalize=True))])
+    writer.finish()
+data = StoreDataset(folder, shuffle=True)
+data.set_epoch(1)
+loader = torch.utils.data.DataLoader(data, batch_size=8, collate_fn=Collator(pad_token_id=0))
+assert len(list(loader)) == 1
+
+# %% Collator
+rows = [Row(sampled[0], support[0]), Row(sampled[1, :3], support[1, :3])]
+batch = Collator(pad_token_id=0)(rows)
+loss = causal_topk_reverse_kl(student, Support.from_dict(batch), batch["labels"])
+
+# %% axolotl
+example = {
+    "input_ids": [5, 6, 7],
+    "target_token_ids": [[6, 8], [7, 9], [0, 1]],
+    "target_logprobs": [[-0.1, -2.4], [-0.2, -1.7], [-1e30, -1e30]],
+    "target_mask": [[1, 1], [1, 1], [0, 0]],
+}
+(row,) = axolotl([example], speaks_of="next")
+assert row.support.ids.tolist() == [[6, 8], [7, 9], [-1, -1]]
+
+# %% distillkit
+from tempfile import mkdtemp
+
+import pyarrow
+import pyarrow.parquet
+
+lists = pyarrow.list_(pyarrow.list_(pyarrow.uint8()))
+tokens = pyarrow.list_(pyarrow.uint64())
+schema = pyarrow.schema({"input_ids": tokens, "compressed_logprobs": lists, "bytepacked_indices": lists})
+packed = torch.tensor([[-0.5]]).view(torch.uint8).tolist()  # of one token, K = 1
+example = {"input_ids": [3, 4], "compressed_logprobs": packed, "bytepacked_indices": [[4]]}
+folder = mkdtemp()
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist([example], schema), f"{folder}/data_0.parquet")
+(row,) = distillkit(folder, {"d": 256, "k": 1, "exact_k": 1, "residual_bins": []})
+assert row.support.ids.tolist() == [[4], [-1]] and row.support.log_probs[0] == -0.5
+
+# %% megatron
+import io
+import tarfile
+from tempfile import mkdtemp
+
+import pyarrow
+
+folder, plain, packed = mkdtemp(), io.BytesIO(), pyarrow.BufferOutputStream()
+ids = torch.randint(V, (T, 1, K))  # of one sample of T tokens
+answers = {"values": torch.zeros(T, 1, K) - 3, "indices_low": ids.to(torch.uint16), "bit_17": ids >= 2**16}
+torch.save({**answers, "format_version": 2}, plain)
+with pyarrow.CompressedOutputStream(packed, "zstd") as out:
+    out.write(plain.getvalue())
+data = packed.getvalue().to_pybytes()
+with tarfile.open(f"{folder}/dp0__0-1.tar", "w") as tar:
+    member = tarfile.TarInfo("0-1.pt.zst")
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+(row,) = megatron(folder, [sampled[0]])
+assert torch.equal(row.support.ids, ids[:, 0])

@@ -58,6 +58,7 @@ from topk_rkl.servers import (
     from_vllm_scores,
 )
 from topk_rkl.servers.client import VLLM, SGLang
+from topk_rkl.store import Collator, Header, readers as store_readers, tokenizer_hash
 from topk_rkl.tokenizers import check_tokenizers, tokenizer_hash
 
 Z = torch.randn(3, 40)
@@ -768,6 +769,21 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
             "at_least": 9,
         },
     ),
+    "Header": (
+        lambda **given: Header(teacher="a", **given),
+        {
+            "k": 2,
+            "vocab_size": 9,
+            "tokenizer": "b",
+            "source": "c",
+            "temperature": 1.0,
+            "normalized": True,
+            "log_probs_dtype": "float16",
+        },
+    ),
+    "Collator": (Collator, {"pad_token_id": 0, "label_pad": -100, "max_length": 4, "pad_to_multiple_of": 2}),
+    "tokenizer_hash": (tokenizer_hash, {"tokenizer": None}),
+    "axolotl": (lambda speaks_of: store_readers.axolotl([], speaks_of=speaks_of), {"speaks_of": "next"}),
 }
 
 
@@ -827,6 +843,9 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"}, "progress": {"bool"},
     "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"}, "tokenizer": {"None"},
     "at_least": {"numpy int"},
+    "vocab_size": {"numpy int"}, "tokenizer": {"text"}, "source": {"text"}, "normalized": {"bool"},
+    "pad_token_id": NUMBER - {"negative", "numpy float"}, "max_length": {"numpy int", "huge", "None"},
+    "pad_to_multiple_of": {"numpy int", "huge", "None"},
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip
 

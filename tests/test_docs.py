@@ -39,6 +39,7 @@ MARKS = {
     "docs/compiled.md": ["compiled"],
     "docs/paper.md": ["paper"] * 31,
     "docs/scaling.md": ["scaling"] * 18,
+    "docs/stores.md": ["stores"] * 4,
     "examples/README.md": ["demo", "demo"],
 }
 FOREIGN = {  # names of Triton, torch and trainers
