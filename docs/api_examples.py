@@ -73,7 +73,7 @@ from topk_rkl.servers import (
     from_vllm_scores,
 )
 from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
-from topk_rkl.store import Collator, Header, Row, Store, StoreDataset, Writer, tokenizer_hash
+from topk_rkl.store import Collator, Header, Row, Store, StoreDataset, Writer
 from topk_rkl.store.readers import axolotl, distillkit, megatron
 from topk_rkl.tokenizers import TokenizerReport, Verdict, Vocabulary, check_tokenizers, tokenizer_hash
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
@@ -460,14 +460,6 @@ input_ids = torch.randint(V, (40,))
 received = Support(input_ids.roll(-1)[:, None].int(), torch.zeros(40, 1))  # of a teacher that is always right
 shares = alignment(received, input_ids)
 assert shares[1] > 0.9 > shares[0]
-# %% tokenizer_hash
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
-
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])))
-assert len(tokenizer_hash(tokenizer)) == 64
-
 # %% Header
 header = Header(K, V, teacher="a model", tokenizer="0" * 64, source="some prompts")
 assert header.log_probs_dtype == "float16"

@@ -58,7 +58,7 @@ from topk_rkl.servers import (
     from_vllm_scores,
 )
 from topk_rkl.servers.client import VLLM, SGLang
-from topk_rkl.store import Collator, Header, readers as store_readers, tokenizer_hash
+from topk_rkl.store import Collator, Header, readers as store_readers
 from topk_rkl.tokenizers import check_tokenizers, tokenizer_hash
 
 Z = torch.randn(3, 40)
@@ -782,7 +782,6 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
         },
     ),
     "Collator": (Collator, {"pad_token_id": 0, "label_pad": -100, "max_length": 4, "pad_to_multiple_of": 2}),
-    "tokenizer_hash": (tokenizer_hash, {"tokenizer": None}),
     "axolotl": (lambda speaks_of: store_readers.axolotl([], speaks_of=speaks_of), {"speaks_of": "next"}),
 }
 
@@ -841,9 +840,9 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
     "concurrency": {"numpy int"}, "retries": NUMBER - {"negative", "numpy float"}, "api_key": {"text", "None"},
     "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"}, "progress": {"bool"},
-    "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"}, "tokenizer": {"None"},
+    "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"},
     "at_least": {"numpy int"},
-    "vocab_size": {"numpy int"}, "tokenizer": {"text"}, "source": {"text"}, "normalized": {"bool"},
+    "vocab_size": {"numpy int"}, "tokenizer": {"text", "None"}, "source": {"text"}, "normalized": {"bool"},
     "pad_token_id": NUMBER - {"negative", "numpy float"}, "max_length": {"numpy int", "huge", "None"},
     "pad_to_multiple_of": {"numpy int", "huge", "None"},
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},

@@ -19,7 +19,8 @@ from benchmarks.store import FILE, measured
 from tests.stored import HEADER, K, rows, same, written
 from tests.tiny_models import V as TINY_V, tiny
 from topk_rkl.loss import Support, causal_topk_reverse_kl, teacher_topk
-from topk_rkl.store import Collator, Header, Row, Store, StoreDataset, Writer, tokenizer_hash
+from topk_rkl.store import Collator, Header, Row, Store, StoreDataset, Writer
+from topk_rkl.tokenizers import tokenizer_hash
 from topk_rkl.trainers.transformers import distill
 
 FLOAT16 = 2e-3  # relative error of a loss from log-probs in float16; docs/stores.md has what was measured

@@ -102,12 +102,10 @@ def read_vocabulary(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A SHA-256, in hexadecimal, of all that decides which ids a text becomes.
+    """The SHA-256, in hexadecimal, of the tokens with their ids.
 
-    Two tokenizers of one hash give the same ids. They may still differ in roles, chat template, padding, truncation,
-    and in the special tokens that are put around a text. The hash of a fast tokenizer may change with the version of
-    the package tokenizers, whose form of the normalizer, the pre-tokenizer and the model it holds. A slow tokenizer
-    has another hash than a fast one.
+    Tokenizers of one hash give ids the same meaning, whether fast or slow and whatever their roles, chat template or
+    version. They may cut a text differently; `check_tokenizers` tells.
 
     Args:
         tokenizer: with `get_vocab` and `encode`, as in `check_tokenizers`.
@@ -115,19 +113,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     Raises:
         TypeError, ValueError: the argument is not as above.
     """
-    ids = require_tokenizer("tokenizer", tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    parts: dict[str, Any] = {"ids": ids}
-    if hasattr(backend, "to_str"):
-        whole = json.loads(backend.to_str())
-        parts |= {part: whole[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    else:
-        model = getattr(tokenizer, "sp_model", None)
-        parts["added"] = {i: repr(token) for i, token in added_tokens(tokenizer).items()}
-        parts["class"] = type(tokenizer).__name__
-        parts["ranks"] = sorted(map(str, getattr(tokenizer, "bpe_ranks", {}).items()))
-        parts["sentencepiece"] = model.serialized_model_proto().hex() if model is not None else None
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
+    tokens = sorted(require_tokenizer("tokenizer", tokenizer).items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def require_tokenizer(name: str, x: Any) -> dict[str, int]:

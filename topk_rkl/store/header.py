@@ -1,7 +1,5 @@
 """The header: what a set holds, and of which teacher, tokenizer and data. Its manifest and each shard have it."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -88,38 +86,6 @@ def require_same_header(where: str, found: Header, want: Header) -> None:
 def require_header(header: object) -> None:
     if not isinstance(header, Header):
         raise TypeError(f"header is {checks.kind_of(header)}; it must be a topk_rkl.store.Header")
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary, the merges and the special tokens: tokenizers of one hash give ids the same meaning.
-
-    Args:
-        tokenizer: of transformers, or what has its `get_vocab()` and `special_tokens_map`. Merges are those of its
-            `backend_tokenizer`, where it has one.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        TypeError: tokenizer lacks one of these.
-    """
-    if not callable(getattr(tokenizer, "get_vocab", None)) or not hasattr(tokenizer, "special_tokens_map"):
-        raise TypeError(
-            f"tokenizer is {checks.kind_of(tokenizer)}; it must have get_vocab() and special_tokens_map, as those of "
-            "transformers do"
-        )
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    said = json.dumps([tokenizer.get_vocab(), _merges(tokenizer), special], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
-
-
-def _merges(tokenizer: Any) -> list[str]:
-    """One text per merge: tokenizers before 0.20 write pairs as a text, later ones as a list."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return []
-    merges = json.loads(backend.to_str())["model"].get("merges") or []
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def _require_text(name: str, value: object) -> None:

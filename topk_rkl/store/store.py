@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from topk_rkl import checks
 from topk_rkl.store import files
 from topk_rkl.store.files import AGAIN, FORMAT, Shard
-from topk_rkl.store.header import Header, tokenizer_hash
+from topk_rkl.store.header import Header
 from topk_rkl.store.rows import Row, Tensors, decoded, layout, wide
+from topk_rkl.vocabulary import tokenizer_hash
 
 Check = Literal["fast", "full"]
 Opened = tuple[Tensors, list[int]]  # and the offsets, as ints
