@@ -150,7 +150,7 @@ class HeadTopK(_WithinHead):
         found: list[Support] = []
 
         def select(hidden: Tensor) -> Tensor:  # (B, T, H) -> ()
-            found.append(linear_teacher_topk(hidden.detach(), **self.head.teacher, **self.options))
+            found.append(linear_teacher_topk(hidden.detach(), **{**self.head.teacher, **self.options}))
             return hidden.new_zeros(())
 
         self._run(inputs, select, of_loss=False)
