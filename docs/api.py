@@ -24,6 +24,7 @@ MODULES = (
     "topk_rkl.recipe.weighting",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
+    "topk_rkl.extraction",
 )
 HELPERS = ("log_probs_at", "normalized")  # of the builders, for the compositions
 HEAD = """# API

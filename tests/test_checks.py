@@ -4,6 +4,7 @@ import contextlib
 import math
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -12,6 +13,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+
+from tests import tiny_models, tiny_teacher  # isort: skip
 
 from topk_rkl import (
     AlphaBeta,
@@ -37,6 +40,7 @@ from topk_rkl import (
 )
 from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 from topk_rkl.divergence import Divergence
+from topk_rkl.extraction import extract
 from topk_rkl.loss import causal_topk_reverse_kl, linear_causal_topk_reverse_kl
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.recipe import builders, composition, rewards, rollout
@@ -540,6 +544,13 @@ LABELLED = {
     "teacher": W[None], "labels": Y[None], "num_items_in_batch": 2.0, "world_size": 1, "ignore_index": -100,
     "weights": torch.ones(1, 3), "k": 3,
 }  # fmt: skip
+
+
+def extracted(**given: Any) -> object:
+    with tempfile.TemporaryDirectory() as folder:
+        return extract(out=folder, **given)
+
+
 SIDES = {"student_log_probs": Z, "teacher_log_probs": W}
 CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "teacher_topk": (teacher_topk, {"teacher_logits": W, "k": 3, "normalize": False}),
@@ -666,7 +677,15 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
     "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
     "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
-}
+    "extract": (
+        extracted,
+        {
+            "model": tiny_models.tiny(), "tokenizer": tiny_teacher.tokenizer(), "rows": [{"input_ids": [1, 2]}], "k": 3,
+            "dtype": "float32", "temperature": 1.0, "batch_tokens": 8, "shard_mb": 1.0, "full_logits": False,
+            "progress": False,
+        },
+    ),
+}  # fmt: skip
 
 
 def hostile(value: Any) -> dict[str, object]:
@@ -717,7 +736,8 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "teacher_logits": ROWS, "logits": ROWS | {"grad"}, "teacher_hidden": {"of other rows"}, "bias": {"None"},
     "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
-    "logits_dtype": {"None"},
+    "logits_dtype": {"None"}, "batch_tokens": {"numpy int", "huge"}, "shard_mb": NUMBER - {"zero", "negative"},
+    "full_logits": {"bool"}, "progress": {"bool"},
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
     "base_log_probs": {"grad"}, "right_log_probs": {"grad"}, "rewards": {"grad"}, "per_token": {"grad"},
 }  # fmt: skip

@@ -6,6 +6,7 @@ written in the order of the rows. What is interrupted goes on after the last sha
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -108,6 +109,8 @@ class Extraction:
         checks.require_temperature(temperature)
         checks.require_positive("shard_mb", shard_mb)
         self.batch_tokens = _require_count("batch_tokens", batch_tokens)
+        if not isinstance(out, (str, os.PathLike)):
+            raise TypeError(f"out is {checks.seen(out)}; it must be the path of a folder, a str or a pathlib.Path")
         self.rows, self.out, self.temperature = rows, Path(out), float(temperature)
         self.lengths, source = survey(rows, vocab_size)
         self.header = Header(
@@ -153,16 +156,20 @@ class Extraction:
 
 def survey(rows: Rows, vocab_size: int) -> tuple[Any, str]:
     """The length of each row, and a name for all of them: how many there are, and a hash of what they hold."""
-    if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__getitem__") and hasattr(rows, "__len__")):
-        raise TypeError(f"rows is {checks.kind_of(rows)}; it must be a list or data set of rows with input_ids")
+    try:
+        count = len(rows)
+    except Exception:  # of whatever is given
+        raise TypeError(
+            f"rows is {checks.kind_of(rows)}; it must be a list or data set of rows with input_ids"
+        ) from None
+    if not count or isinstance(rows, Mapping):
+        raise ValueError(f"rows is {checks.kind_of(rows)} of {count} items; it must be a list of at least one row")
     digest, lengths = hashlib.sha256(), []
-    for i in range(len(rows)):
+    for i in range(count):
         ids, mask = _require_row(f"rows[{i}]", rows[i], vocab_size)
         digest.update(f"{len(ids)} {mask is not None}".encode())
         digest.update(ids.astype("<i4").tobytes() + (b"" if mask is None else mask.tobytes()))
         lengths.append(len(ids))
-    if not lengths:
-        raise ValueError("rows is empty; it must hold at least one row")
     return numpy.array(lengths), f"{len(lengths)} rows, {sum(lengths)} tokens, sha256 {digest.hexdigest()[:16]}"
 
 
@@ -266,8 +273,8 @@ def _require_row(name: str, row: Any, vocab_size: int) -> tuple[Any, Any]:
 
 def _require_count(name: str, value: object) -> int:
     value = checks.require_integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 1 <= value <= checks.LARGEST:
+        raise ValueError(f"{name} is {value}; it must be at least 1, an int of at most 64 bits")
     return value
 
 
