@@ -221,6 +221,7 @@ def test_refusals_before_the_teacher_is_loaded(
     teacher: str, texts: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     files = {
         "empty.txt": "", "blank.txt": "\n \n", "broken.jsonl": "{", "rows.csv": "text\na",
         "two.jsonl": '{"a": "x", "b": 1}',
