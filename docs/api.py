@@ -25,6 +25,7 @@ MODULES = (
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
     "topk_rkl.extraction",
+    "topk_rkl.tokenizers",
 )
 HELPERS = ("log_probs_at", "normalized")  # of the builders, for the compositions
 HEAD = """# API

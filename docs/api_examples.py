@@ -62,6 +62,7 @@ from topk_rkl.recipe.rewards import (
 )
 from topk_rkl.recipe.rollout import sample_top_p, sampled_token_loss, top_p_filter
 from topk_rkl.recipe.weighting import Mode, Occurrences, aggregate, special_token_mask
+from topk_rkl.tokenizers import TokenizerReport, Verdict, Vocabulary, check_tokenizers, tokenizer_hash
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK, within_head
 from topk_rkl.trainers.heads import Head, head_of
 
@@ -341,3 +342,45 @@ rows = [{"input_ids": ids} for ids in sampled.tolist()]
 with tempfile.TemporaryDirectory() as folder:
     store = extract(model, tokenizer, rows, folder, K)
     assert len(store) == B and store[0].support.ids.shape == (T, K)
+
+# %% check_tokenizers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+student_tokenizer = Tokenizer(WordLevel({"yes": 0, "no": 1, "maybe": 2}))
+teacher_tokenizer = Tokenizer(WordLevel({"no": 0, "yes": 1, "never": 2}))
+report = check_tokenizers(student_tokenizer, teacher_tokenizer, student_vocab=V, teacher_vocab=V, probe=["yes", "no"])
+assert report.verdict == "remap" and report.mapping == {0: 1, 1: 0, 2: -1}
+support = remap(support, report.mapping, student_vocab=V)
+
+# %% TokenizerReport
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+tokenizer = Tokenizer(WordLevel({"yes": 0, "no": 1}))
+report: TokenizerReport = check_tokenizers(tokenizer, tokenizer, teacher_vocab=64, probe=["yes"])
+report.require()  # the verdict is "same"
+assert report.code == "support = teacher_topk(teacher_logits[..., :2], k)"
+
+# %% Vocabulary
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+tokenizer = Tokenizer(WordLevel({"Ġyes": 0, "no": 1}))
+vocabulary: Vocabulary = check_tokenizers(tokenizer, tokenizer, probe=["no"]).student
+assert vocabulary.spelled == {0: b" yes", 1: b"no"}
+
+# %% Verdict
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+tokenizer = Tokenizer(WordLevel({"yes": 0, "no": 1}))
+worst: Verdict = "remap"
+check_tokenizers(tokenizer, tokenizer, probe=["yes"]).require(worst)
+
+# %% tokenizer_hash
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+tokenizer, other = (Tokenizer(WordLevel(ids)) for ids in ({"yes": 0, "no": 1}, {"yes": 1, "no": 0}))
+assert tokenizer_hash(tokenizer) != tokenizer_hash(other)

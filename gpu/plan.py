@@ -68,6 +68,7 @@ UNTESTED = {
     "sharded_training": "gloo ranks, on CPU tensors",
     "simulate": "the model of compiled code, by hand",
     "sums": "the order of sums, in what Triton compiles without a GPU",
+    "tokenizers": "tokens and their ids, on CPU tensors",
     "transformers_trainer": "the Trainer of transformers, on CPU tensors",
     "triton_launch": "launches on a stand-in for the driver",
     "trl": "the trainers of TRL on CPU tensors",

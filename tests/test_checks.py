@@ -13,6 +13,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests import tiny_models, tiny_teacher  # isort: skip
 
@@ -47,12 +49,14 @@ from topk_rkl.recipe import builders, composition, rewards, rollout
 from topk_rkl.recipe.builders import linear_fixed_ids
 from topk_rkl.recipe.rewards import return_to_go
 from topk_rkl.recipe.weighting import aggregate, special_token_mask
+from topk_rkl.tokenizers import check_tokenizers, tokenizer_hash
 
 Z = torch.randn(3, 40)
 W = torch.randn(3, 40)
 IDS = torch.arange(5).expand(3, 5)
 S = Support(IDS, torch.randn(3, 5))
 HEAD = torch.randn(50, 40)
+YES_NO = Tokenizer(WordLevel({"yes": 0, "no": 1}))
 
 
 def sharded(**marks: object) -> torch.Tensor:
@@ -546,6 +550,12 @@ LABELLED = {
 }  # fmt: skip
 
 
+EXTRACTION = {
+    "model": tiny_models.tiny(), "tokenizer": tiny_teacher.tokenizer(), "rows": [{"input_ids": [1, 2]}], "k": 3,
+    "dtype": "float32", "temperature": 1.0, "batch_tokens": 8, "shard_mb": 1.0, "full_logits": False, "progress": False,
+}  # fmt: skip
+
+
 def extracted(**given: Any) -> object:
     with tempfile.TemporaryDirectory() as folder:
         return extract(out=folder, **given)
@@ -677,15 +687,14 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
     "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
     "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
-    "extract": (
-        extracted,
-        {
-            "model": tiny_models.tiny(), "tokenizer": tiny_teacher.tokenizer(), "rows": [{"input_ids": [1, 2]}], "k": 3,
-            "dtype": "float32", "temperature": 1.0, "batch_tokens": 8, "shard_mb": 1.0, "full_logits": False,
-            "progress": False,
-        },
+    "extract": (extracted, EXTRACTION),
+    "check_tokenizers": (
+        check_tokenizers,
+        {"student": YES_NO, "teacher": YES_NO, "student_vocab": 2, "teacher_vocab": 2, "probe": ["yes"]},
     ),
-}  # fmt: skip
+    "tokenizer_hash": (tokenizer_hash, {"tokenizer": YES_NO}),
+    "require of a report": (check_tokenizers(YES_NO, YES_NO, probe=["yes"]).require, {"worst": "same"}),
+}
 
 
 def hostile(value: Any) -> dict[str, object]:
@@ -720,6 +729,7 @@ ROWS = {"of another rank", "of other rows", "meta"}  # of the argument that says
 RIGHT = {  # what else may stand there; every dtype but float8 is right where floats are
     "k": {"numpy int", "huge", "None"}, "chunk_rows": {"numpy int", "huge", "None"},
     "divergence": {"None"}, "student_vocab": {"numpy int", "huge", "None"},
+    "teacher_vocab": {"numpy int", "huge", "None"},
     "ids": {"int tensor", "array"}, "sampled_ids": {"int tensor"},
     "response_ids": ROWS | {"int tensor"}, "token_ids": {"empty", "array", "int tensor"},
     "mapping": {"of other rows", "int tensor"}, "temperature": NUMBER - {"zero", "negative"} | {"0-d", "of other rows"},

@@ -7,9 +7,7 @@ report.require()
 A tokenizer is any object with `get_vocab` and `encode`, as those of transformers and of tokenizers have.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
-from topk_rkl.vocabulary import Vocabulary, added_tokens, read_vocabulary, require_tokenizer
+from topk_rkl.vocabulary import Vocabulary, read_vocabulary, tokenizer_hash
 
 __all__ = ["TokenizerReport", "Verdict", "Vocabulary", "check_tokenizers", "tokenizer_hash"]
 
@@ -72,12 +70,16 @@ class TokenizerReport:
         """
         if self.common < COMMON or self.cut_differently:
             return "different"
-        changed = [t for _, t in self.moved] + self.student_lacks
-        if not (self.teacher.special.issuperset(changed) and self.student.special.issuperset(self.teacher_lacks)):
+        special_moved = all(self._is_special(*pair) for pair in self.moved)
+        mine, theirs = self.student.special, self.teacher.special
+        if not (special_moved and theirs.issuperset(self.student_lacks) and mine.issuperset(self.teacher_lacks)):
             return "remap"
-        if changed or self.teacher_lacks or self.renamed or self.markers:
+        if any((self.moved, self.student_lacks, self.teacher_lacks, self.renamed, self.markers)):
             return "same but for special tokens"
         return "same"
+
+    def _is_special(self, s: int, t: int) -> bool:
+        return s in self.student.special or t in self.teacher.special
 
     @property
     def same(self) -> bool:
@@ -87,7 +89,12 @@ class TokenizerReport:
     @property
     def common(self) -> float:
         """The share of the teacher's tokens that the student has, under whatever id."""
-        return sum(x in self.student.classes for x in self.teacher.spelled.values()) / len(self.teacher.spelled)
+        return self.shared / len(self.teacher.strings)
+
+    @cached_property
+    def shared(self) -> int:
+        """The number of the teacher's tokens that the student has, under whatever id."""
+        return sum(spelled in self.student.classes for spelled in self.teacher.spelled.values())
 
     @property
     def cut_alike(self) -> float:
@@ -96,8 +103,9 @@ class TokenizerReport:
 
     @cached_property
     def moved(self) -> list[tuple[int, int]]:
-        """The student's and the teacher's id of each token that has two."""
-        return [(s, t) for t, s in self.to_student.items() if s not in (-1, t)]
+        """The student's and the teacher's ids of each token that has two, ascending."""
+        pairs = {(s, t) for t, s in self.to_student.items()} | {*self.to_teacher.items()}
+        return sorted((s, t) for s, t in pairs if s != t and s >= 0 <= t)
 
     @cached_property
     def student_lacks(self) -> list[int]:
@@ -134,8 +142,8 @@ class TokenizerReport:
     @cached_property
     def special_ids(self) -> list[int]:
         """The student's ids of the special tokens that differ in id, name or role; for `special_token_mask`."""
-        student, teacher = self.student, self.teacher
-        found = {s for s, t in self.moved if s in student.special or t in teacher.special}
+        student = self.student
+        found = {s for s, t in self.moved if self._is_special(s, t)}
         found.update(student.special.intersection(self.teacher_lacks))
         for mine, theirs in self.renamed.values():
             found.update((mine, self.to_student[theirs]))
@@ -241,42 +249,13 @@ def check_tokenizers(
     return TokenizerReport(mine, theirs, to_student, to_teacher, renamed, len(probe), differently)
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A SHA-256, in hexadecimal, of all that decides which ids a text becomes.
-
-    Two tokenizers of one hash give the same ids. They may still differ in roles, chat template, padding, truncation,
-    and in the special tokens that are put around a text. The hash of a fast tokenizer may change with the version of
-    the package tokenizers, whose form of the normalizer, the pre-tokenizer and the model it holds. A slow tokenizer
-    has another hash than a fast one.
-
-    Args:
-        tokenizer: as in `check_tokenizers`.
-
-    Raises:
-        TypeError, ValueError: the argument is not as above.
-    """
-    ids = require_tokenizer("tokenizer", tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    parts: dict[str, Any] = {"ids": ids, "added": {i: repr(token) for i, token in added_tokens(tokenizer).items()}}
-    if hasattr(backend, "to_str"):
-        whole = json.loads(backend.to_str())
-        parts |= {part: whole[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    else:
-        model = getattr(tokenizer, "sp_model", None)
-        parts["class"] = type(tokenizer).__name__
-        parts["ranks"] = sorted(map(str, getattr(tokenizer, "bpe_ranks", {}).items()))
-        parts["sentencepiece"] = model.serialized_model_proto().hex() if model is not None else None
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
-
-
 def _matched(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
-    """The target's id of each token of the source: that of its string, else of its bytes, else -1."""
+    """The target's id of each token of the source: that of its string, else the first of its bytes, else -1."""
     found = {}
     for i, spelled in source.spelled.items():
         there = target.ids.get(source.strings[i], -1)
         if target.spelled.get(there) != spelled:
-            others = target.classes.get(spelled, [-1])
-            there = i if i in others else others[0]
+            there = target.classes.get(spelled, [-1])[0]
         found[i] = there
     return found
 
@@ -304,8 +283,8 @@ def _require_texts(probe: object) -> None:
 def _text(report: TokenizerReport) -> Iterable[str]:
     """The lines of `str(report)`."""
     student, teacher = report.student, report.teacher
-    shared = sum(x in student.classes for x in teacher.spelled.values())
-    yield f"Verdict: {report.verdict}. The student has {shared:,} of the teacher's {len(teacher.strings):,} tokens."
+    have = f"{report.shared:,} of the teacher's {len(teacher.strings):,} tokens"
+    yield f"Verdict: {report.verdict}. The student has {have}."
     yield ""
     for name, side in (("student", student), ("teacher", teacher)):
         yield f"{name}: {_size(side)}"
@@ -326,7 +305,7 @@ def _size(side: Vocabulary) -> str:
     if side.end < side.logits:
         text += f", the last {side.logits - side.end:,} of no token"
     if side.beyond:
-        text += f"; {side.beyond:,} tokens more have no logit"
+        text += f"; {side.beyond:,} more without a logit"
     if alike := len(side.merged):
         text += f"; {alike:,} spellings of several ids"
     if side.fragments:
@@ -335,24 +314,18 @@ def _size(side: Vocabulary) -> str:
 
 
 def _differences(report: TokenizerReport) -> Iterable[str]:
-    student, teacher = report.student, report.teacher
-    if report.moved:
-        yield _named("have another id", [f"{student.strings[s]!r} ({s}, teacher {t})" for s, t in report.moved])
-    if report.student_lacks:
-        yield _named("only the teacher has", [f"{teacher.strings[t]!r} ({t})" for t in report.student_lacks])
-    if report.teacher_lacks:
-        yield _named("only the student has", [f"{student.strings[s]!r} ({s})" for s in report.teacher_lacks])
-    if report.clashes:
-        both = [f"{i} ({student.strings[i]!r}, teacher {teacher.strings[i]!r})" for i in report.clashes]
-        yield _named("ids of two meanings", both)
+    mine, theirs = report.student.strings, report.teacher.strings
+    lists: dict[str, tuple[Sequence[Any], Callable[[Any], str]]] = {
+        "have another id": (report.moved, lambda ids: f"{mine[ids[0]]!r} ({ids[0]}, teacher {ids[1]})"),
+        "only the teacher has": (report.student_lacks, lambda t: f"{theirs[t]!r} ({t})"),
+        "only the student has": (report.teacher_lacks, lambda s: f"{mine[s]!r} ({s})"),
+        "ids of two meanings": (report.clashes, lambda i: f"{i} ({mine[i]!r}, teacher {theirs[i]!r})"),
+        "in one chat template only": (report.markers, repr),
+        "cut differently": (report.cut_differently, repr),
+    }
+    for what, (found, name) in lists.items():
+        if found:
+            more = ", ..." if len(found) > NAMED else ""
+            yield f"{what} ({len(found):,}): {', '.join(map(name, found[:NAMED]))}{more}"
     for role, (s, t) in report.renamed.items():
-        yield f"{role}: {student.strings[s]!r} ({s}), teacher {teacher.strings[t]!r} ({t})"
-    if report.markers:
-        yield _named("in one chat template only", [repr(token) for token in report.markers])
-    if report.cut_differently:
-        yield _named("cut differently", [repr(text) for text in report.cut_differently])
-
-
-def _named(what: str, names: list[str]) -> str:
-    more = ", ..." if len(names) > NAMED else ""
-    return f"{what} ({len(names):,}): {', '.join(names[:NAMED])}{more}"
+        yield f"{role}: {mine[s]!r} ({s}), teacher {theirs[t]!r} ({t})"

@@ -1,5 +1,7 @@
 """The tokens of a tokenizer, by what they spell: "Ġthe" of a GPT-2 and "▁the" of a Llama are both " the"."""
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +98,34 @@ def read_vocabulary(
     return Vocabulary(
         strings, spelled, frozenset(special), roles, markers, spelling, logits=size, beyond=len(ids) - len(strings)
     )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A SHA-256, in hexadecimal, of all that decides which ids a text becomes.
+
+    Two tokenizers of one hash give the same ids. They may still differ in roles, chat template, padding, truncation,
+    and in the special tokens that are put around a text. The hash of a fast tokenizer may change with the version of
+    the package tokenizers, whose form of the normalizer, the pre-tokenizer and the model it holds. A slow tokenizer
+    has another hash than a fast one.
+
+    Args:
+        tokenizer: with `get_vocab` and `encode`, as in `check_tokenizers`.
+
+    Raises:
+        TypeError, ValueError: the argument is not as above.
+    """
+    ids = require_tokenizer("tokenizer", tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    parts: dict[str, Any] = {"ids": ids, "added": {i: repr(token) for i, token in added_tokens(tokenizer).items()}}
+    if hasattr(backend, "to_str"):
+        whole = json.loads(backend.to_str())
+        parts |= {part: whole[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    else:
+        model = getattr(tokenizer, "sp_model", None)
+        parts["class"] = type(tokenizer).__name__
+        parts["ranks"] = sorted(map(str, getattr(tokenizer, "bpe_ranks", {}).items()))
+        parts["sentencepiece"] = model.serialized_model_proto().hex() if model is not None else None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
 
 
 def require_tokenizer(name: str, x: Any) -> dict[str, int]:
