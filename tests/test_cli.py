@@ -226,7 +226,9 @@ def test_refusals_before_the_teacher_is_loaded(
         "empty.txt": "", "blank.txt": "\n \n", "broken.jsonl": "{", "rows.csv": "text\na",
         "two.jsonl": '{"a": "x", "b": 1}',
         "words.jsonl": '{"input_ids": ["a"]}', "masks.jsonl": '{"input_ids": [1], "loss_mask": [1]}',
-        "high.jsonl": '{"input_ids": [320]}', "chats.jsonl": '{"messages": [{"role": "user", "content": "x"}]}',
+        "none.jsonl": '{"input_ids": [1], "labels": [1]}\n{"input_ids": [1], "labels": null}',
+        "short.jsonl": '{"input_ids": [1, 2], "labels": [1]}', "high.jsonl": '{"input_ids": [320]}',
+        "chats.jsonl": '{"messages": [{"role": "user", "content": "x"}]}',
         "other/notes.md": "mine",
     }  # fmt: skip
     for name, text in files.items():
@@ -248,7 +250,7 @@ def test_refusals_before_the_teacher_is_loaded(
         assert "--device is cuda, but torch sees 0 GPUs; use --device cpu or auto" in of(texts, "--device", "cuda")
     assert "nowhere is no folder; give one with a model" in of(texts, model=str(tmp_path / "nowhere"))
     assert "MODEL nowhere cannot be loaded: " in of(texts, model="nowhere")
-    assert "none.txt does not exist; give a file of .txt, .json, .jsonl, .parquet" in of("none.txt")
+    assert "nowhere.txt does not exist; give a file of .txt, .json, .jsonl, .parquet" in of("nowhere.txt")
     assert "ends in none of .txt, .json, .jsonl, .parquet" in of("rows.csv")
     assert "empty.txt is empty" in of("empty.txt")
     assert "blank.txt has no row with a token in column text" in of("blank.txt")
@@ -259,6 +261,8 @@ def test_refusals_before_the_teacher_is_loaded(
     assert "it must hold lists of int" in of("words.jsonl")
     assert "column loss_mask" in (line := of("masks.jsonl")) and "it must hold lists of bool" in line
     assert "rows[0]['input_ids'] holds 320; ids must be from 0 to 319" in of("high.jsonl")
+    assert "none.jsonl cannot be made into tokens" in of("none.jsonl")
+    assert "rows[0]['loss_mask'] has shape (1,)" in of("short.jsonl")
     assert "holds chats, but the tokenizer has no chat template; give texts" in of("chats.jsonl")
     assert "is not a folder that datasets' save_to_disk wrote" in of("other")
     line = of("splits")

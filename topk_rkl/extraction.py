@@ -128,15 +128,18 @@ class Extraction:
     def run(self, model: nn.Module, *, full_logits: bool = False, progress: bool = False) -> Store:
         """Reads what is not yet written."""
         model.eval()
-        select = _from_logits(model, self.header.k, self.temperature)
-        if not full_logits and _is_plain(model, self.header.k, int(self.rows[0]["input_ids"][0])):
-            select = _within_head(model, self.header.k, self.temperature)
         done = int(self.lengths[: self.writer.rows].sum())
         with self.writer as writer, _bar(done, self.tokens, progress) as advance:
+            select = self._select(model, full_logits)
             for window in windows(self.lengths, self.shard_tokens, writer.rows):
                 writer.append(self._read(window, select, _device_of(model), advance))
             writer.finish()
         return Store(self.out)
+
+    def _select(self, model: nn.Module, full_logits: bool) -> Select:
+        k, token = self.header.k, int(self.rows[0]["input_ids"][0])
+        within_head = not full_logits and _is_plain(model, k, token)
+        return (_within_head if within_head else _from_logits)(model, k, self.temperature)
 
     def _read(self, window: range, select: Select, device: torch.device, advance: Callable[[int], object]) -> list[Row]:
         given = [self.rows[i] for i in window]

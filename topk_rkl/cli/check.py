@@ -6,7 +6,7 @@ from typing import Any
 
 from topk_rkl.cli.refusal import refusing, require_packages
 
-ROWS = 1000  # of which the next tokens are looked up
+ROWS = 256  # of which the next tokens are looked up
 ABOUT = "check that tokenizers agree, or that a store is whole: exit code 1 if not"
 OF_TOKENIZERS = "compare the tokens of student and teacher, and say what to do where they differ"
 OF_STORE = "compare the files of a store with its manifest, and each position with the next token"

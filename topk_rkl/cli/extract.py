@@ -12,6 +12,7 @@ from topk_rkl.cli.refusal import Refusal, refusing, require_packages
 
 DTYPES = "float16", "bfloat16", "float32"
 MODEL_DTYPES = "auto", "bfloat16", "float16", "float32"
+PACKAGES, PACKAGES_OF_GGUF = ("transformers", "datasets", "safetensors", "tqdm"), ("gguf", "accelerate")
 AGAIN = "the teacher ran out of memory; go on with a --batch-tokens below {batch_tokens}, or a smaller --model-dtype"
 ABOUT = "run a teacher over a data set, and keep its K best tokens at each position"
 DESCRIPTION = """\
@@ -57,17 +58,13 @@ def add_to(commands: Any, formatter: Any) -> None:
     add("--batch-tokens", type=count, default=8192, metavar="N", help="padded tokens per batch; fewer need less memory")
     add("--shard-mb", type=positive, default=64.0, metavar="MB", help="size of a shard, the most that is lost")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1; auto takes a GPU if there is one")
-    add(
-        "--model-dtype", choices=MODEL_DTYPES, default="auto", help="of the teacher's weights; auto: as they are stored"
-    )
+    add("--model-dtype", choices=MODEL_DTYPES, default="auto", help="of the teacher's weights; auto: as stored")
     add("--gguf-file", metavar="NAME", help="a GGUF file within MODEL")
     add("--full-logits", action="store_true", help="makes all logits of a batch, whatever the teacher's head")
 
 
 def run(args: argparse.Namespace) -> int:
-    require_packages(
-        "transformers", "datasets", "safetensors", "tqdm", *(("gguf", "accelerate") * bool(args.gguf_file))
-    )
+    require_packages(*PACKAGES, *(PACKAGES_OF_GGUF if args.gguf_file else ()))
     from topk_rkl.cli import data, models
     from topk_rkl.extraction import Extraction, vocab_size
     from topk_rkl.store import Store
@@ -89,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{len(read.rows):,} rows, {extraction.tokens:,} tokens: {read.about}")
     if extraction.writer.rows and not extraction.writer.complete:
         say(f"going on after row {extraction.writer.rows:,}")
-    store = Store(args.out) if extraction.writer.complete else _run(args, extraction, device)
+    store = Store(args.out) if extraction.writer.complete else _read_all(args, extraction, device)
     print(f"{args.out}: {len(store):,} rows, {store.positions:,} tokens, K = {args.k}, {store.bytes / 1e6:,.2f} MB")
     if read.cut:
         print(f"{read.cut:,} rows were longer than {args.max_length} tokens and were cut; --max-length keeps more")
@@ -98,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, extraction: Any, device: torch.device) -> Any:
+def _read_all(args: argparse.Namespace, extraction: Any, device: torch.device) -> Any:
     from topk_rkl.cli import models
 
     model = models.model(args.model, args.gguf_file, args.model_dtype, device)

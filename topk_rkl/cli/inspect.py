@@ -33,7 +33,7 @@ def add_to(commands: Any, formatter: Any) -> None:
     command.set_defaults(run=run)
     add = command.add_argument
     add("store", metavar="DIR", help="a store, finished or not")
-    add("--rows", type=count, default=1000, metavar="N", help="rows that are read, spread over the store")
+    add("--rows", type=count, default=256, metavar="N", help="rows that are read, spread over the store")
     add("--row", type=int, metavar="I", help="shows row I, token by token (needs --tokenizer)")
     add("--tokenizer", metavar="MODEL", help="decodes the ids of --row")
     add("--gguf-file", metavar="NAME", help="a GGUF file within MODEL")
@@ -63,12 +63,9 @@ def figures(store: Any, rows: int) -> dict[str, Any]:
     from topk_rkl.store.files import read_manifest
 
     read = spread(store, rows)
-    log_probs = [row.support.log_probs.double() for row in read]  # (T, K) each
     lengths = torch.tensor([len(row.input_ids) for row in read])
-    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
-    filled = torch.cat([(x > -torch.inf).double().mean(-1) for x in log_probs])
-    masses = torch.cat([x.exp().sum(-1) for x in log_probs])
-    entropies = torch.cat([torch.special.entr(x.softmax(-1)).sum(-1) for x in log_probs])
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])  # (P,)
+    filled, masses, entropies = (torch.cat(x) for x in zip(*(on_support(row.support.log_probs) for row in read)))
     return {
         "folder": str(store.folder), "complete": read_manifest(store.folder).complete, "rows": len(store),
         "shards": len(store.shards), "tokens": store.positions, "bytes": store.bytes,
@@ -77,6 +74,14 @@ def figures(store: Any, rows: int) -> dict[str, Any]:
         "lengths": histogram(lengths), "mass": by_position(masses, positions) if store.header.normalized else None,
         "entropy": by_position(entropies, positions),
     }  # fmt: skip
+
+
+def on_support(
+    log_probs: Tensor,  # (T, K)
+) -> tuple[Tensor, Tensor, Tensor]:  # (T,) each
+    """The share of slots that are filled, the probability of all of them, and the entropy among them."""
+    x = log_probs.double()
+    return (x > -torch.inf).double().mean(-1), x.exp().sum(-1), torch.special.entr(x.softmax(-1)).sum(-1)
 
 
 def spread(store: Any, rows: int) -> list[Any]:
