@@ -189,7 +189,8 @@ def test_ctrl_c_says_how_to_go_on_and_a_whole_store_needs_no_model(
     assert f"topk-rkl: {rows} rows are written; the same command goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(models, "model", load)
     assert cli.main(words) == 0
-    assert f"going on after row {rows}" in capsys.readouterr().err
+    printed, tokens = capsys.readouterr().err, Store(store).positions
+    assert f"going on after row {rows}" in printed and f"{tokens}/{tokens}" in printed
     assert same_rows(Store(tmp_path / "stopped"), Store(store))
     monkeypatch.delattr(models, "model")
     assert cli.main(words) == 0 and "going on" not in capsys.readouterr().err
@@ -268,8 +269,9 @@ def test_refusals_before_the_teacher_is_loaded(
     line = of("splits")
     assert "has the splits train; give one of them, such as" in line
     assert not Path(out).exists()
-    assert "notes.md" in refused(capsys, "extract", teacher, texts, "--out", str(tmp_path / "other"))
     assert "cannot be loaded" in of(texts, "--gguf-file", "none.gguf")
+    monkeypatch.setattr(models, "config", lambda *_: pytest.fail("the config was read"))
+    assert "notes.md" in refused(capsys, "extract", teacher, texts, "--out", str(tmp_path / "other"))
     monkeypatch.undo()
     assert cli.main(["extract", teacher, line.split("such as ")[1], "--out", out, "--k", "4"]) == 0  # as advised
 
