@@ -153,7 +153,15 @@ def test_another_column_a_limit_and_a_length(
     assert f"{cut} rows were longer than 7 tokens and were cut; --max-length keeps more" in capsys.readouterr().out
 
 
-def test_options_reach_the_store(teacher: str, texts: str, out: str) -> None:
+def test_options_reach_the_store(teacher: str, texts: str, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, dtypes = models.model, []
+
+    def watched(*args: Any) -> Any:
+        model = load(*args)
+        dtypes.append(model.dtype)
+        return model
+
+    monkeypatch.setattr(models, "model", watched)
     options = {
         "dtype": "float32",
         "temperature": "0.5",
@@ -164,6 +172,7 @@ def test_options_reach_the_store(teacher: str, texts: str, out: str) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     assert cli.main(["extract", teacher, texts, "--out", out, "--k", "4", *words, "--full-logits"]) == 0
     assert (Store(out).header.log_probs_dtype, Store(out).header.temperature) == ("float32", 0.5)
+    assert dtypes == [torch.bfloat16]
 
 
 def test_ctrl_c_says_how_to_go_on_and_a_whole_store_needs_no_model(
@@ -382,7 +391,10 @@ def test_check_store_finds_what_is_wrong(
     shard.unlink()
     assert cli.main(["check", "store", str(broken)]) == 1
     assert "is missing" in capsys.readouterr().out
-    assert "manifest.json is not there" in refused(capsys, "check", "store", str(tmp_path))
+    (broken / "manifest.json").write_text("{")
+    assert cli.main(["check", "store", str(broken)]) == 1
+    assert "is not JSON" in capsys.readouterr().out
+    assert "has no manifest.json; give a folder" in refused(capsys, "check", "store", str(tmp_path))
 
 
 def test_check_store_finds_positions_that_speak_of_the_wrong_token(

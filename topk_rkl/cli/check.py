@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topk_rkl.cli.refusal import refusing, require_packages
+from topk_rkl.cli.refusal import Refusal, require_packages
 
 ROWS = 256  # of which the next tokens are looked up
 ABOUT = "check that tokenizers agree, or that a store is whole: exit code 1 if not"
@@ -54,10 +54,10 @@ def check_store(args: argparse.Namespace) -> int:
     from topk_rkl.cli import models
     from topk_rkl.cli.inspect import SHIFTS, inside, spread
     from topk_rkl.store import Store
-    from topk_rkl.store.files import read_manifest
+    from topk_rkl.store.files import MANIFEST
 
-    with refusing(f"DIR {args.store}", FileNotFoundError):
-        read_manifest(Path(args.store))
+    if not Path(args.store, MANIFEST).is_file():
+        raise Refusal(f"DIR {args.store} has no {MANIFEST}; give a folder that extract or a Writer wrote")
     tokenizer = models.tokenizer(args.tokenizer, args.gguf_file) if args.tokenizer else None
     try:
         store = Store(args.store, check="full" if args.full else "fast", tokenizer=tokenizer)
