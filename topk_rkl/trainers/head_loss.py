@@ -138,8 +138,8 @@ class HeadTopK(_WithinHead):
     Args:
         model, head: see `HeadLoss`.
         k: 1 <= k <= V.
-        **options: those of `linear_teacher_topk`: normalize, chunk_rows, logits_dtype; a logit_scale or softcap takes the
-            place of the head's.
+        **options: those of `linear_teacher_topk`: normalize, chunk_rows, logits_dtype; logit_scale and softcap take
+            the place of the head's.
     """
 
     def __init__(self, model: nn.Module, k: int, *, head: Head | None = None, **options: Any) -> None:
