@@ -25,6 +25,7 @@ MODULES = (
     "topk_rkl.recipe.weighting",
     "topk_rkl.trainers.heads",
     "topk_rkl.trainers.head_loss",
+    "topk_rkl.extraction",
     "topk_rkl.plot",
     "topk_rkl.servers",
     "topk_rkl.servers.client",

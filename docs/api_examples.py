@@ -4,6 +4,7 @@
 import torch
 
 from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
+from topk_rkl.extraction import extract
 from topk_rkl.loss import (
     AlphaBeta,
     Divergence,
@@ -342,6 +343,19 @@ head = torch.nn.Linear(H, V)
 with within_head(head, lambda x: linear_topk_reverse_kl(x, head.weight, support, student_bias=head.bias)) as taken:
     head(hidden)  # as the model that holds the head runs it
 loss = taken[0]
+
+# %% extract
+import tempfile
+
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=H, num_attention_heads=2, num_hidden_layers=1))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"yes": 0, "no": 1})))
+rows = [{"input_ids": ids} for ids in sampled.tolist()]
+with tempfile.TemporaryDirectory() as folder:
+    store = extract(model, tokenizer, rows, folder, K)
+    assert len(store) == B and store[0].support.ids.shape == (T, K)
 
 # %% check_tokenizers
 from tokenizers import Tokenizer

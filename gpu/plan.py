@@ -19,7 +19,9 @@ TESTED = (
 UNTESTED = {
     "benchmarks": "the registry and the report of the benchmarks, on CPU tensors",
     "checks": "refusals before any launch, on CPU tensors",
-    "collect_env": "a report of this machine, not of kernels",
+    "cli": "the command line, on CPU tensors",
+    "cli_env": "a report of this machine, not of kernels",
+    "cli_smollm2": "a model of transformers, on CPU tensors",
     "compile": "tracing, which is the same on a CPU",
     "compiled_cost": "ptxas counts registers without a GPU",
     "cuda_launch": "launches on stand-ins for the CUDA run time",
@@ -27,6 +29,7 @@ UNTESTED = {
     "distill": "the demo, on CPU tensors",
     "docs": "the pages, on CPU tensors",
     "dtensors": "gloo ranks, on CPU tensors",
+    "extraction": "models of transformers, on CPU tensors",
     "gpu_checks": "the rehearsal of the smoke test",
     "gpu_items": "the timed items, in the interpreter",
     "gpu_kit": "the rehearsal of the steps",

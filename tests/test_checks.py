@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -15,6 +16,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+
+from tests import tiny_models, tiny_teacher  # isort: skip
 
 from topk_rkl import (
     AlphaBeta,
@@ -40,6 +43,7 @@ from topk_rkl import (
 )
 from topk_rkl.diagnostics import linear_topk_diagnostics, topk_diagnostics
 from topk_rkl.divergence import Divergence
+from topk_rkl.extraction import extract
 from topk_rkl.loss import causal_topk_reverse_kl, linear_causal_topk_reverse_kl
 from topk_rkl.overwrite import require_overwritable
 from topk_rkl.plot import save_html, save_png, token_report
@@ -559,6 +563,19 @@ LABELLED = {
     "teacher": W[None], "labels": Y[None], "num_items_in_batch": 2.0, "world_size": 1, "ignore_index": -100,
     "weights": torch.ones(1, 3), "k": 3,
 }  # fmt: skip
+
+
+EXTRACTION = {
+    "model": tiny_models.tiny(), "tokenizer": tiny_teacher.tokenizer(), "rows": [{"input_ids": [1, 2]}], "k": 3,
+    "dtype": "float32", "temperature": 1.0, "batch_tokens": 8, "shard_mb": 1.0, "full_logits": False, "progress": False,
+}  # fmt: skip
+
+
+def extracted(**given: Any) -> object:
+    with tempfile.TemporaryDirectory() as folder:
+        return extract(out=folder, **given)
+
+
 SIDES = {"student_log_probs": Z, "teacher_log_probs": W}
 SERVED = {"concurrency": 4, "retries": 2, "timeout": 9.0, "api_key": "key", "progress": False}
 
@@ -699,6 +716,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "aggregate": (aggregate, {"per_token": Z, "mask": W, "mode": "seq-mean-token-sum-norm", "norm": 4.0}),
     "denominator of aggregate": (lambda denominator: aggregate(Z, W, denominator=denominator), {"denominator": 3.0}),
     "special_token_mask": (special_token_mask, {"response_ids": IDS, "token_ids": [1, 2], "occurrences": "first"}),
+    "extract": (extracted, EXTRACTION),
     "check_tokenizers": (
         check_tokenizers,
         {"student": YES_NO, "teacher": YES_NO, "student_vocab": 2, "teacher_vocab": 2, "probe": ["yes"]},
@@ -835,13 +853,13 @@ RIGHT = {  # what else may stand there; every dtype but float8 is right where fl
     "teacher_logits": ROWS, "logits": ROWS | {"grad"}, "teacher_hidden": {"of other rows"}, "bias": {"None"},
     "student_bias": {"None", "grad"}, "student_logits": {"grad"}, "student_hidden": {"grad"},
     "student_weight": {"grad"}, "student_log_probs": {"grad"}, "teacher_log_probs": {"grad"},
-    "logits_dtype": {"None"},
     "input_ids": {"int tensor", "of other rows"}, "title": {"text"}, "positions": {"None", "empty"},
+    "logits_dtype": {"None"}, "batch_tokens": {"numpy int", "huge"}, "shard_mb": NUMBER - {"zero", "negative"},
+    "full_logits": {"bool"}, "progress": {"bool"},
     "cu_seqlens": {"None", "int tensor", "of other rows"},  # how many sequences there are is free
     "concurrency": {"numpy int"}, "retries": NUMBER - {"negative", "numpy float"}, "api_key": {"text", "None"},
-    "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"}, "progress": {"bool"},
-    "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"},
-    "at_least": {"numpy int"},
+    "timeout": NUMBER - {"zero", "negative", "huge"}, "model": {"text"},
+    "choice": {"zero"}, "scored": {"bool"}, "start": {"zero", "numpy int"}, "at_least": {"numpy int"},
     "vocab_size": {"numpy int"}, "tokenizer": {"text", "None"}, "source": {"text"}, "normalized": {"bool"},
     "pad_token_id": NUMBER - {"negative", "numpy float"}, "max_length": {"numpy int", "huge", "None"},
     "pad_to_multiple_of": {"numpy int", "huge", "None"},

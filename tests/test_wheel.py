@@ -15,13 +15,13 @@ from conftest import BACKENDS, DEVICE
 ROOT = Path(__file__).parent.parent
 SELECTS = """
 import sys, torch, topk_rkl
-from topk_rkl import collect_env
+from topk_rkl.cli import env
 assert topk_rkl.__file__.startswith(sys.argv[1]), topk_rkl.__file__
 logits = torch.randn(5, 999).round(decimals=1)
 want = logits.sort(dim=-1, descending=True, stable=True).indices[:, :40]
 for _ in range(2):
     assert torch.equal(topk_rkl.teacher_topk(logits, 40).ids, want.int())
-print("native:", collect_env.facts()["native backend"])
+print("native:", env.facts()["native backend"])
 """
 
 pytestmark = [

@@ -138,7 +138,8 @@ class HeadTopK(_WithinHead):
     Args:
         model, head: see `HeadLoss`.
         k: 1 <= k <= V.
-        **options: those of `linear_teacher_topk`: normalize, chunk_rows, logits_dtype.
+        **options: those of `linear_teacher_topk`: normalize, chunk_rows, logits_dtype; logit_scale and softcap take
+            the place of the head's.
     """
 
     def __init__(self, model: nn.Module, k: int, *, head: Head | None = None, **options: Any) -> None:
@@ -150,7 +151,7 @@ class HeadTopK(_WithinHead):
         found: list[Support] = []
 
         def select(hidden: Tensor) -> Tensor:  # (B, T, H) -> ()
-            found.append(linear_teacher_topk(hidden.detach(), **self.head.teacher, **self.options))
+            found.append(linear_teacher_topk(hidden.detach(), **{**self.head.teacher, **self.options}))
             return hidden.new_zeros(())
 
         self._run(inputs, select, of_loss=False)

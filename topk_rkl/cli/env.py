@@ -1,16 +1,30 @@
-"""`python -m topk_rkl.collect_env`: what a bug report needs. Every probe is guarded, so that it always prints."""
+"""`topk-rkl env`: what a bug report needs. Every probe is guarded, so that it always prints."""
 
+import argparse
 import importlib
 import importlib.metadata
 import os
 import platform
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import topk_rkl
 from topk_rkl import backends
+
+
+def add_to(commands: Any, formatter: Any) -> None:
+    about = "what a bug report needs: versions, devices, and which backends run here"
+    command = commands.add_parser("env", help=about, description=about.capitalize(), formatter_class=formatter)
+    command.set_defaults(run=run)
+
+
+def run(_: argparse.Namespace) -> int:
+    for name, finding in facts().items():
+        print(f"{name:18} {finding}")
+    return 0
 
 
 def facts() -> dict[str, str]:
@@ -74,8 +88,3 @@ def _auto() -> str:
     fastest = {"native": "CPU"} | ({"triton": "GPU"} if torch.cuda.is_available() else {})
     slow = "reference, plain PyTorch and slower,"
     return "; ".join(f"{slow if backends.unavailable(name) else name} on a {fastest[name]}" for name in fastest)
-
-
-if __name__ == "__main__":
-    for name, finding in facts().items():
-        print(f"{name:18} {finding}")
