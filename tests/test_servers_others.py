@@ -167,7 +167,7 @@ def test_an_echo_of_llama_cpp_lacks_bos_tokens() -> None:
     answer = {"choices": [{"logprobs": logprobs}], "usage": usage}
     same(from_llama_cpp(answer, K), truth(slice(1, 5)).pad(5, side="left"))
     del tokens[2], top[2]  # as where it is BOS
-    with pytest.raises(ValueError, match="answer has 4 rows for 5 tokens of the prompt and 1 of the response; .*BOS"):
+    with pytest.raises(ValueError, match=r"answer has 4 rows for 5 tokens of the prompt and 1 of the response; .*BOS"):
         from_llama_cpp(answer, K)
 
 

@@ -59,7 +59,7 @@ def from_llama_cpp(
 
 
 def _require_all_rows(rows: int, usage: object) -> None:
-    """An echo has a row per evaluated token, of which the last drawn one is none. BOS within the text has none either."""
+    """An echo has a row per token that was evaluated: all but the last drawn one, and but BOS within the text."""
     prompt, drawn = field(usage, "prompt_tokens"), field(usage, "completion_tokens")
     if prompt is not None and drawn is not None and rows < prompt + drawn - 1:
         raise ValueError(

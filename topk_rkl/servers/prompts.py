@@ -11,7 +11,8 @@ from topk_rkl import checks
 from topk_rkl.support import Support
 
 BEYOND_IDS = (  # change what a model reads
-    "inputs_embeds", "pixel_values", "pixel_values_videos", "input_features", "position_ids", "cu_seq_lens_q", "seq_idx",
+    "inputs_embeds", "pixel_values", "pixel_values_videos", "input_features",
+    "position_ids", "cu_seq_lens_q", "seq_idx",
 )  # fmt: skip
 
 
@@ -85,8 +86,8 @@ def require_batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             f"the batch has {', '.join(beyond)}, which a server of token ids does not read; pad rows instead of "
             "packing them, and call the teacher with input_ids and attention_mask alone"
         )
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    checks.require_tensor("input_ids", ids, checks.INTEGERS)
+    checks.require_tensor("input_ids", inputs.get("input_ids"), checks.INTEGERS)
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if ids.dim() != 2 or kept.shape != ids.shape:
         raise ValueError(

@@ -10,9 +10,9 @@ from topk_rkl import checks
 from topk_rkl.servers import openai
 from topk_rkl.servers.answers import (
     Part,
+    array,
     chosen,
     field,
-    array,
     from_npy,
     require_answer,
     require_part,
