@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import urllib3
-from stand_in_servers import NAME, Answer, Fault, SGLangStandIn, StandIn, VLLMStandIn, serving
+from stand_in_servers import NAME, Answer, Fault, SGLangStandIn, StandIn, VLLMStandIn, serving, vllm_error
 from tiny_models import K, V, collate, inputs_of, rows, tiny
 from torch import Tensor
 
@@ -279,6 +279,11 @@ def test_a_refusal_is_told_in_the_servers_words_and_not_repeated(vllm: StandIn) 
         "or ask for fewer"
     )
     assert len(vllm.asked) <= 2  # the next may be under way when the first fails
+    vllm.faults = [
+        Fault(vllm_error(400, "invalid", "requested prompt_logprobs of 21, which is greater than max allowed: 20"))
+    ]
+    with pytest.raises(ScoringError, match=r"400: requested .* with --max-logprobs 21, or ask"):  # by its Rust frontend
+        VLLM(vllm.url, NAME).score([[5, 6]], 21)
     with pytest.raises(ScoringError, match=r"answered 400: Requested 21 token ids .*with --max-logprobs 21, or ask"):
         VLLM(vllm.url, NAME).score_ids([[5, 6]], [torch.arange(21).expand(2, 21)])
     assert VLLM(vllm.url, NAME).score([[5, 6]], 20)[0].ids.min(-1).values[0] >= 0

@@ -193,6 +193,13 @@ def test_a_support_that_is_off_is_refused_with_the_slice_that_mends_it(shift: in
     assert mended.ids[1:-1].tolist() == support.ids[1:-1].tolist()
 
 
+def test_the_support_of_another_text_is_refused() -> None:
+    support, ids = text()
+    with pytest.raises(ValueError, match="support holds no token of input_ids at any shift; pass the input_ids that"):
+        alignment(support, ids + 1000)
+    assert alignment(support, ids)[1] > 0.7
+
+
 def test_too_few_positions_tell_nothing() -> None:
     support, ids = text(17)
     with pytest.raises(ValueError, match="support has 15 positions that count at a shift of 2, but at_least is 16"):

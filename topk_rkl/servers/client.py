@@ -251,7 +251,7 @@ class VLLM(Server):
         return from_vllm_scores(self._post("/inference/v1/generate", body), asked)
 
     def _remedy(self, status: int, words: str) -> str | None:
-        wanted = re.match(r"Requested \D*(\d+).*greater than max allowed", words)  # best tokens, or ids per position
+        wanted = re.search(r"requested \D*(\d+).*greater than max allowed", words, re.IGNORECASE)  # in Python or Rust
         if wanted:
             return f"start the server with --max-logprobs {wanted[1]}, or ask for fewer"
         if status == 404 and "model" in words.lower():
