@@ -62,8 +62,8 @@ def alignment(
         shares[shift] = int((inside & counts).sum()) / count
     if not any(shares.values()):
         raise ValueError(
-            "support holds no token of input_ids at any shift; pass the input_ids that the server was asked for, as its "
-            "tokenizer counts them"
+            "support holds no token of input_ids at any shift; pass the input_ids that the server was asked for, of "
+            "its own tokenizer"
         )
     found = max(SHIFTS, key=lambda shift: (shares[shift], shift == 1))
     if found != 1:
