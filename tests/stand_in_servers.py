@@ -43,10 +43,26 @@ class StandIn(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.delay: Callable[[list[int]], float] = lambda _: 0.0  # seconds, of a prompt
         self.cut = 0  # tokens that the server drops from a prompt
+        self.connections = 0
+        self.under_way = self.most_under_way = 0  # requests
+        self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self.lock:
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        yield
+        with self.lock:
+            self.under_way -= 1
 
     def log_probs(self, prompt: list[int]) -> Tensor:  # (T - 1, V): of the tokens after the first
         time.sleep(self.delay(prompt))
@@ -139,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, dict(self.headers)))
         fault = self.server.faults.pop(0) if self.server.faults else Fault()
-        status, content = fault.answer or self.server.answer(self.path, body)
+        with self.server.counted():
+            status, content = fault.answer or self.server.answer(self.path, body)
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {**fault.headers, "Content-Length": str(len(data))}.items():

@@ -1,11 +1,11 @@
 """A teacher behind a server is the teacher itself: clients of vLLM and SGLang against stand-ins over real sockets."""
 
 import copy
+import importlib
 import json
 import pickle
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import urllib3
-from stand_in_servers import NAME, Answer, Fault, SGLangStandIn, StandIn, VLLMStandIn, serving
+from stand_in_servers import NAME, Answer, Fault, SGLangStandIn, StandIn, VLLMStandIn, serving, vllm_error
 from tiny_models import K, V, collate, inputs_of, rows, tiny
 from torch import Tensor
 
 from topk_rkl.loss import Support, teacher_topk
-from topk_rkl.servers import http
 from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
 from topk_rkl.trainers.transformers import distill
 
@@ -89,7 +88,7 @@ def test_a_score_is_the_top_k_of_the_model_in_the_order_of_the_prompts(pair: tup
     assert [x.shape for x in found] == [(len(prompt),) for prompt in PROMPTS]
     for support, prompt in zip(found, PROMPTS):
         assert_same(support, truth(prompt))
-    assert {"return_logprob", "prompt_logprobs"} & server.asked[0][1].keys()
+    assert 1 < server.most_under_way <= 4
 
 
 def test_a_prompt_may_be_a_tensor_and_supports_make_a_batch(pair: tuple[StandIn, Make]) -> None:
@@ -118,8 +117,11 @@ def test_an_answer_that_vllm_gave_is_read(vllm: StandIn) -> None:
     assert found.ids[0, :3].tolist() == [29, 28, 198] and found.log_probs[0, 0] == pytest.approx(-0.98550, abs=1e-5)
 
 
-def test_a_request_asks_for_raw_log_probs_of_the_whole_prompt(pair: tuple[StandIn, Make]) -> None:
+def test_a_request_asks_for_raw_log_probs_of_the_whole_prompt(
+    pair: tuple[StandIn, Make], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, make = pair
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # is not asked
     make(api_key="secret").score([[5, 6]], 2)
     path, body, headers = server.asked[0]
     if path == "/generate":
@@ -167,7 +169,7 @@ def test_the_ids_of_a_request_are_those_that_the_servers_take(pair: tuple[StandI
 def test_vllm_without_scores_of_ids_is_told_how_to_start(vllm: StandIn) -> None:
     teacher, ids = VLLM(vllm.url, NAME, concurrency=1), [torch.tensor([[9], [4]])]
     vllm.faults = [Fault((200, {"request_id": "1", "choices": []})), Fault((404, {"detail": "Not Found"}))]
-    with pytest.raises(ScoringError, match=r"prompt_token_id_logprobs; start vLLM 0.32 .*VLLM_USE_V2_MODEL_RUNNER=1"):
+    with pytest.raises(ScoringError, match=r"prompt_token_id_logprobs; .* vLLM 0.32 .*VLLM_USE_V2_MODEL_RUNNER=1"):
         teacher.score_ids([[5, 6]], ids)
     with pytest.raises(ScoringError, match=r"/inference/v1/generate answered 404: Not Found.* 0.32 or later"):
         teacher.score_ids([[5, 6]], ids)
@@ -251,7 +253,8 @@ def test_a_body_that_breaks_off_is_asked_for_again(pair: tuple[StandIn, Make]) -
 def test_a_slow_answer_is_given_up(vllm: StandIn) -> None:
     vllm.delay = lambda _: 2.0
     with pytest.raises(ScoringError, match=r"gave no whole answer: .*timed out.*raise retries or timeout"):
-        VLLM(vllm.url, NAME, timeout=0.05, retries=0).score([[5, 6]], 4)
+        VLLM(vllm.url, NAME, timeout=0.05, retries=1).score([[5, 6]], 4)
+    assert len(vllm.asked) == 2
     vllm.delay = lambda _: 0.1
     assert len(VLLM(vllm.url, NAME, timeout=30).score([[5, 6]], 4)) == 1
 
@@ -262,8 +265,8 @@ def test_a_server_that_is_away_is_named(kind: str, waits: list[float]) -> None:
     with pytest.raises(
         ScoringError, match=rf"prompt 0 of \w+\('{url}'\): .*refused.*see that the server runs"
     ) as caught:
-        client(kind, url, retries=2).score([[5, 6]], 4)
-    assert waits == [0, 1] and caught.value.done == {} and caught.value.index == 0
+        client(kind, url, retries=9).score([[5, 6]], 4)
+    assert waits == [0, 1, 2, 4, 8, 16, 32, 64, 120] and caught.value.done == {} and caught.value.index == 0
     assert pickle.loads(pickle.dumps(caught.value)).index == 0
 
 
@@ -276,6 +279,11 @@ def test_a_refusal_is_told_in_the_servers_words_and_not_repeated(vllm: StandIn) 
         "or ask for fewer"
     )
     assert len(vllm.asked) <= 2  # the next may be under way when the first fails
+    vllm.faults = [
+        Fault(vllm_error(400, "invalid", "requested prompt_logprobs of 21, which is greater than max allowed: 20"))
+    ]
+    with pytest.raises(ScoringError, match=r"400: requested .* with --max-logprobs 21, or ask"):  # by its Rust frontend
+        VLLM(vllm.url, NAME).score([[5, 6]], 21)
     with pytest.raises(ScoringError, match=r"answered 400: Requested 21 token ids .*with --max-logprobs 21, or ask"):
         VLLM(vllm.url, NAME).score_ids([[5, 6]], [torch.arange(21).expand(2, 21)])
     assert VLLM(vllm.url, NAME).score([[5, 6]], 20)[0].ids.min(-1).values[0] >= 0
@@ -352,10 +360,13 @@ def test_progress_is_shown_where_asked(vllm: StandIn, capsys: pytest.CaptureFixt
     assert f"{len(PROMPTS)}/{len(PROMPTS)}" in capsys.readouterr().err
 
 
-def test_a_closed_client_opens_other_connections(vllm: StandIn) -> None:
+def test_a_connection_stays_open_for_the_next_call_until_the_client_is_closed(vllm: StandIn) -> None:
     with VLLM(vllm.url, NAME) as teacher:
         teacher.score([[5, 6]], 4)
+        teacher.score([[5, 6]], 4)
+        assert vllm.connections == 1
     assert_same(teacher.score([[5, 6]], 4)[0], truth([5, 6], 4))
+    assert vllm.connections == 2
 
 
 X = torch.tensor([[1, 2], [3, 4]])
@@ -405,6 +416,17 @@ REFUSALS: dict[str, tuple[Callable[[Server], object], type[Exception], str]] = {
         ValueError,
         "attention_mask has no token in row 1; drop such rows",
     ),
+    "a row with a gap": (
+        lambda x: x.teacher(4)({"input_ids": X[:, [0, 0, 1]], "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 1]])}),
+        ValueError,
+        "attention_mask has padding within row 1; a server reads tokens without a gap",
+    ),
+    "a mask of packed rows": (
+        lambda x: x.teacher(4)({"input_ids": X, "attention_mask": torch.tensor([[1, 2], [1, 1]])}),
+        ValueError,
+        "attention_mask has the value 2, as packed rows have; pad rows instead of packing them",
+    ),
+    "a batch without tokens": (lambda x: x.teacher(4)({"labels": X}), TypeError, "input_ids is a NoneType; it must be"),
 }
 
 
@@ -437,25 +459,20 @@ def test_options_are_refused_by_their_name(options: dict[str, Any], message: str
         VLLM(**{"url": "http://localhost:8000", "model": NAME} | options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["tqdm", "urllib3"])
-def test_a_missing_package_is_told_with_what_to_install(missing: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; import topk_rkl.servers.client"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1
-    wanted = rf"ModuleNotFoundError: topk_rkl.servers.client needs {missing}.*; pip install 'topk-rkl\[servers\]'"
-    assert re.search(wanted, done.stderr)
-
-
-def test_waits_double() -> None:
-    assert http.BACKOFF_SECONDS * 2 == 1  # second, of the second retry, as Server says
+def test_a_missing_package_is_told_with_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("client", "http"):
+        monkeypatch.delitem(sys.modules, f"topk_rkl.servers.{name}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    wanted = rf"topk_rkl.servers.client needs {missing}.*; pip install 'topk-rkl\[servers\]'"
+    with pytest.raises(ModuleNotFoundError, match=wanted):
+        importlib.import_module("topk_rkl.servers.client")
 
 
 @pytest.mark.slow
 def test_the_lines_of_the_page_run(vllm: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pages = "\n".join(path.read_text() for path in (ROOT / "docs").glob("servers*.md"))
-    section = pages.partition("## The client\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs/servers.md").read_text().partition("## The client\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     student = tiny()
     before = [p.clone() for p in student.parameters()]

@@ -13,6 +13,7 @@ from tests.server_answers import (
     LOGITS,
     TOKENS,
     K,
+    Words,
     chat,
     completion,
     prompt,
@@ -40,6 +41,7 @@ def test_an_error_of_the_server_is_told_in_its_words(read: Any, error: dict[str,
         read(error, K)
 
 
+WIDE = {"token": "\ufffd", "bytes": [300], "logprob": -1.0}
 REFUSALS = {
     "a batch": (lambda: from_vllm([{}, {}], K), TypeError, r"answer is a list of 2; pass one of its items"),
     "another answer": (
@@ -47,7 +49,16 @@ REFUSALS = {
         ValueError,
         "answer has meta_info; it must have choices",
     ),
-    "an object of another library": (lambda: from_trtllm(3, K), TypeError, "answer is a int; it must be a decoded"),
+    "an answer without what it names": (
+        lambda: from_sglang({"meta_info": None, "text": "x"}, K),
+        ValueError,
+        "answer has text; it must have meta_info",
+    ),
+    "an object of another library": (
+        lambda: from_trtllm(3, K),
+        TypeError,
+        r"answer is a int; it must be .* response.json\(\), with",
+    ),
     "no prompt_logprobs": (
         lambda: from_vllm({"choices": [{"prompt_logprobs": None}]}, K),
         ValueError,
@@ -105,7 +116,12 @@ REFUSALS = {
     "arrays of tinker": (
         lambda: from_tinker({"topk_prompt_logprobs_np": SimpleNamespace(token_ids=[1], logprobs=[1.0])}, 1),
         ValueError,
-        r"arrays of \(1,\) and \(1,\); both must be \(T, K\)",
+        r"arrays of torch.int64 of \(1,\) and torch.float32 of \(1,\); they must be ints and floats, \(T, K\) both",
+    ),
+    "bytes that are none": (
+        lambda: from_openai({"choices": [{"logprobs": {"content": [{"top_logprobs": [WIDE]}]}}]}, 1, Words()),
+        ValueError,
+        r"logprobs.content\[0\] has the bytes \[300\]; they must be ints from 0 to 255",
     ),
     "a token that is a number": (
         lambda: from_openai({"choices": [{"logprobs": {"tokens": [1], "top_logprobs": [{1: -1.0}]}}]}, 1),
@@ -129,6 +145,11 @@ def test_refusals(name: str) -> None:
     call, kind, message = REFUSALS[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_an_id_far_below_0_is_no_other_id() -> None:
+    answer = sglang([None, [[-1.0, 5 - 2**32, None], [-2.0, 7, None]]])
+    assert from_sglang(answer, 2).ids[0].tolist() == [7, -1]
 
 
 def text(length: int = 40) -> tuple[Support, torch.Tensor]:
@@ -170,6 +191,13 @@ def test_a_support_that_is_off_is_refused_with_the_slice_that_mends_it(shift: in
     right = alignment(mended, ids)
     assert right[1] > 0.7
     assert mended.ids[1:-1].tolist() == support.ids[1:-1].tolist()
+
+
+def test_the_support_of_another_text_is_refused() -> None:
+    support, ids = text()
+    with pytest.raises(ValueError, match="support holds no token of input_ids at any shift; pass the input_ids that"):
+        alignment(support, ids + 1000)
+    assert alignment(support, ids)[1] > 0.7
 
 
 def test_too_few_positions_tell_nothing() -> None:

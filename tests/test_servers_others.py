@@ -131,6 +131,10 @@ def test_tinker_gives_arrays_and_lists() -> None:
     ids, log_probs = (torch.cat([torch.full((1, K), x), y]) for x, y in zip((0, -99999.0), truth().tensors))
     arrays = SimpleNamespace(token_ids=ids.int().numpy(), logprobs=log_probs.numpy())
     same(from_tinker(SimpleNamespace(sequences=[], topk_prompt_logprobs_np=arrays), K), prompt())
+    same(from_tinker({"topk_prompt_logprobs_np": vars(arrays)}, K), prompt())
+    arrays.token_ids = arrays.token_ids.astype("float32")
+    with pytest.raises(ValueError, match=r"arrays of torch.float32 of \(6, 4\) and torch.float32 .* ints and floats"):
+        from_tinker(SimpleNamespace(topk_prompt_logprobs_np=arrays), K)
     pairs = [None, *(list(zip(*(x.tolist() for x in truth()[t].tensors))) for t in range(5))]
     same(from_tinker({"sequences": [], "topk_prompt_logprobs": pairs}, K), prompt())
 
@@ -153,6 +157,18 @@ def test_the_server_of_llama_cpp_gives_ids() -> None:
     same(from_llama_cpp({"content": "", "completion_probabilities": rows}, K), truth())
     with pytest.raises(ValueError, match=r"completion_probabilities\[0\] has no top_logprobs; ask for n_probs=4 with"):
         from_llama_cpp({"completion_probabilities": [{"id": 3, "top_probs": []}]}, K)
+
+
+def test_an_echo_of_llama_cpp_lacks_bos_tokens() -> None:
+    """llama-cpp-python leaves a first BOS out of the tokens, and not the logits at it."""
+    tokens = [f"token_id:{i}" for i in TOKENS[1:]]  # a prompt of 5 tokens, and one that was drawn
+    top = [None, *({f"token_id:{i}": LOG_PROBS[t, i].item() for i in truth().ids[t].tolist()} for t in range(1, 5))]
+    logprobs, usage = {"tokens": tokens, "top_logprobs": top}, {"prompt_tokens": 5, "completion_tokens": 1}
+    answer = {"choices": [{"logprobs": logprobs}], "usage": usage}
+    same(from_llama_cpp(answer, K), truth(slice(1, 5)).pad(5, side="left"))
+    del tokens[2], top[2]  # as where it is BOS
+    with pytest.raises(ValueError, match=r"answer has 4 rows for 5 tokens of the prompt and 1 of the response; .*BOS"):
+        from_llama_cpp(answer, K)
 
 
 def test_a_chat_of_llama_cpp_adds_the_sampled_token_to_the_best() -> None:

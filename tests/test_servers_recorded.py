@@ -1,6 +1,5 @@
 """Answers that servers gave for SmolLM2, beside what the model itself says: vLLM 0.32.0, llama-cpp-python 0.3.36."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from topk_rkl import Support, teacher_topk, topk_reverse_kl
-from topk_rkl.servers import alignment, from_llama_cpp, from_openai, from_sglang, from_vllm
+from topk_rkl.servers import alignment, from_llama_cpp, from_openai, from_vllm
 
 FOLDER = Path(__file__).parent / "recorded"
 VLLM, LLAMA = (json.loads((FOLDER / f"{name}.json").read_text()) for name in ("vllm", "llama"))
@@ -79,29 +78,6 @@ def test_echoes_of_vllm_by_id_and_by_string_are_the_models(loaded: Any) -> None:
 def test_the_error_of_vllm_is_told() -> None:
     with pytest.raises(ValueError, match=r"greater than max allowed: 64.*start it with a larger --max-logprobs"):
         from_vllm(VLLM["prompt_logprobs_100"], 100)
-
-
-def test_the_shapes_of_sglang_hold_what_the_model_says(loaded: Any) -> None:
-    model, tokenizer = loaded
-    want = truth(model, TEXT, 8)
-    rows = [
-        [[x, i, tokenizer.decode([i])] for i, x in zip(ids, log_probs)]
-        for ids, log_probs in zip(want.ids[:-1].tolist(), want.log_probs[:-1].tolist())
-    ]
-    nested = {"input_top_logprobs": [None, *rows]}
-    shape = {"input_top_logprobs_shape": [len(rows), 8], "input_top_logprobs_null_prefix": 1}
-    plain = {
-        "input_top_logprobs_val_flat": want.log_probs[:-1].flatten().tolist(),
-        "input_top_logprobs_idx_flat": want.ids[:-1].flatten().tolist(),
-    }
-    coded = {
-        f"input_top_logprobs_{name}_flat_b64": base64.b64encode(x[:-1].numpy().tobytes()).decode()
-        for name, x in {"val": want.log_probs, "idx": want.ids}.items()
-    } | {"input_top_logprobs_val_flat_b64_dtype": "float32", "input_top_logprobs_idx_flat_b64_dtype": "int32"}
-    for info in (nested, shape | plain, shape | coded):
-        found = from_sglang({"text": "", "meta_info": info}, 8)
-        same(found[:-1], want[:-1])
-        assert is_empty(found[-1])
 
 
 def test_llama_cpp_says_nearly_what_the_model_says(loaded: Any) -> None:

@@ -160,7 +160,10 @@ def test_tokens_that_were_drawn_have_the_log_probs_that_they_were_drawn_from() -
 def test_an_echo_begins_with_the_prompt_and_moves() -> None:
     tokens = [f"token_id:{i}" for i in TOKENS]
     top = [row and {f"token_id:{i}": x["logprob"] for i, x in row.items()} for row in vllm_rows()]
-    same(from_openai({"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": top}}]}, K), prompt())
+    answer = {"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": top}}]}
+    with pytest.raises(ValueError, match=r"part is 'response', but .* an echo, .* read both by from_openai"):
+        from_vllm(answer, K, part="response")
+    same(from_openai(answer, K), prompt())
 
 
 def test_a_chat_lets_the_sampled_token_push_out_the_last_one() -> None:
@@ -187,17 +190,28 @@ def scored(ids: torch.Tensor) -> Support:
 def test_scores_of_chosen_ids_stand_where_the_request_began() -> None:
     ids, text = scores()
     answer = {"choices": [], "prompt_token_id_logprobs": text}
-    for given in (ids, ids.int(), ids.tolist(), ids.numpy(), ids.numpy().astype("int32")):
+    for given in (ids, ids.int(), ids.tolist(), ids.numpy(), ids.numpy().astype("uint32")):
         same(from_vllm_scores(answer, given, start=2), scored(ids))
     array = LOG_PROBS[2:5].gather(-1, ids)
-    for kind in (array, array.numpy()):
+    for kind in (array, array.numpy(), numpy.frombuffer(array.numpy().tobytes(), "float32").reshape(3, 3)):
         same(from_vllm_scores(SimpleNamespace(prompt_token_id_logprobs=kind), ids, start=2), scored(ids))
 
 
-def test_padding_of_chosen_ids_is_empty() -> None:
-    answer = SimpleNamespace(prompt_token_id_logprobs=torch.tensor([[-1.0, -0.9], [-3.0, -2.0]]))
+@pytest.mark.parametrize("never", [-math.inf, 0.0, math.nan])
+def test_padding_of_chosen_ids_is_empty(never: float) -> None:
+    answer = SimpleNamespace(prompt_token_id_logprobs=torch.tensor([[-1.0, never], [-3.0, -2.0]]))
     found = from_vllm_scores(answer, [[8], [4, 6]])
     assert found.ids.tolist() == [[8, -1], [6, 4], [-1, -1]]
+    answer.prompt_token_id_logprobs[1, 1] = never
+    found = from_vllm_scores(answer, torch.tensor([[8, -1], [4, -1]]))  # no row is full
+    assert found.ids.tolist() == [[8, -1], [4, -1], [-1, -1]]
+    assert found.log_probs.tolist() == [[-1, -math.inf], [-3, -math.inf], [-math.inf] * 2]
+
+
+def test_a_chosen_id_that_is_repeated_is_one_slot() -> None:
+    answer = SimpleNamespace(prompt_token_id_logprobs=torch.tensor([[-0.5, -0.5], [-3.0, -3.0]]))
+    found = from_vllm_scores(answer, [[8, 8], [4, 4]])
+    assert found.ids.tolist() == [[8, -1], [4, -1], [-1, -1]]
 
 
 def test_scores_of_other_ids_are_refused() -> None:
@@ -210,6 +224,10 @@ def test_scores_of_other_ids_are_refused() -> None:
         from_vllm_scores({"prompt_token_id_logprobs": "AAAA"}, ids)
     with pytest.raises(TypeError, match="token_ids holds what is no int"):
         from_vllm_scores({"prompt_token_id_logprobs": text}, [[1.5, 2, 3]] * 3)
+    with pytest.raises(ValueError, match=r"prompt_token_id_logprobs is \[\[None\]\]; it must be an array of numbers"):
+        from_vllm_scores({"prompt_token_id_logprobs": [[None]]}, [[1]])
+    with pytest.raises(ValueError, match="has no prompt_token_id_logprobs; ask for prompt_logprob_token_ids, of"):
+        from_vllm_scores({"choices": [], "prompt_token_id_logprobs": None}, [[1]])
 
 
 def test_a_npy_file_needs_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

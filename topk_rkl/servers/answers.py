@@ -32,9 +32,12 @@ def require_answer(answer: object, *names: str) -> None:
             f"answer is {checks.kind_of(answer)} of {len(answer)}; pass one of its items, such as answer[0]"
         )
     if all(getattr(answer, name, None) is None for name in names) and not isinstance(answer, Mapping):
-        raise TypeError(f"answer is {checks.kind_of(answer)}; it must be a decoded answer with {' or '.join(names)}")
+        raise TypeError(
+            f"answer is {checks.kind_of(answer)}; it must be a decoded answer, such as "
+            f"response.json(), with {' or '.join(names)}"
+        )
     if all(field(answer, name) is None for name in names):
-        seen = ", ".join(map(str, answer)) if isinstance(answer, Mapping) else "none of them"
+        seen = ", ".join(str(x) for x in answer if answer[x] is not None) if isinstance(answer, Mapping) else ""
         raise ValueError(f"answer has {seen or 'no field'}; it must have {' or '.join(names)}")
 
 
@@ -102,6 +105,14 @@ def raw(name: str, text: object, dtype: torch.dtype) -> Tensor:
     if len(data) % dtype.itemsize:
         raise ValueError(f"answer: {name} has {len(data)} bytes; it must hold {dtype.itemsize} per number")
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def array(name: str, values: Any) -> Tensor:
+    """An array, a tensor or lists, as a tensor on the CPU."""
+    try:
+        return values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"answer: {name} is {short(values)}; it must be an array of numbers") from None
 
 
 def from_npy(name: str, text: object) -> Tensor:

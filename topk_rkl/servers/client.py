@@ -40,7 +40,6 @@ except ModuleNotFoundError as error:
 __all__ = ["VLLM", "SGLang", "ScoringError", "Server"]
 
 MOST_THREADS = 1024
-SCORES = "prompt_token_id_logprobs"
 
 
 class ScoringError(RuntimeError):
@@ -249,16 +248,10 @@ class VLLM(Server):
             "prompt_logprob_token_ids": asked.tolist(),
         }  # fmt: skip
         body = {"model": self.model, "token_ids": prompt, "sampling_params": sampling}
-        answer = self._post("/inference/v1/generate", body)
-        if isinstance(answer, dict) and answer.get(SCORES) is None:
-            raise ValueError(
-                f"the answer has no {SCORES}; start vLLM 0.32 or later with VLLM_USE_V2_MODEL_RUNNER=1, and without "
-                "--kv-sharing-fast-prefill"
-            )
-        return from_vllm_scores(answer, asked)
+        return from_vllm_scores(self._post("/inference/v1/generate", body), asked)
 
     def _remedy(self, status: int, words: str) -> str | None:
-        wanted = re.match(r"Requested \D*(\d+).*greater than max allowed", words)  # best tokens, or ids per position
+        wanted = re.search(r"requested \D*(\d+).*greater than max allowed", words, re.IGNORECASE)  # in Python or Rust
         if wanted:
             return f"start the server with --max-logprobs {wanted[1]}, or ask for fewer"
         if status == 404 and "model" in words.lower():

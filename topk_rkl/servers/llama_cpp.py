@@ -1,7 +1,7 @@
 """llama.cpp: its own server, which gives ids, and llama-cpp-python, which gives strings."""
 
 from topk_rkl.servers.answers import chosen, field, require_answer
-from topk_rkl.servers.openai import generated, of_chat
+from topk_rkl.servers.openai import echoed, generated, of_chat
 from topk_rkl.servers.rows import require_wanted
 from topk_rkl.servers.strings import Ambiguous, Inverter
 from topk_rkl.support import Support
@@ -20,8 +20,10 @@ def from_llama_cpp(
     """The best K tokens per position, of /completion of the server of llama.cpp, or of llama-cpp-python.
 
     `echo=True` of llama-cpp-python looks like OpenAI's, but row t is that of the logits at t: it speaks of token t + 1,
-    and nothing moves. Its row 0 is null, so the first position is empty and the last one is not. Other answers are of
-    the response: row j is that of which token j was drawn, and belongs to position P - 1 + j of a prompt of P tokens.
+    and nothing moves. Its row 0 is null, so the first position is empty and the last one is not. A BOS token at the
+    start is position 0, though it is not listed; one further on has no row, and is refused where `usage` shows it.
+    Other answers are of the response: row j is that of which token j was drawn, and belongs to position P - 1 + j of a
+    prompt of P tokens.
 
     Args:
         answer: decoded JSON of /completion with `n_probs=k`, of /v1/completions with `logprobs=k`, or of a chat.
@@ -35,14 +37,18 @@ def from_llama_cpp(
         Support (T, K) with `echo=True`, the first position empty; else (N, K) of N generated tokens.
 
     Raises:
-        ValueError: as `from_openai`; `post_sampling_probs` were asked for, or the server is too old to give ids.
+        ValueError: as `from_openai`; `post_sampling_probs` were asked for, the server is too old to give ids, or rows
+            are missing.
     """
     k = require_wanted(k)
     inverter = Inverter(tokenizer, ambiguous)
     require_answer(answer, "choices", NATIVE)
     rows = field(answer, NATIVE)
     if rows is None:
-        return generated(chosen(answer, choice), inverter, crowded=False).support(k, f"ask for logprobs={k}")
+        listed = generated(chosen(answer, choice), inverter, crowded=False)
+        if echoed(listed):
+            _require_all_rows(len(listed.counts), field(answer, "usage"))
+        return listed.support(k, f"ask for logprobs={k}")
     for i, row in enumerate(rows):
         if field(row, "top_logprobs") is None:
             raise ValueError(
@@ -50,3 +56,13 @@ def from_llama_cpp(
                 "server from 2025 on"
             )
     return of_chat(NATIVE, rows, inverter, crowded=False).support(k, f"ask for n_probs={k}")
+
+
+def _require_all_rows(rows: int, usage: object) -> None:
+    """An echo has a row per token that was evaluated: all but the last drawn one, and but BOS within the text."""
+    prompt, drawn = field(usage, "prompt_tokens"), field(usage, "completion_tokens")
+    if prompt is not None and drawn is not None and rows < prompt + drawn - 1:
+        raise ValueError(
+            f"answer has {rows} rows for {prompt} tokens of the prompt and {drawn} of the response; llama-cpp-python "
+            "leaves out BOS tokens within a text: take them out of the prompt, or ask another server"
+        )

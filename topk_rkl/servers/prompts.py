@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from topk_rkl import checks
 from topk_rkl.support import Support
 
-BEYOND_IDS = ("inputs_embeds", "pixel_values", "position_ids", "cu_seq_lens_q", "seq_idx")  # change what a model reads
+BEYOND_IDS = (  # change what a model reads
+    "inputs_embeds", "pixel_values", "pixel_values_videos", "input_features",
+    "position_ids", "cu_seq_lens_q", "seq_idx",
+)  # fmt: skip
 
 
 def require_prompts(input_ids: Any) -> list[list[int]]:
@@ -82,16 +86,24 @@ def require_batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             f"the batch has {', '.join(beyond)}, which a server of token ids does not read; pad rows instead of "
             "packing them, and call the teacher with input_ids and attention_mask alone"
         )
+    checks.require_tensor("input_ids", inputs.get("input_ids"), checks.INTEGERS)
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    checks.require_tensor("input_ids", ids, checks.INTEGERS)
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if ids.dim() != 2 or kept.shape != ids.shape:
         raise ValueError(
             f"input_ids has shape {checks.shape_of(ids)} and attention_mask {checks.shape_of(kept)}; both must be "
             "(B, T)"
         )
-    if not kept.any(-1).all():
-        raise ValueError(f"attention_mask has no token in row {int((~kept.any(-1)).nonzero()[0])}; drop such rows")
+    starts = (kept & ~pad(kept, (1, 0))[:, :-1]).sum(-1)
+    if (starts != 1).any():
+        row = int((starts != 1).nonzero()[0])
+        if starts[row] == 0:
+            raise ValueError(f"attention_mask has no token in row {row}; drop such rows")
+        raise ValueError(f"attention_mask has padding within row {row}; a server reads tokens without a gap")
+    if mask is not None and mask.dtype in checks.INTEGERS and int(mask.max()) > 1:
+        raise ValueError(
+            f"attention_mask has the value {int(mask.max())}, as packed rows have; pad rows instead of packing them"
+        )
     return ids, kept
 
 

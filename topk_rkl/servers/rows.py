@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from topk_rkl import checks
 from topk_rkl.rows import repeats
@@ -39,10 +40,10 @@ class Rows:
 
     def support(self, k: int, remedy: str) -> Support:
         """The best K of each row, (T, K). The remedy says how to ask the server for K."""
-        ids, log_probs = self._padded()
+        ids, log_probs = self.padded()
         return best(self.name, ids, log_probs, k, remedy, torch.tensor(self.actual, dtype=torch.int64), self.crowded)
 
-    def _padded(self) -> tuple[Tensor, Tensor]:
+    def padded(self) -> tuple[Tensor, Tensor]:
         """Ids int64 and log-probs float32, (T, W) for the longest row."""
         counts = torch.tensor(self.counts, dtype=torch.int64)
         slots = torch.arange(max(self.counts, default=0)) < counts[:, None]
@@ -75,32 +76,39 @@ def best(
     crowded: bool = False,
 ) -> Support:
     """The best K of each row, (T, K), each id once, by (log-prob descending, id ascending)."""
-    _require_numbers(name, ids, log_probs)
     impossible = ((ids >= 0) & (log_probs <= NEVER)).sum(-1)  # listed, but no slot
-    ids, log_probs = ranked(ids.to(torch.int32), log_probs)
-    if (log_probs.logsumexp(-1) > LARGEST_LOG_SUM).any():
-        raise ValueError(
-            f"answer: probabilities of {name} add up to more than 1, so its numbers are logits; start the server so "
-            "that it gives log-probs, such as with --logprobs-mode raw_logprobs"
-        )
+    ids, log_probs = ranked(name, ids, log_probs)
     sure, most = surely_best(ids, log_probs, impossible, actual, crowded)
     if 0 < most < k:
         raise ValueError(f"k is {k}, but no position of {name} has more than {most} tokens; {remedy}")
     out = (ids < 0) | (torch.arange(ids.shape[-1]) >= sure[:, None])
     ids, log_probs = ids.masked_fill(out, -1)[:, :k], log_probs.masked_fill(out, -torch.inf)[:, :k]
     log_probs, filled_first = log_probs.sort(dim=-1, descending=True, stable=True)
-    return Support(ids.gather(-1, filled_first), log_probs)._filled((0, k - ids.shape[-1]))
+    more = (0, k - ids.shape[-1])
+    return Support(pad(ids.gather(-1, filled_first), more, value=-1), pad(log_probs, more, value=-torch.inf))
 
 
 def ranked(
-    ids: Tensor,  # (T, W)
+    name: str,
+    ids: Tensor,  # (T, W) int64
     log_probs: Tensor,  # (T, W)
 ) -> tuple[Tensor, Tensor]:
-    """Both by (log-prob descending, id ascending), an id once. An id of -1 with a log-prob is a token without one."""
+    """Both by (log-prob descending, id ascending), ids int32 and each once; -1 with a log-prob is a token without id.
+
+    Raises:
+        ValueError: a log-prob is NaN, those of a row are logits, or an id is no int32.
+    """
+    _require_numbers(name, ids, log_probs)
+    ids = ids.clamp_min(-1).to(torch.int32)
     ids, order = ids.masked_fill(log_probs <= NEVER, -1).sort(dim=-1, stable=True)
     empty = (repeats(ids) & (ids >= 0)) | (log_probs.gather(-1, order) <= NEVER)
     log_probs = log_probs.gather(-1, order).masked_fill(empty, -torch.inf)
     log_probs, best_first = log_probs.sort(dim=-1, descending=True, stable=True)
+    if (log_probs.logsumexp(-1) > LARGEST_LOG_SUM).any():
+        raise ValueError(
+            f"answer: probabilities of {name} add up to more than 1, so its numbers are logits; start the server so "
+            "that it gives log-probs, such as with --logprobs-mode raw_logprobs"
+        )
     return ids.masked_fill(empty, -1).gather(-1, best_first), log_probs
 
 

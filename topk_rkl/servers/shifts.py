@@ -33,8 +33,8 @@ def alignment(
         {0: share, 1: share, 2: share}, each from 0 to 1.
 
     Raises:
-        ValueError: another shift has a larger share than 1, with the slice that mends the support; too few positions
-            count to tell; the shapes differ.
+        ValueError: another shift has a larger share than 1, with the slice that mends the support; all shares are 0;
+            too few positions count to tell; the shapes differ.
     """
     require_support("support", support)
     checks.require_tensor("input_ids", input_ids, checks.INTEGERS)
@@ -60,6 +60,11 @@ def alignment(
             )
         inside = (live & (here.ids == then[..., None])).any(-1)
         shares[shift] = int((inside & counts).sum()) / count
+    if not any(shares.values()):
+        raise ValueError(
+            "support holds no token of input_ids at any shift; pass the input_ids that the server was asked for, of "
+            "its own tokenizer"
+        )
     found = max(SHIFTS, key=lambda shift: (shares[shift], shift == 1))
     if found != 1:
         seen = ", ".join(f"{share:.2f} at a shift of {shift}" for shift, share in shares.items())

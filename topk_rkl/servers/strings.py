@@ -37,8 +37,9 @@ class Inverter:
             )
         strings, pieces = inverted(self.tokenizer)
         found = strings.get(token, SEVERAL) if token else SEVERAL
-        if found < 0 and data and bytes(data) != token.encode():  # part of a character has no string of its own
-            found = pieces.get(bytes(data), SEVERAL)
+        part = None if data is None else _bytes(name, row, data)  # of a character, which has no string of its own
+        if found < 0 and part and part != token.encode():
+            found = pieces.get(part, SEVERAL)
         if found >= 0:
             return found
         if self.drop:
@@ -48,6 +49,13 @@ class Inverter:
             "return_tokens_as_token_ids=True, use the server's own form with ids, or leave such tokens out with "
             "ambiguous='drop'"
         )
+
+
+def _bytes(name: str, row: int, data: Sequence[int]) -> bytes:
+    try:
+        return bytes(data)
+    except (TypeError, ValueError):
+        raise ValueError(f"answer: {name}[{row}] has the bytes {data!r}; they must be ints from 0 to 255") from None
 
 
 def require_tokenizer(tokenizer: Any) -> None:

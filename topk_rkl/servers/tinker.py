@@ -1,9 +1,7 @@
 """Tinker: dense arrays, or lists of (id, log-prob)."""
 
-import torch
-
 from topk_rkl import checks
-from topk_rkl.servers.answers import field, require_answer, require_rows
+from topk_rkl.servers.answers import array, field, require_answer, require_rows
 from topk_rkl.servers.rows import Rows, after, best, require_wanted
 from topk_rkl.support import Support
 
@@ -31,11 +29,11 @@ def from_tinker(answer: object, k: int) -> Support:
     remedy = f"ask for topk_prompt_logprobs={k}"
     dense = field(answer, names[0])
     if dense is not None:
-        ids, log_probs = torch.as_tensor(dense.token_ids).long(), torch.as_tensor(dense.logprobs).float()
-        if ids.dim() != 2 or ids.shape != log_probs.shape:
-            shapes = f"{checks.shape_of(ids)} and {checks.shape_of(log_probs)}"
-            raise ValueError(f"answer: {names[0]} has arrays of {shapes}; both must be (T, K)")
-        return after(best(names[0], ids, log_probs, k, remedy))
+        ids, log_probs = (array(f"{names[0]}.{x}", field(dense, x)) for x in ("token_ids", "logprobs"))
+        if ids.dim() != 2 or ids.shape != log_probs.shape or ids.is_floating_point():
+            seen = " and ".join(f"{x.dtype} of {checks.shape_of(x)}" for x in (ids, log_probs))
+            raise ValueError(f"answer: {names[0]} has arrays of {seen}; they must be ints and floats, (T, K) both")
+        return after(best(names[0], ids.long(), log_probs.float(), k, remedy))
     rows = Rows(names[1])
     for i, row in enumerate(require_rows(names[1], field(answer, names[1]), f"topk_prompt_logprobs={k}")):
         try:

@@ -10,6 +10,7 @@ from topk_rkl import checks
 from topk_rkl.servers import openai
 from topk_rkl.servers.answers import (
     Part,
+    array,
     chosen,
     field,
     from_npy,
@@ -18,7 +19,7 @@ from topk_rkl.servers.answers import (
     require_rows,
     require_start,
 )
-from topk_rkl.servers.rows import Rows, after, best, flat, require_wanted
+from topk_rkl.servers.rows import Rows, after, flat, ranked, require_wanted
 from topk_rkl.servers.strings import Inverter
 from topk_rkl.support import Support
 
@@ -79,7 +80,7 @@ def from_vllm_scores(
     """The teacher's log-probs of ids that the caller chose, such as the student's best.
 
     vLLM 0.32 has `prompt_logprob_token_ids` for it. Its row i scores token `start` + i + 1, so it is that of position
-    `start` + i here.
+    `start` + i here, whose ids are in the order of their log-probs. An id that a row repeats is one slot.
 
     Args:
         answer: a RequestOutput, or a decoded answer of /inference/v1/generate, where `prompt_token_id_logprobs` is an
@@ -89,20 +90,28 @@ def from_vllm_scores(
 
     Returns:
         Support (start + N + 1, K), where the first `start` positions and the last one are empty.
+
+    Raises:
+        ValueError: as `from_vllm`; the answer has no scores, or those of other ids.
     """
     start = require_start(start)
-    require_answer(answer, "prompt_token_id_logprobs")
-    ids = _chosen_ids(token_ids)
-    scores = field(answer, "prompt_token_id_logprobs")
     name = "prompt_token_id_logprobs"
-    scores = from_npy(name, scores) if isinstance(scores, str) else torch.as_tensor(scores).float()
+    require_answer(answer, name, "choices", "outputs")
+    ids = _chosen_ids(token_ids)
+    scores = field(answer, name)
+    if scores is None:
+        raise ValueError(
+            f"answer has no {name}; ask for prompt_logprob_token_ids, of vLLM 0.32 or later that was started with "
+            "VLLM_USE_V2_MODEL_RUNNER=1 and without --kv-sharing-fast-prefill"
+        )
+    scores = from_npy(name, scores) if isinstance(scores, str) else array(name, scores).float()
     if scores.shape != ids.shape:
         raise ValueError(
             f"token_ids has shape {checks.shape_of(ids)}, but {name} of the answer {checks.shape_of(scores)}; pass the "
             "ids that were sent with the request"
         )
-    found = best(name, ids, scores, ids.shape[-1], "").pad(start + len(ids), side="left")
-    return found.pad(start + len(ids) + 1)
+    scores = scores.masked_fill(ids < 0, -torch.inf)  # as vLLM itself gives padding
+    return Support(*ranked(name, ids, scores)).pad(start + len(ids), side="left").pad(start + len(ids) + 1)
 
 
 def from_dicts(name: str, rows: Iterable[Any]) -> Rows:
@@ -135,7 +144,13 @@ def _response(answer: Any, k: int, choice: int | None) -> Support:
         rows = field(chosen(answer, choice, "outputs"), "logprobs")
         rows = require_rows("logprobs", rows, f"SamplingParams(logprobs={k})")
         return from_dicts("logprobs", rows).support(k, REMEDY.format("logprobs", k))
-    return openai.generated(chosen(answer, choice), Inverter(None, "refuse")).support(k, REMEDY.format("logprobs", k))
+    drawn = openai.generated(chosen(answer, choice), Inverter(None, "refuse"))
+    if openai.echoed(drawn):
+        raise ValueError(
+            "part is 'response', but the answer is an echo, which begins with the prompt; read both by from_openai, or "
+            "ask for echo=false"
+        )
+    return drawn.support(k, REMEDY.format("logprobs", k))
 
 
 def _chosen_ids(token_ids: Any) -> Tensor:
@@ -148,9 +163,9 @@ def _chosen_ids(token_ids: Any) -> Tensor:
             flat("token_ids", rows.ids, torch.int64)
         except ValueError:
             raise TypeError("token_ids holds what is no int; it must be rows of ids") from None
-        return rows._padded()[0]
-    if type(token_ids).__module__ == "numpy" and token_ids.dtype.kind == "i":
-        token_ids = torch.as_tensor(token_ids)
+        return rows.padded()[0]
+    if type(token_ids).__module__ == "numpy" and token_ids.dtype.kind in "iu":
+        token_ids = torch.tensor(token_ids.astype("int64"))
     if not isinstance(token_ids, Tensor):
         raise TypeError(f"token_ids is {checks.kind_of(token_ids)}; it must be (N, K) ids: a tensor, an array or lists")
     checks.require_tensor("token_ids", token_ids, checks.INTEGERS)
