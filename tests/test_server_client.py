@@ -16,10 +16,13 @@ import torch
 import urllib3
 from stand_in_servers import NAME, Answer, Fault, SGLangStandIn, StandIn, VLLMStandIn, serving, vllm_error
 from tiny_models import K, V, collate, inputs_of, rows, tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from topk_rkl.loss import Support, teacher_topk
 from topk_rkl.servers.client import VLLM, ScoringError, Server, SGLang
+from topk_rkl.store import Store
 from topk_rkl.trainers.transformers import distill
 
 TEACHER = tiny(seed=1, layers=2).eval()
@@ -477,13 +480,16 @@ def test_the_lines_of_the_page_run(vllm: StandIn, tmp_path: Path, monkeypatch: p
     student = tiny()
     before = [p.clone() for p in student.parameters()]
     scope = {"student": student, "data": rows(4), "collate": collate, "prompts": PROMPTS, "torch": torch}
+    scope["tokenizer"] = Tokenizer(WordLevel({"yes": 0, "no": 1}))
     for block in blocks:
         replaced = {"http://localhost:8000": vllm.url, "Qwen/Qwen3-32B": NAME, "k=32": f"k={K}"}
         for printed, here in replaced.items():
             block = block.replace(printed, here)
         exec(block, scope)
-    assert len(blocks) == 4 and scope["missing"] == []
+    assert len(blocks) == 5 and scope["missing"] == []
     assert any(not torch.equal(*x) for x in zip(before, student.parameters()))
+    stored = Store("store")
     for i, prompt in enumerate(PROMPTS):
         assert_same(scope["batch"][i, : len(prompt)], truth(prompt))
+        assert stored[i].input_ids.tolist() == prompt and torch.equal(stored[i].support.ids, truth(prompt).ids)
         assert torch.equal(scope["supports"][i].ids[:-1], scope["ids"][i][:-1])
