@@ -1,5 +1,6 @@
 """A Support behaves like a batch of positions: indexed, padded, joined, moved, collated, saved and traced."""
 
+import copy
 import pickle
 from collections.abc import Iterable
 from dataclasses import replace
@@ -116,6 +117,15 @@ def test_what_moves_batches_moves_it(normalized: bool) -> None:
     ):
         assert isinstance(moved["teacher"], Support) and moved["teacher"].normalized is normalized
         assert moved["teacher"].ids.is_meta and moved["teacher"].log_probs.is_meta and moved["more"][0].is_meta
+
+
+def test_its_fields_can_be_set() -> None:
+    """In a copy, as Lightning does at precision "bf16-true", which refuses a batch that holds a frozen dataclass."""
+    support = made(B, T, normalized=False)
+    low = copy.deepcopy(support)
+    for name, x in zip(("ids", "log_probs"), support.to(torch.bfloat16).tensors):
+        setattr(low, name, x)
+    assert same(low, support.to(torch.bfloat16)) and support.log_probs.dtype == torch.float32
 
 
 def test_padding_adds_empty_positions() -> None:

@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from tests.ranks import WORLD, on_ranks, together
 from tests.sharded_model import whole
 from tests.tiny_models import FAMILIES, K, V, collate, distance, formula, inputs_of, rows, tiny
-from topk_rkl.loss import ForwardKL, teacher_topk
+from topk_rkl.loss import ForwardKL, Support, teacher_topk
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK
 from topk_rkl.trainers.transformers import Distillation, distill
 
@@ -62,6 +62,7 @@ def run(
     size: int = 8,
     accumulated: int = 1,
     data: Any = ROWS,
+    collator: Any = collate,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Trainer]:
     """The last gradients of a Trainer that runs, by default, for one step on all rows in one batch."""
@@ -73,7 +74,7 @@ def run(
     } | options  # fmt: skip
     seen = Gradients()
     trainer = Trainer(
-        student, TrainingArguments(**given), train_dataset=data, eval_dataset=ROWS, data_collator=collate,
+        student, TrainingArguments(**given), train_dataset=data, eval_dataset=ROWS, data_collator=collator,
         compute_loss_func=loss, callbacks=[seen],
     )  # fmt: skip
     trainer.train()
@@ -222,6 +223,21 @@ def test_a_stored_teacher(train: Train, entry: str) -> None:
     student, teacher = tiny(), teacher_of()
     data = datasets.Dataset.from_list(stored(teacher))
     gradients, _ = train(student, distill(student, entry=entry), 2, 4, data=data)
+    assert distance(gradients, formula(tiny(), teacher, BATCH)[1]) < ROUNDING
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_support_in_the_batch(train: Train, entry: str) -> None:
+    student, teacher = tiny(), teacher_of()
+    supports = [Support.from_dict({name: torch.tensor(x) for name, x in row.items()}) for row in stored(teacher)]
+
+    def stacked(batch: list[dict]) -> dict:
+        plain = collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in batch])
+        return plain | {"teacher": Support.stack([row["teacher"].pad(plain["labels"].shape[1]) for row in batch])}
+
+    data = [row | {"teacher": support} for row, support in zip(ROWS, supports)]
+    distilled = distill(student, lambda inputs: inputs["teacher"], entry=entry)
+    gradients, _ = train(student, distilled, 2, 4, data=data, collator=stacked)
     assert distance(gradients, formula(tiny(), teacher, BATCH)[1]) < ROUNDING
 
 
