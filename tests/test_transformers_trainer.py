@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -519,6 +519,25 @@ def test_wrappers_have_the_gradient_of_one_process(how: str, entry: str) -> None
     want = formula(tiny(), teacher_of(), BATCH)[1]
     for gradients in on_ranks(2, wrapped_gradients, how, entry):
         assert distance(gradients, want) < ROUNDING
+
+
+def dtypes_of_stored(group: Any) -> list[torch.dtype]:
+    """Of the log-probs of a batch, within students that FSDP2 runs in bfloat16 and whose inputs it casts, or not."""
+    batch, seen, mesh = collate(ROWS), [], DeviceMesh.from_group(group, "cpu")
+    teacher = teacher_topk(torch.randn(*batch["labels"].shape, V), K)
+    for cast in (True, False):
+        student = tiny()
+        distilled = distill(student, lambda inputs: seen.append(inputs["teacher"]) or seen[-1], entry="logits")
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
+        fully_shard(student, mesh=mesh, mp_policy=policy)
+        distilled(student.train()(**inputs_of(batch), teacher=teacher), batch["labels"])
+    return [support.log_probs.dtype for support in seen]
+
+
+@together
+@pytest.mark.slow
+def test_fsdp_rounds_a_teacher_in_the_batch_unless_it_casts_no_input() -> None:
+    assert on_ranks(2, dtypes_of_stored) == [[torch.bfloat16, torch.float32]] * 2
 
 
 def blocks(page: str) -> list[str]:
