@@ -187,7 +187,7 @@ JOINS = {
         lambda: Support.cat([made(1, 2), made(1, 3)]), ValueError, r"alike but for dimension 0, by .*pad\(3\)$",
     ),
     "rows": (lambda: Support.stack([made(2, 3), made(3, 3)]), ValueError, r"\(2, 3\) and \(3, 3\); make them alike$"),
-    "dimensions": (lambda: Support.cat([made(2, 3), made(3)]), ValueError, "make them alike but for dimension 0$"),
+    "dimensions": (lambda: Support.cat([made(2, 3), made(2)], 1), ValueError, "make them alike but for dimension 1$"),
     "a position and a row": (lambda: Support.stack([made(), made(3)]), ValueError, "make them alike$"),
     "devices": (
         lambda: Support.cat([made(2), made(2).to("meta")]), ValueError,
