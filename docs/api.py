@@ -167,8 +167,16 @@ def methods(value: type) -> str:
             lines.append(f"\n`{name}`: {body(method)}")
         function = method.__func__ if isinstance(method, staticmethod) else method
         if inspect.isfunction(function):
-            lines.append(f"\n`{name}{inspect.signature(function)}`: {body(function)}")
+            of_class = f"{value.__name__}." * isinstance(method, staticmethod)
+            lines.append(f"\n`{of_class}{name}{signature(function)}`: {body(function)}")
     return "".join(lines)
+
+
+def signature(method: Any) -> str:
+    """Without self and the modules of types."""
+    found = inspect.signature(method, eval_str=True)
+    found = found.replace(parameters=[x for name, x in found.parameters.items() if name != "self"])
+    return re.sub(r"\b(collections\.abc|typing|topk_rkl[\w.]*|torch(?=\.Tensor))\.", "", str(found)).replace("'", '"')
 
 
 def body(value: Any) -> str:

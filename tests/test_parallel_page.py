@@ -324,7 +324,9 @@ def with_bits(group: Any, dtype: torch.dtype) -> dict[str, bool]:
         return all(torch.equal(a, b) for a, b in (losses, *grads))
 
     return {
-        "support": all(map(torch.equal, support, teacher_topk(shard(w, -1), 32, group=group))),
+        "support": all(
+            map(torch.equal, support.tensors, teacher_topk(shard(w, -1), 32, group=group).tensors)
+        ),
         "teacher logits": equal(
             lambda z, group, **more: topk_reverse_kl(z, shard(w, -1) if group else w, k=32, group=group, **more),
             (z, -1),

@@ -1,6 +1,9 @@
 """A Support behaves like a batch of positions: indexed, padded, joined, moved, collated, saved and traced."""
 
+import copy
 import pickle
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,10 +68,11 @@ def test_its_size_is_that_of_the_positions() -> None:
 
 @pytest.mark.parametrize("rows", [2, 5])
 def test_it_is_not_unpacked(rows: int) -> None:
-    """Two rows would unpack into two supports, without an error."""
+    """Two rows would unpack into two supports, without an error. Lightning looks into what is an Iterable."""
     support = made(rows)
-    with pytest.raises(TypeError, match=r"take ids, log_probs = support.tensors, or .*support\[0\]"):
+    with pytest.raises(TypeError, match=r"Support.* not iterable"):
         _, _ = support
+    assert not isinstance(support, Iterable)
     ids, log_probs = support.tensors
     assert ids is support.ids and log_probs is support.log_probs
 
@@ -80,6 +84,25 @@ def test_it_moves_as_a_tensor_does() -> None:
     for moved in (support.to("meta"), support.to(device="meta", non_blocking=True), support.to("meta", torch.float64)):
         assert moved.ids.is_meta and moved.log_probs.is_meta and moved.ids.dtype == torch.int32
     assert moved.log_probs.dtype == torch.float64 and same(support.to("cpu"), support)
+    copied = support.to("cpu", copy=True)
+    assert same(copied, support) and not {x.data_ptr() for x in copied.tensors} & {
+        x.data_ptr() for x in support.tensors
+    }
+
+
+def test_a_dtype_of_ids_is_refused_and_the_remedy_gives_it() -> None:
+    support = made(B, T, normalized=False)
+    with pytest.raises(TypeError, match=r"dtype is torch.int64, .*Support\(support.ids.long\(\), support.log_probs, "):
+        support.to(torch.int64)
+    wide = Support(support.ids.long(), support.log_probs, support.normalized)
+    assert wide.ids.dtype == torch.int64 and same(Support(wide.ids.int(), wide.log_probs, wide.normalized), support)
+
+
+def test_other_positions_come_as_numbers_or_as_a_shape() -> None:
+    support = made(B, T)
+    for flat in (support.reshape(-1), support.reshape((B * T,)), support.reshape([-1])):
+        assert flat.shape == (B * T,) and same(flat.reshape(support.shape), support)
+    assert support[:0].reshape(-1).shape == (0,) and support[0, 0].reshape(()).shape == ()
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -94,6 +117,15 @@ def test_what_moves_batches_moves_it(normalized: bool) -> None:
     ):
         assert isinstance(moved["teacher"], Support) and moved["teacher"].normalized is normalized
         assert moved["teacher"].ids.is_meta and moved["teacher"].log_probs.is_meta and moved["more"][0].is_meta
+
+
+def test_its_fields_can_be_set() -> None:
+    """In a copy, as Lightning does at precision "bf16-true", which refuses a batch that holds a frozen dataclass."""
+    support = made(B, T, normalized=False)
+    low = copy.deepcopy(support)
+    for name, x in zip(("ids", "log_probs"), support.to(torch.bfloat16).tensors):
+        setattr(low, name, x)
+    assert same(low, support.to(torch.bfloat16)) and support.log_probs.dtype == torch.float32
 
 
 def test_padding_adds_empty_positions() -> None:
@@ -149,8 +181,19 @@ JOINS = {
     "the slots": (lambda: Support.cat([made(2)], 1), ValueError, "dim is 1; it must be .*, from -1 to 0"),
     "beyond": (lambda: Support.stack([made(2)], -3), ValueError, "dim is -3; it must be .*, from -2 to 1"),
     "no int": (lambda: Support.stack([made(2)], 0.0), TypeError, "dim is 0.0; it must be an int"),
-    "lengths": (lambda: Support.stack([made(2), made(3)]), ValueError, r"have positions \(2,\) and \(3,\); .*pad\(3\)"),
-}
+    "one position": (lambda: Support.cat([made()]), ValueError, "of one position, .*; use Support.stack"),
+    "lengths": (lambda: Support.stack([made(2), made(3)]), ValueError, r"positions \(2,\) and \(3,\); .*pad\(3\)$"),
+    "lengths of rows": (
+        lambda: Support.cat([made(1, 2), made(1, 3)]), ValueError, r"alike but for dimension 0, by .*pad\(3\)$",
+    ),
+    "rows": (lambda: Support.stack([made(2, 3), made(3, 3)]), ValueError, r"\(2, 3\) and \(3, 3\); make them alike$"),
+    "dimensions": (lambda: Support.cat([made(2, 3), made(2)], 1), ValueError, "make them alike but for dimension 1$"),
+    "a position and a row": (lambda: Support.stack([made(), made(3)]), ValueError, "make them alike$"),
+    "devices": (
+        lambda: Support.cat([made(2), made(2).to("meta")]), ValueError,
+        r"supports\[1\] is on meta and supports\[0\] on cpu; move one: supports\[1\].to\('cpu'\)",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", JOINS)
@@ -158,7 +201,63 @@ def test_joins_that_are_refused(name: str) -> None:
     call, kind, message = JOINS[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_what_refused_joins_advise() -> None:
     assert Support.stack([x.pad(3) for x in (made(2), made(3))]).shape == (2, 3)
+    assert Support.cat([x.pad(3) for x in (made(1, 2), made(1, 3))]).shape == (2, 3)
+    assert Support.stack([made(), made()]).shape == (2,)
+    assert Support.cat([made(2, 3), made(2, 1)], -1).shape == (2, 4) and Support.cat([made(2)[:0], made(2)]).shape == (
+        2,
+    )
+
+
+def test_slots_are_emptied() -> None:
+    support, slots = made(B, T, normalized=False), torch.rand(B, T, K) < 0.5
+    got = support.without(slots)
+    assert torch.equal(got.ids, torch.where(slots, -1, support.ids)) and not got.normalized
+    assert torch.equal(got.log_probs, torch.where(slots, -INF, support.log_probs))
+    positions = slots[..., 0]
+    assert same(support.without(positions[..., None]), support.without(positions[..., None].expand(slots.shape)))
+
+
+@pytest.mark.parametrize("shape", [(T, K), (1, B, T, K), (K,), (B, T, K + 1), ()])
+def test_slots_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    """A mask of positions would spread over the slots where T = K."""
+    with pytest.raises(ValueError, match=r"it must be \(3, 5, 4\), or \(3, 5, 1\) for whole .*mask\[..., None\]"):
+        made(B, T).without(torch.ones(shape, dtype=torch.bool))
+
+
+def test_slots_that_are_no_mask_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"slots is torch\.int64; use one of bool"):
+        made(B, T).without(torch.ones(B, T, K).long())
+    with pytest.raises(ValueError, match="slots is on meta and the support on cpu"):
+        made(B, T).without(torch.ones(B, T, K, dtype=torch.bool, device="meta"))
+
+
+def test_an_empty_slot_does_not_empty_a_later_one_of_its_id() -> None:
+    support = Support(torch.tensor([[5, 5, 7, 5]]), torch.tensor([[-INF, -1.0, -2.0, -3.0]]))
+    got = support.unique()
+    assert got.log_probs.tolist() == [[-INF, -1.0, -2.0, -INF]] and got.ids[0, 1:].tolist() == [5, 7, -1]
+    student = torch.randn(1, V)
+    torch.testing.assert_close(
+        topk_reverse_kl(student, got), topk_reverse_kl(student, Support(*(x[:, 1:3] for x in support.tensors)))
+    )
+
+
+@pytest.mark.parametrize("normalized", [None, torch.tensor(True), 1])
+def test_the_field_is_a_bool(normalized: object) -> None:
+    with pytest.raises(TypeError, match=r"teacher.normalized is .*; it must be True or False"):
+        topk_reverse_kl(torch.randn(B, T, V), replace(made(B, T), normalized=normalized))
+
+
+def test_a_support_elsewhere_is_moved_whole() -> None:
+    student, support = torch.randn(B, T, V), made(B, T)
+    with pytest.raises(
+        ValueError, match=r"teacher is on meta and student_logits on cpu; move one: teacher.to\('cpu'\)"
+    ):
+        topk_reverse_kl(student, support.to("meta"))
+    torch.testing.assert_close(topk_reverse_kl(student, support.to("cpu")), topk_reverse_kl(student, support))
 
 
 def test_columns_of_a_batch() -> None:

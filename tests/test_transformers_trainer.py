@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from tests.ranks import WORLD, on_ranks, together
 from tests.sharded_model import whole
 from tests.tiny_models import FAMILIES, K, V, collate, distance, formula, inputs_of, rows, tiny
-from topk_rkl.loss import ForwardKL, teacher_topk
+from topk_rkl.loss import ForwardKL, Support, teacher_topk
 from topk_rkl.trainers.head_loss import HeadLoss, HeadTopK
 from topk_rkl.trainers.transformers import Distillation, distill
 
@@ -62,6 +62,7 @@ def run(
     size: int = 8,
     accumulated: int = 1,
     data: Any = ROWS,
+    collator: Any = collate,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Trainer]:
     """The last gradients of a Trainer that runs, by default, for one step on all rows in one batch."""
@@ -73,7 +74,7 @@ def run(
     } | options  # fmt: skip
     seen = Gradients()
     trainer = Trainer(
-        student, TrainingArguments(**given), train_dataset=data, eval_dataset=ROWS, data_collator=collate,
+        student, TrainingArguments(**given), train_dataset=data, eval_dataset=ROWS, data_collator=collator,
         compute_loss_func=loss, callbacks=[seen],
     )  # fmt: skip
     trainer.train()
@@ -222,6 +223,21 @@ def test_a_stored_teacher(train: Train, entry: str) -> None:
     student, teacher = tiny(), teacher_of()
     data = datasets.Dataset.from_list(stored(teacher))
     gradients, _ = train(student, distill(student, entry=entry), 2, 4, data=data)
+    assert distance(gradients, formula(tiny(), teacher, BATCH)[1]) < ROUNDING
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_support_in_the_batch(train: Train, entry: str) -> None:
+    student, teacher = tiny(), teacher_of()
+    supports = [Support.from_dict({name: torch.tensor(x) for name, x in row.items()}) for row in stored(teacher)]
+
+    def stacked(batch: list[dict]) -> dict:
+        plain = collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in batch])
+        return plain | {"teacher": Support.stack([row["teacher"].pad(plain["labels"].shape[1]) for row in batch])}
+
+    data = [row | {"teacher": support} for row, support in zip(ROWS, supports)]
+    distilled = distill(student, lambda inputs: inputs["teacher"], entry=entry)
+    gradients, _ = train(student, distilled, 2, 4, data=data, collator=stacked)
     assert distance(gradients, formula(tiny(), teacher, BATCH)[1]) < ROUNDING
 
 
@@ -503,6 +519,25 @@ def test_wrappers_have_the_gradient_of_one_process(how: str, entry: str) -> None
     want = formula(tiny(), teacher_of(), BATCH)[1]
     for gradients in on_ranks(2, wrapped_gradients, how, entry):
         assert distance(gradients, want) < ROUNDING
+
+
+def dtypes_of_stored(group: Any) -> list[torch.dtype]:
+    """Of the log-probs of a batch, within students that FSDP2 runs in bfloat16 and whose inputs it casts, or not."""
+    batch, seen, mesh = collate(ROWS), [], DeviceMesh.from_group(group, "cpu")
+    teacher = teacher_topk(torch.randn(*batch["labels"].shape, V), K)
+    for cast in (True, False):
+        student = tiny()
+        distilled = distill(student, lambda inputs: seen.append(inputs["teacher"]) or seen[-1], entry="logits")
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
+        fully_shard(student, mesh=mesh, mp_policy=policy)
+        distilled(student.train()(**inputs_of(batch), teacher=teacher), batch["labels"])
+    return [support.log_probs.dtype for support in seen]
+
+
+@together
+@pytest.mark.slow
+def test_fsdp_rounds_a_teacher_in_the_batch_unless_it_casts_no_input() -> None:
+    assert on_ranks(2, dtypes_of_stored) == [[torch.bfloat16, torch.float32]] * 2
 
 
 def blocks(page: str) -> list[str]:

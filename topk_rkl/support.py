@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from topk_rkl.rows import repeats
 LARGEST_LOG_SUM = 1 / 16  # of true log-probs, 0 but for rounding: in bfloat16, 1/32 where they are from -8 to -16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Support:
     """The tokens on which student and teacher are compared, and what the teacher gives them.
 
@@ -24,8 +24,9 @@ class Support:
     Ids may come in any order. An id given twice is two classes, each with its own share of probability; see `unique`.
 
     An index is one of positions, and takes all K slots along: `support[:, :-1]`, `support[mask]`, `support[0]`.
-    A Support is a pytree of its two tensors: `tree_map`, torch.compile and torch.export look into it. A DataLoader
-    stacks and pins supports; accelerate, the Trainer of transformers and Lightning move them.
+    A Support is not unpacked: take `support.tensors`. It is a pytree of its two tensors, into which `tree_map`,
+    torch.compile and torch.export look. A DataLoader stacks and pins supports. accelerate, the Trainer of transformers
+    and Lightning move them. The `device_ids` of DDP do not: move the batch before.
     """
 
     ids: Tensor
@@ -67,11 +68,7 @@ class Support:
         index = index if isinstance(index, tuple) else (index,)
         return self.each(lambda x: x[(*index, slice(None))])
 
-    def __iter__(self) -> NoReturn:
-        raise TypeError(
-            "a Support is neither unpacked nor iterated; take ids, log_probs = support.tensors, or an index of "
-            "positions, such as support[0]"
-        )
+    __iter__ = None  # two rows would unpack into two supports; Lightning iterates over what has a function here
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Support":
         """A Support of what the function makes of the ids, and of the log-probs."""
@@ -80,16 +77,22 @@ class Support:
     def to(self, *args: Any, **options: Any) -> "Support":
         """As `Tensor.to`: a device moves both tensors, a dtype is that of the log-probs alone."""
         log_probs = self.log_probs.to(*args, **options)
-        ids = self.ids.to(log_probs.device, non_blocking=options.get("non_blocking", False))
-        return Support(ids, log_probs, self.normalized)
+        if not log_probs.is_floating_point():
+            raise TypeError(
+                f"the dtype is {log_probs.dtype}, but is that of the log_probs; change the ids alone, by "
+                "Support(support.ids.long(), support.log_probs, support.normalized)"
+            )
+        of_both = {name: options[name] for name in ("non_blocking", "copy") if name in options}
+        return Support(self.ids.to(log_probs.device, **of_both), log_probs, self.normalized)
 
     def pin_memory(self) -> "Support":
         """In page-locked memory, as a DataLoader with pin_memory=True asks for it."""
         return self.each(Tensor.pin_memory)
 
-    def reshape(self, *shape: int) -> "Support":
+    def reshape(self, *shape: int | Sequence[int]) -> "Support":
         """Other positions, in the same order: `support.reshape(-1)` makes (B, T) one dimension of B T."""
-        return self.each(lambda x: x.reshape(*shape, self.k))
+        positions = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        return self.each(lambda x: x.reshape(*positions, self.k))
 
     def pad(self, length: int, *, side: Literal["right", "left"] = "right") -> "Support":
         """Positions with empty slots up to `length`, in the last dimension of positions.
@@ -109,7 +112,7 @@ class Support:
         return self._filled((0, 0, 0, more) if side == "right" else (0, 0, more, 0))
 
     @staticmethod
-    def cat(supports: Sequence["Support"], dim: int = 0) -> "Support":
+    def cat(supports: "Sequence[Support]", dim: int = 0) -> "Support":
         """The supports one after another in dimension `dim` of the positions.
 
         Those of fewer slots get empty ones at the end. The result is `normalized` where all are.
@@ -117,7 +120,7 @@ class Support:
         return _joined(torch.cat, supports, dim)
 
     @staticmethod
-    def stack(supports: Sequence["Support"], dim: int = 0) -> "Support":
+    def stack(supports: "Sequence[Support]", dim: int = 0) -> "Support":
         """The supports, of one shape, side by side in a new dimension `dim` of the positions; otherwise as `cat`."""
         return _joined(torch.stack, supports, dim)
 
@@ -141,17 +144,24 @@ class Support:
         return Support(batch[f"{prefix}ids"], batch[f"{prefix}{found[0]}"], found[0] == LOG_PROBS)
 
     def unique(self) -> "Support":
-        """Keeps the first slot of each id of a row and empties the others."""
+        """Keeps the first slot of each id of a row that is not empty, and empties the others."""
         require_support("support", self)
-        ids, slots = self.ids.sort(dim=-1, stable=True)
+        ids, slots = self.ids.masked_fill(self.log_probs == -torch.inf, -1).sort(dim=-1, stable=True)
         repeated = torch.zeros_like(ids, dtype=torch.bool).scatter(-1, slots, repeats(ids))
         return self.without(repeated)
 
     def without(
         self,
-        slots: Tensor,  # (..., K) bool
+        slots: Tensor,  # (..., K) bool, or (..., 1)
     ) -> "Support":
-        """The support with these slots emptied."""
+        """The support with these slots emptied, or all slots of a position: `support.without(mask[..., None])`."""
+        checks.require_tensor("slots", slots, (torch.bool,))
+        if slots.shape[-1:] not in ((self.k,), (1,)) or slots.shape[:-1] != self.shape:
+            raise ValueError(
+                f"slots has shape {checks.shape_of(slots)}; it must be {(*self.shape, self.k)}, or {(*self.shape, 1)} "
+                "for whole positions, such as mask[..., None]"
+            )
+        checks.require_same_device("slots", slots, "the support", self.ids)
         return Support(self.ids.masked_fill(slots, -1), self.log_probs.masked_fill(slots, -torch.inf), self.normalized)
 
     def _filled(self, padding: tuple[int, ...]) -> "Support":
@@ -167,21 +177,35 @@ def _joined(join: Callable[..., Tensor], supports: Sequence[Support], dim: int) 
     checks.require_list("supports", supports, "supports")
     for i, x in enumerate(supports):
         require_support(f"supports[{i}]", x)
+        checks.require_same_device(f"supports[{i}]", x.ids, "supports[0]", supports[0].ids)
     dim, dims = checks.require_integer("dim", dim), len(supports[0].shape) + (join is torch.stack)
+    if dims == 0:
+        raise ValueError("supports[0] is of one position, which has no dimension; use Support.stack")
     if not -dims <= dim < dims:
         raise ValueError(f"dim is {dim}; it must be a dimension of the positions, from {-dims} to {dims - 1}")
-    dim = dim if dim >= 0 else dim - 1  # the last one of the tensors is that of the slots
+    dim %= dims
+    _require_alike([tuple(x.shape) for x in supports], dim if join is torch.cat else None)
     k = max(x.k for x in supports)
-    shapes = {tuple(x.shape) for x in supports}
-    if join is torch.stack and len(shapes) > 1:
-        longest = max(shape[-1] for shape in shapes if shape)
-        raise ValueError(
-            f"supports have positions {' and '.join(map(str, sorted(shapes)))}; make them alike, such as by "
-            f"support.pad({longest})"
-        )
     wide = [x._filled((0, k - x.k)) for x in supports]
     ids, log_probs = (join(tensors, dim) for tensors in ([x.ids for x in wide], [x.log_probs for x in wide]))
     return Support(ids, log_probs, all(x.normalized for x in supports))
+
+
+def _require_alike(shapes: list[tuple[int, ...]], free: int | None) -> None:
+    """Refuses positions that differ in more than the dimension `free`."""
+
+    def differ(shapes: list[tuple[int, ...]]) -> bool:
+        fixed = shapes if free is None else [(len(x), *x[:free], *x[free + 1 :]) for x in shapes]
+        return any(x != fixed[0] for x in fixed)
+
+    if differ(shapes):
+        longest = max(x[-1] if x else 0 for x in shapes)
+        mended = not differ([(*x[:-1], longest) if x else x for x in shapes])
+        raise ValueError(
+            f"supports have positions {' and '.join(map(str, sorted(set(shapes))))}; make them alike"
+            + ("" if free is None else f" but for dimension {free}")
+            + (f", by support.pad({longest})" if mended else "")
+        )
 
 
 def true_log_probs(
@@ -205,6 +229,7 @@ def require_support(name: str, x: Support) -> None:
             "both must be (..., K) with K of at least 1"
         )
     checks.require_same_device(f"{name}.log_probs", log_probs, f"{name}.ids", ids)
+    checks.require_flag(f"{name}.normalized", x.normalized)
 
 
 def require_teacher(
@@ -221,6 +246,7 @@ def require_teacher(
         if k is not None:
             raise ValueError(f"k is {k}, but teacher is a Support, whose last dimension is K; leave k out")
         require_support("teacher", teacher)
+        checks.require_same_device("teacher", teacher.ids, student_name, student)
         checks.require_same_positions("teacher.ids", teacher.ids, student, student_name=student_name)
         if mass == "renormalized":
             checks.warn_of_single_slot(teacher.ids.shape[-1])

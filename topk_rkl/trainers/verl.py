@@ -84,7 +84,8 @@ class Plugin:
         if objective["mass"] != "renormalized":
             # The backward pass of verl's log-probs may overwrite the logits, which this mass reads again.
             student_logits = student_logits.clone()
-        teacher, options = Support(ids, present(log_probs)), {**objective, "reduction": "none", "group": group}
+        teacher = Support(ids, present(log_probs), normalized=not match_temperature)
+        options = {**objective, "reduction": "none", "group": group}
         loss = topk_divergence(student_logits, teacher, **options)
         logits, teacher = student_logits.detach(), Support(ids, present(raw))
         if group is None:
