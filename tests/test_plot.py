@@ -21,7 +21,8 @@ from topk_rkl import Support, teacher_topk, topk_reverse_kl
 from topk_rkl.plot import TokenReport, colours, picture, save_html, save_png, token_report
 from topk_rkl.plot.page import page
 from topk_rkl.plot.report import Position
-from topk_rkl.plot.tokens import BYTES, shown_tokens, visible
+from topk_rkl.plot.tokens import shown_tokens, visible
+from topk_rkl.vocabulary import BYTES
 
 B, T, V, K = 3, 12, 20, 6
 WORDS = [
@@ -117,6 +118,8 @@ def test_a_support_may_lack_the_last_position() -> None:
     support, ids = teacher_topk(teacher, K), torch.randint(V, (B, T))
     found, want = (token_report(student, x, ids, words) for x in (support[:, :-1], support))
     assert torch.equal(found.loss, want.loss) and torch.equal(found.ids, want.ids)
+    with pytest.raises(ValueError, match=r"support.ids has shape \(3, 11, 6\)"):  # the last one predicts a token
+        token_report(student, support[:, :-1], torch.randint(V, (B, T + 1)), words)
 
 
 def test_empty_slots_are_last_and_nan_stays_where_it_is() -> None:
@@ -162,7 +165,13 @@ def test_the_worst_come_first() -> None:
     assert means == sorted(means, reverse=True) and len(means) == B
     assert found.summary(2) == f"mean loss {float(found.loss[2, :5].mean()):.3f} over 5 positions"
     nothing = made(weights=torch.zeros(B, T))
-    assert nothing.worst(3) == [] and nothing.largest == 0 and nothing.summary() == "mean loss 0.000 over 0 positions"
+    assert nothing.worst(3) == [] and nothing.largest == 0 and nothing.summary() == "no position counts"
+    assert "<li>None: the weight of every position is 0.</li>" in page(nothing, "x") and "loss, nats" in page(
+        found, "x"
+    )
+    assert "loss, nats" not in page(nothing, "x")
+    lost = token_report(torch.full((2, V), torch.nan), SUPPORT[0, :2], torch.tensor([1, 2, 3]), words)
+    assert lost.summary() == "mean loss NaN over 2 positions, 2 NaN" and lost.worst(1) == [(0, 0)]
 
 
 # The tokens
@@ -176,7 +185,7 @@ def test_nothing_of_a_token_is_unseen() -> None:
 def test_part_of_a_character_shows_its_bytes() -> None:
     from tokenizers import Tokenizer, decoders, models
 
-    alphabet = sorted(BYTES, key=BYTES.__getitem__)
+    alphabet = list(map(chr, sorted(BYTES, key=BYTES.__getitem__)))
     assert len(alphabet) == 256
     vocab = {x: i for i, x in enumerate(alphabet)} | {"Ġthe": 256, "Ã©": 257, "âĸ": 258, "ĠÃ": 259}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -199,7 +208,7 @@ def test_a_sentencepiece_token_keeps_its_space() -> None:
             assert not skip_special_tokens and not clean_up_tokenization_spaces
             return self.pieces[ids[0]].removeprefix("▁").replace("<0xE2>", "\ufffd")
 
-    assert list(shown_tokens(Tokens(), range(5)).values()) == ["·the", "he", "⟨e2⟩", "·", "<unk>"]
+    assert list(shown_tokens(Tokens(), range(7)).values()) == ["·the", "he", "⟨e2⟩", "·", "<unk>", "⟨5⟩", "⟨6⟩"]
 
 
 @pytest.mark.slow
@@ -360,18 +369,36 @@ def test_a_png_may_show_nothing_that_counts_and_text_that_fonts_lack(tmp_path: P
     assert Image.open(tmp_path / "x.png").height < Image.open(tmp_path / "y.png").height
 
 
-def test_a_png_of_a_long_text_ends_and_says_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts of a PNG, while it is drawn."""
     from matplotlib.axes import Axes
 
-    drawn: list[str] = []
-    text = Axes.text
+    texts, text = [], Axes.text
     monkeypatch.setattr(
-        Axes, "text", lambda self, *args, **options: (drawn.append(args[2]), text(self, *args, **options))[1]
+        Axes, "text", lambda self, *args, **options: (texts.append(args[2]), text(self, *args, **options))[1]
     )
+    return texts
+
+
+@pytest.mark.parametrize("at", [6, 1200, 1998])
+def test_a_png_of_a_long_text_is_of_what_is_around_the_positions(
+    at: int, drawn: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(picture, "LINES", 12)
-    save_png(one_error(2000, 6), tmp_path / "x.png")
+    save_png(one_error(2000, at), tmp_path / "x.png", [(0, at)])
     shown = drawn.count("·moon")
-    assert 200 < shown < 300 and f"… and {2000 - shown:,} tokens more" in drawn
+    assert 200 < shown < 300 and f"… and {2000 - shown:,} tokens before and after" in drawn
+    assert drawn.count(" 1") == 1  # the number of the position, at its token
+
+
+def test_a_chart_of_nan_has_the_teacher_s_largest(tmp_path: Path) -> None:
+    student, teacher = torch.randn(2, 1, V)
+    student[:] = torch.nan
+    report = token_report(student, teacher_topk(teacher, V), torch.tensor([1, 2]), words)
+    figure = picture._figure(report, [(0, 0)])
+    names = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert names == [picture._short(visible(WORDS[i])) for i in teacher[0].topk(picture.BARS).indices]
 
 
 # The page
