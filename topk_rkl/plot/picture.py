@@ -236,7 +236,7 @@ def _chart(axes: Any, report: TokenReport, at: Position, number: int) -> None:
         loc="left", x=-0.42, size=8.5, color=colours.INK[0],
     )  # fmt: skip
     if number == 1:
-        axes.legend(loc="lower right", fontsize=8, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8, frameon=False)
 
 
 def _short(text: str, tail: bool = False) -> str:
