@@ -158,17 +158,25 @@ class TokenizerReport:
         self,
         ids: Tensor,  # (...) int32 or int64
     ) -> Tensor:  # (...) of the same dtype
-        """The teacher's ids of the student's tokens, for the teacher to read; -1 where the teacher lacks the token.
+        """The teacher's ids of the student's tokens, for the teacher to read.
 
-        The student's token of padding is the teacher's, or 0 where the teacher has none.
+        The student's token of padding is the teacher's, or 0 where the teacher has none. -1 stands where the teacher
+        lacks the token: no embedding has a row for it, so leave out the sequence, as the report's code tells.
         """
         checks.require_tensor("ids", ids, checks.INTEGERS)
-        changes, padding = self.to_teacher, self.student.roles.get("pad")
-        if padding is not None and changes[padding] < 0:
-            changes = changes | {padding: self.teacher.roles.get("pad", 0)}
-        table = _table(self.student.logits, changes).to(ids.device, ids.dtype)
+        table = _table(self.student.logits, self._read).to(ids.device, ids.dtype)
         known = (ids >= 0) & (ids < len(table))
         return torch.where(known, table[torch.where(known, ids, 0).long()], -1)
+
+    @cached_property
+    def _read(self) -> dict[int, int]:
+        """`to_teacher` with the student's padding, and its ids of no token that are a token of the teacher's."""
+        student, teacher, padding = self.student, self.teacher, self.student.roles.get("pad")
+        unused = (i for i in range(student.logits) if i not in student.strings)
+        found = self.to_teacher | {i: -1 for i in unused if i in teacher.strings or i >= teacher.logits}
+        if padding is not None and found[padding] < 0:
+            found[padding] = teacher.roles.get("pad", 0)
+        return found
 
     def require(self, worst: Verdict = "same") -> None:
         """Goes on where the verdict is `worst` or better.
@@ -192,6 +200,8 @@ class TokenizerReport:
             return ""
         if any(t != s for s, t in self.to_teacher.items()):
             lines.append("teacher_input_ids = report.teacher_ids(input_ids)")
+            if min(self._read.values()) < 0:
+                lines.append("readable = (teacher_input_ids >= 0).all(-1)  # a row with -1 the teacher cannot read")
         if end < self.teacher.logits:
             lines.append(f"support = teacher_topk(teacher_logits[..., :{end}], k)")
         if self.mapping:

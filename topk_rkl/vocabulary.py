@@ -96,9 +96,8 @@ def read_vocabulary(
     literal = special if spelling == "sentencepiece" else special | added.keys()
     spelled = {i: _spelled(token, "plain" if i in literal else spelling) for i, token in strings.items()}
     markers = _markers(getattr(tokenizer, "chat_template", None), {strings[i] for i in special})
-    return Vocabulary(
-        strings, spelled, frozenset(special), roles, markers, spelling, logits=size, beyond=len(ids) - len(strings)
-    )
+    beyond = sum(i >= size for i in ids.values())
+    return Vocabulary(strings, spelled, frozenset(special), roles, markers, spelling, logits=size, beyond=beyond)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

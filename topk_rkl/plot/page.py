@@ -17,6 +17,7 @@ from topk_rkl.plot.report import Position, TokenReport, require_report
 LISTED = 24  # positions in the list of the worst
 CONTEXT = 6  # tokens before each
 LEGEND = (0, 5, 10, 15)  # levels of which the legend tells the loss
+NOTHING = "<li>None: the weight of every position is 0.</li>"
 SUBTITLE = "Reverse KL from student to teacher, in nats, on the {k} tokens that the teacher ranks highest"
 
 
@@ -65,7 +66,7 @@ def page(report: TokenReport, title: str) -> str:
         dark=_variables(1),
         levels="\n".join(f".c{i} {{ background: var(--c{i}) }}" for i in range(colours.LEVELS)),
         legend=_legend(report.largest),
-        worst="\n".join(_listed(report, at) for at in report.worst(LISTED)),
+        worst="\n".join(_listed(report, at) for at in report.worst(LISTED)) or NOTHING,
         text="\n".join(_sequence(report, i) for i in report.sequences()),
         data=_embedded({"names": report.names, "k": report.ids.shape[-1], "at": _positions(report)}),
     )
@@ -85,10 +86,12 @@ def _summary(report: TokenReport) -> str:
 
 
 def _legend(largest: float) -> str:
-    """A patch per level, with the loss of some of them below."""
+    """A patch per level, with the loss of some of them below; nothing where every loss is 0."""
+    if not largest:
+        return ""
     patches = "".join(f'<i class="c{i}"></i>' for i in range(colours.LEVELS))
     losses = "".join(f"<span>{colours.loss_at(i, largest):.2g}</span>" for i in LEGEND)
-    return f"<div>{patches}</div><div>{losses}</div>"
+    return f"loss, nats<div>{patches}</div><div>{losses}</div>"
 
 
 def _listed(report: TokenReport, at: Position) -> str:

@@ -17,7 +17,7 @@ HEAD, MARGIN, LINE, HEADING = 0.85, 0.35, 0.25, 0.36  # inches: the title, the b
 PANEL, GAP = 2.5, 0.014  # inches: a row of charts, between tokens
 COLUMNS, SHOWN = 3, 3  # charts per row, and charts by default
 BARS = 8  # slots per chart
-LINES = 80  # of text; more are left out, and said to be
+LINES = 80  # of text; those far from the positions are left out, and said to be
 SIZE = 9.5  # points
 FAINT = "#5c6470"
 MONOSPACE = ("DejaVu Sans Mono", "monospace")
@@ -36,8 +36,9 @@ class Word(NamedTuple):
 def save_png(report: TokenReport, path: str | Path, positions: Sequence[Position] | None = None) -> None:
     """Draws the text with the loss of each token, and below it p and q on S at some positions.
 
-    The text is that of the sequences in which the positions are; `save_html` shows all. It ends after 80 lines, and
-    says how many tokens are left out. Characters that the font of matplotlib lacks are boxes.
+    The text is that of the sequences in which the positions are; `save_html` shows all. 80 lines of it are drawn, those
+    around the first position of each sequence; the picture says how many tokens are left out. Characters that the font
+    of matplotlib lacks are boxes.
 
     Args:
         report: what `token_report` gives.
@@ -103,7 +104,9 @@ def _figure(report: TokenReport, chosen: list[Position]) -> Any:
         for word in line:
             _draw(axes, report, word, y, chosen)
     if left_out:
-        axes.text(MARGIN, top - MARGIN, f"… and {left_out:,} tokens more", va="center", color=FAINT, size=SIZE)
+        axes.text(
+            MARGIN, top - MARGIN, f"… and {left_out:,} tokens before and after", va="center", color=FAINT, size=SIZE
+        )
     pitch = (WIDTH - 2 * MARGIN) / COLUMNS
     for number, at in enumerate(chosen):
         row, column = divmod(number, COLUMNS)
@@ -114,12 +117,16 @@ def _figure(report: TokenReport, chosen: list[Position]) -> Any:
 
 
 def _lines(report: TokenReport, chosen: list[Position]) -> tuple[list[list[Word]], int]:
-    """At most LINES, and how many tokens are on those that are left out."""
-    width_of, lines = _ruler(), []
-    for i in _drawn(report, chosen):
-        lines += [[Word(f"Sequence {i}:  {report.summary(i)}", i, None, MARGIN, 0)]]
-        lines += _flowed(report.cells(i), i, width_of)
-    return lines[:LINES], sum(word.width > 0 for line in lines[LINES:] for word in line)
+    """Of each sequence its heading and its text, or an equal part of LINES; and how many tokens are left out."""
+    width_of, lines, left_out = _ruler(), [], 0
+    texts = {i: list(_flowed(report.cells(i), i, width_of)) for i in _drawn(report, chosen)}
+    room = LINES if sum(map(len, texts.values())) <= LINES else max(LINES // len(texts), 1)
+    for i, text in texts.items():
+        first = next((n for n, line in enumerate(text) if any((i, word.position) in chosen for word in line)), 0)
+        start = max(0, min(first - room // 2, len(text) - room))
+        lines += [[Word(f"Sequence {i}:  {report.summary(i)}", i, None, MARGIN, 0)], *text[start : start + room]]
+        left_out += sum(map(len, text[:start] + text[start + room :]))
+    return lines, left_out
 
 
 def _drawn(report: TokenReport, chosen: list[Position]) -> list[int]:
@@ -161,11 +168,13 @@ def _flowed(
 
 
 def _head(axes: Any, report: TokenReport, drawn: int) -> None:
-    """The title, and a patch per level with the losses of some below."""
+    """The title, and a patch per level with the losses of some below, where there is any loss."""
     axes.text(MARGIN, 0.42, "Where the student errs", size=15, weight="bold", color=colours.INK[0], va="center")
     said = f"Reverse KL in nats on the teacher's top {report.ids.shape[-1]}; each token has the loss of predicting it"
     said += f"; {drawn} of {len(report)} sequences." if drawn < len(report) else "."
     axes.text(MARGIN, 0.72, said, size=9, color=FAINT, va="center")
+    if not report.largest:
+        return
     patch, left = 0.17, WIDTH - MARGIN - 0.17 * colours.LEVELS
     for level, colour in enumerate(colours.RAMPS[0]):
         _patch(axes, left + patch * level, 0.36, patch, 0.16, colour)
@@ -203,8 +212,9 @@ def _patch(axes: Any, x: float, y: float, width: float, height: float, colour: s
 
 def _chart(axes: Any, report: TokenReport, at: Position, number: int) -> None:
     """p above q for each of the tokens that are largest there, in the teacher's order."""
-    both = report.p[at].maximum(report.q[at]).nan_to_num(1).masked_fill(report.ids[at] < 0, -1)
-    slots = [i for i in both.topk(min(BARS, len(both))).indices.sort().values.tolist() if report.ids[at][i] >= 0]
+    both = report.p[at].fmax(report.q[at]).masked_fill(report.ids[at] < 0, -1)  # q alone where p is NaN
+    largest = both.sort(descending=True, stable=True).indices[:BARS].sort().values
+    slots = [i for i in largest.tolist() if report.ids[at][i] >= 0]
     rows = range(len(slots))
     for shift, values, colour, side in (
         (-0.2, report.p, colours.STUDENT[0], "student"),
@@ -226,7 +236,7 @@ def _chart(axes: Any, report: TokenReport, at: Position, number: int) -> None:
         loc="left", x=-0.42, size=8.5, color=colours.INK[0],
     )  # fmt: skip
     if number == 1:
-        axes.legend(loc="lower right", fontsize=8, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8, frameon=False)
 
 
 def _short(text: str, tail: bool = False) -> str:

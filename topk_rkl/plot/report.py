@@ -73,12 +73,14 @@ class TokenReport:
         return [divmod(i, length) for i in order[:kept].tolist()]
 
     def summary(self, sequence: int | None = None) -> str:
-        """Of a sequence, or of all, in words: the mean of the losses that are numbers, and how many count."""
+        """Of a sequence, or of all, in words: the mean of the losses that are numbers, and how many losses count."""
         rows = slice(None) if sequence is None else sequence
         losses = self.loss[rows][self.counted[rows]]
         numbers = losses[~losses.isnan()]
-        words = f"mean loss {float(numbers.mean()) if len(numbers) else 0:.3f} over {len(losses):,} "
-        words += "position" if len(losses) == 1 else "positions"
+        if not len(losses):
+            return "no position counts"
+        mean = f"{float(numbers.mean()):.3f}" if len(numbers) else "NaN"
+        words = f"mean loss {mean} over {len(losses):,} position{'s' * (len(losses) != 1)}"
         return words if len(numbers) == len(losses) else f"{words}, {len(losses) - len(numbers):,} NaN"
 
     @cached_property
@@ -136,7 +138,7 @@ def token_report(
 
     Args:
         student_logits: (T, V) or (B, T, V), as the model gives them for the input ids; detached here.
-        support: of (T, K) or (B, T, K). One of T - 1 positions lacks the last, which predicts nothing.
+        support: of (T, K) or (B, T, K). One of T - 1 positions lacks the last, where that predicts no token.
         input_ids: (T,) or (B, T) int32 or int64, the tokens that the model read; the last position then predicts no
             token, and is left out. Of more than T tokens, the last T are those that the positions predict, as a model
             gives logits of a response alone. Negative ids are shown as numbers.
@@ -161,10 +163,10 @@ def token_report(
         )
     require_support("support", support)
     positions = student_logits.shape[:-1]
-    if support.shape == (*positions[:-1], positions[-1] - 1):
+    _require_input_ids(input_ids, student_logits)
+    if support.shape == (*positions[:-1], positions[-1] - 1) and input_ids.shape[-1] == positions[-1]:
         support = support.pad(positions[-1])
     checks.require_same_positions("support.ids", support.ids, student_logits)
-    _require_input_ids(input_ids, student_logits)
     checks.require_weights(weights, student_logits)
     checks.require_temperature(temperature)
     own = temperature if teacher_temperature is None else teacher_temperature

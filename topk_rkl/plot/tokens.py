@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from topk_rkl import checks
+from topk_rkl.vocabulary import BYTE_PIECE, BYTES
 
 MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")  # categories of Unicode
 BROKEN = "\ufffd"  # what decoders give for bytes that are no character
+UNKNOWN = (LookupError, OverflowError, TypeError, ValueError)  # what some raise for an id beyond their own
 
 
 class Decoder(Protocol):
@@ -63,7 +65,10 @@ def _one_by_one(tokenizer: Any) -> Callable[[list[int]], list[str]]:
     piece_of = tokenizer.convert_ids_to_tokens if of_transformers else getattr(tokenizer, "id_to_token", lambda _: None)
 
     def text_of(i: int) -> str:
-        text, piece = str(tokenizer.decode([i], skip_special_tokens=False, **options)), piece_of(i)
+        try:
+            text, piece = str(tokenizer.decode([i], skip_special_tokens=False, **options)), piece_of(i)
+        except UNKNOWN:
+            return ""
         if BROKEN in text and piece:
             return _bytes_of(piece) or text
         lost = piece and piece.startswith("▁") and not text.startswith((" ", "▁"))  # SentencePiece, at a first token
@@ -74,21 +79,10 @@ def _one_by_one(tokenizer: Any) -> Callable[[list[int]], list[str]]:
 
 def _bytes_of(piece: str) -> str | None:
     """The text of a piece that holds part of a character, each odd byte as ⟨e2⟩; None where the piece is no bytes."""
-    code = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
-    if code:
+    if code := BYTE_PIECE.fullmatch(piece):
         data = bytes.fromhex(code[1])
-    elif all(x in BYTES for x in piece):
-        data = bytes(BYTES[x] for x in piece)
+    elif all(ord(x) in BYTES for x in piece):
+        data = bytes(BYTES[ord(x)] for x in piece)
     else:
         return None
     return re.sub(r"[\udc80-\udcff]", lambda x: f"⟨{ord(x[0]) & 255:02x}⟩", data.decode("utf-8", "surrogateescape"))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte: itself where it prints, else one from U+0100 on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(x): x for x in printed} | {chr(0x100 + n): x for n, x in enumerate(others)}
-
-
-BYTES = _byte_alphabet()
