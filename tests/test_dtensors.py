@@ -251,7 +251,7 @@ def test_student_and_teacher_are_sharded_alike_or_refused() -> None:
 def other_arguments(group: Any) -> None:
     """Anything else is refused as a DTensor, and taken as the message says."""
     mesh = mesh_of(group)
-    student, (ids, log_probs) = torch.randn(4, 67), teacher_topk(torch.randn(4, 67), K, normalize=True)
+    student, (ids, log_probs) = torch.randn(4, 67), teacher_topk(torch.randn(4, 67), K, normalize=True).tensors
     weights, sampled, count = torch.rand(4), torch.randint(0, 67, (4,)), torch.tensor(3.0)
     z = distribute_tensor(student, mesh, [Shard(-1)])
     cases: dict[str, tuple[Tensor, Any]] = {
