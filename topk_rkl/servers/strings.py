@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from topk_rkl import checks
+from topk_rkl.vocabulary import BYTES
 
 Ambiguous = Literal["refuse", "drop"]
 PREFIX = "token_id:"  # of vLLM, with return_tokens_as_token_ids
@@ -86,7 +87,7 @@ def by_value(values: Sequence[Any]) -> dict[Any, int]:
 
 def bytes_of(tokens: Sequence[str]) -> list[bytes | None]:
     """Of tokens as a vocabulary spells them: bytes as letters in byte-level BPE, <0xE2> with byte fallback."""
-    letters = letters_of_bytes()
+    letters = {chr(letter): byte for letter, byte in BYTES.items()}
     return [
         bytes([int(token[3:5], 16)])
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">")
@@ -95,10 +96,3 @@ def bytes_of(tokens: Sequence[str]) -> list[bytes | None]:
         else None
         for token in map(str, tokens)
     ]
-
-
-def letters_of_bytes() -> dict[str, int]:
-    """The letter per byte of byte-level BPE: itself where that is printable, else the next one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
