@@ -1,6 +1,8 @@
 """The command topk-rkl: what it reads, what it prints, and what it refuses in one line."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -225,6 +227,37 @@ def test_what_the_teacher_cannot_hold_is_told_with_a_remedy(
     assert cli.main(words) == 2
     assert "go on with a --batch-tokens below 8192" in capsys.readouterr().err
     assert cli.main([*words, "--batch-tokens", "40"]) == 0
+
+
+def test_a_disk_that_is_full_is_told_in_a_line_and_the_run_goes_on(
+    teacher: str, texts: str, out: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def full(file: int) -> None:
+        if len(list(Path(out).glob("shard-*"))) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    words = ["extract", teacher, texts, "--out", out, "--k", str(K), "--shard-mb", "0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert cli.main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("topk-rkl: error: ") and "No space left on device; make room for it and go on" in line
+    assert len(Store(out, partial=True).shards) == 2
+    assert cli.main(words) == 0 and len(Store(out)) == len(TEXTS)
+
+
+def test_rows_longer_than_the_teacher_has_positions_are_cut_as_advised(
+    teacher: str, texts: str, out: str, capsys: pytest.CaptureFixture
+) -> None:
+    Path(texts).write_text(" ".join(TEXTS))
+    words = ["extract", teacher, texts, "--out", out, "--k", "4"]
+    assert "the teacher 64 positions; cut rows to 64 tokens" in (line := refused(capsys, *words))
+    assert not Path(out).exists()
+    assert cli.main([*words, *line.split("command line by ")[1].split()]) == 0
+    assert Store(out).positions == 64
 
 
 def test_refusals_before_the_teacher_is_loaded(

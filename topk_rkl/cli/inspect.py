@@ -21,7 +21,6 @@ Mass is the probability that the teacher gives to the K tokens of a position; en
 them, in nats. A next token inside S at shift 1 is how a sound store looks; the best share at shift 0 or 2 means that
 each position speaks of the wrong token.
 """
-SHIFTS = (0, 1, 2)
 BEST = 5  # tokens shown of each position
 WIDTH = 40  # characters of the longest bar
 
@@ -70,7 +69,7 @@ def figures(store: Any, rows: int) -> dict[str, Any]:
         "folder": str(store.folder), "complete": read_manifest(store.folder).complete, "rows": len(store),
         "shards": len(store.shards), "tokens": store.positions, "bytes": store.bytes,
         "bytes_per_token": store.bytes / store.positions, **store.header.as_dict(), "rows_read": len(read),
-        "empty_slots": 1 - float(filled.mean()), "next_token_in_S": [inside(read, shift) for shift in SHIFTS],
+        "empty_slots": 1 - float(filled.mean()), "next_token_in_S": inside(read),
         "lengths": histogram(lengths), "mass": by_position(masses, positions) if store.header.normalized else None,
         "entropy": by_position(entropies, positions),
     }  # fmt: skip
@@ -90,10 +89,13 @@ def spread(store: Any, rows: int) -> list[Any]:
     return [store[i * len(store) // number] for i in range(number)]
 
 
-def inside(rows: list[Any], shift: int) -> float:
-    """The share of tokens that are in the S of `shift` positions before."""
-    found = [(x.support.ids[: len(x.input_ids) - shift] == x.input_ids[shift:, None]).any(-1) for x in rows]
-    return float(torch.cat(found).double().mean())
+def inside(rows: list[Any]) -> list[float]:
+    """The share of tokens that are in the S of 0, 1 and 2 positions before; NaN where rows have no such tokens."""
+    from topk_rkl.servers.shifts import hits
+
+    found, counted = torch.stack([hits(row.support, row.input_ids) for row in rows]).sum(0).double().unbind(-1)
+    shares: list[float] = (found / counted).tolist()
+    return shares
 
 
 def bucket(
