@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 import torch
@@ -78,9 +79,10 @@ def figures(store: Any, rows: int) -> dict[str, Any]:
 def on_support(
     log_probs: Tensor,  # (T, K)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (T,) each
-    """The share of slots that are filled, the probability of all of them, and the entropy among them."""
+    """The share of slots that are filled, the probability of all of them, and the entropy among them; NaN of none."""
     x = log_probs.double()
-    return (x > -torch.inf).double().mean(-1), x.exp().sum(-1), torch.special.entr(x.softmax(-1)).sum(-1)
+    filled, q = (x > -torch.inf).double().mean(-1), x.softmax(-1)
+    return filled, x.exp().sum(-1).masked_fill(filled == 0, torch.nan), torch.special.entr(q).sum(-1)
 
 
 def spread(store: Any, rows: int) -> list[Any]:
@@ -112,7 +114,8 @@ def by_position(
     positions: Tensor,  # (P,)
 ) -> dict[str, float]:
     """The mean of each bucket of positions; those that are wholly empty do not count."""
-    return {name: float(values[where].nanmean()) for name, where in bucket(positions).items()}
+    means = {name: float(values[where].nanmean()) for name, where in bucket(positions).items()}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def histogram(
