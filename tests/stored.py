@@ -13,7 +13,7 @@ from topk_rkl.support import Support
 
 K, V = 4, 50
 HEADER = Header(K, V, "a teacher", "0" * 64, "some data")
-SHARDS, PER_SHARD = 3, 5
+SHARDS, PER_SHARD = 2, 5
 
 
 def rows(

@@ -1,6 +1,8 @@
 """The command topk-rkl: what it reads, what it prints, and what it refuses in one line."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ from tests.processes import run
 from tests.tiny_teacher import TEXTS
 from topk_rkl import cli
 from topk_rkl.cli import models, refusal
-from topk_rkl.store import Store
+from topk_rkl.store import Header, Row, Store, Writer
+from topk_rkl.support import Support
 
 K = 8
 CHATS = [[{"role": "user", "content": "The sea is"}, {"role": "assistant", "content": "cold."}] for _ in range(3)]
@@ -227,6 +230,37 @@ def test_what_the_teacher_cannot_hold_is_told_with_a_remedy(
     assert cli.main([*words, "--batch-tokens", "40"]) == 0
 
 
+def test_a_disk_that_is_full_is_told_in_a_line_and_the_run_goes_on(
+    teacher: str, texts: str, out: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def full(file: int) -> None:
+        if len(list(Path(out).glob("shard-*"))) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    words = ["extract", teacher, texts, "--out", out, "--k", str(K), "--shard-mb", "0.001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert cli.main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("topk-rkl: error: ") and "No space left on device; make room for it and go on" in line
+    assert len(Store(out, partial=True).shards) == 2
+    assert cli.main(words) == 0 and len(Store(out)) == len(TEXTS)
+
+
+def test_rows_longer_than_the_teacher_has_positions_are_cut_as_advised(
+    teacher: str, texts: str, out: str, capsys: pytest.CaptureFixture
+) -> None:
+    Path(texts).write_text(" ".join(TEXTS))
+    words = ["extract", teacher, texts, "--out", out, "--k", "4"]
+    assert "the teacher 64 positions; cut rows to 64 tokens" in (line := refused(capsys, *words))
+    assert not Path(out).exists()
+    assert cli.main([*words, *line.split("command line by ")[1].split()]) == 0
+    assert Store(out).positions == 64
+
+
 def test_refusals_before_the_teacher_is_loaded(
     teacher: str, texts: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +376,23 @@ def test_inspect_tells_what_the_store_holds(store: str, capsys: pytest.CaptureFi
     assert "next token inside S at shifts 0, 1, 2: {:.3f}, {:.3f}, {:.3f}".format(*found["next_token_in_S"]) in text
 
 
+def test_positions_of_which_the_teacher_said_nothing_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The last one of each row, as other programs write them."""
+    header = Header(k=1, vocab_size=9, teacher="t", tokenizer="h", source="s")
+    support = Support(torch.full((4, 1), 3), torch.full((4, 1), 0.5).log())
+    with Writer(tmp_path / "set", header) as writer:
+        writer.append([Row(torch.full((n,), 3), support[: n - 1].pad(n)) for n in (5, 3)])
+        writer.finish()
+    assert cli.main(["inspect", str(tmp_path / "set"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mass"] == pytest.approx({"0": 0.5, "1": 0.5, "2-3": 0.5}, abs=1e-3)
+    assert found["entropy"] == {"0": 0, "1": 0, "2-3": 0}
+    assert found["empty_slots"] == 0.25 and found["next_token_in_S"] == [1, 1, 1]
+    assert cli.main(["inspect", str(tmp_path / "set")]) == 0
+
+
 def test_inspect_reads_rows_that_are_spread(store: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["inspect", store, "--json", "--rows", "3"]) == 0
     found, opened = json.loads(capsys.readouterr().out), Store(store)
@@ -400,9 +451,6 @@ def test_check_store_finds_what_is_wrong(
 def test_check_store_finds_positions_that_speak_of_the_wrong_token(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from topk_rkl.store import Header, Row, Writer
-    from topk_rkl.support import Support
-
     ids = torch.arange(300)
     for shift, code in ((0, 1), (1, 0), (2, 1)):
         header = Header(k=1, vocab_size=400, teacher="t", tokenizer="h", source="s")

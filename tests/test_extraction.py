@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from tests import tiny_teacher
 from tests.tiny_models import V, rows, tiny
-from topk_rkl.extraction import Extraction, batches, extract, windows
-from topk_rkl.loss import teacher_topk
+from topk_rkl.extraction import Extraction, batches, extract, positions, windows
+from topk_rkl.loss import teacher_topk, topk_reverse_kl
 from topk_rkl.store import Store
 
 K = 8
@@ -192,6 +193,10 @@ REFUSALS = {
     "ids not ints": ({"rows": [{"input_ids": [1.5]}]}, "dtype float64; it must be"),
     "ids above V": ({"rows": [{"input_ids": [1, V]}]}, rf"rows\[0\]\['input_ids'\] holds {V}; .* 0 to {V - 1}"),
     "ids negative": ({"rows": [{"input_ids": [1, -100]}]}, "holds -100"),
+    "a row too long": (
+        {"rows": [*ROWS, {"input_ids": [1] * 65}]},
+        r"rows\[12\] has 65 tokens and the teacher 64 positions; cut rows to 64 tokens, .* --max-length 64",
+    ),
     "mask of other length": ({"rows": [{"input_ids": [1], "loss_mask": [True, False]}]}, r"loss_mask'\] has shape"),
     "mask of ints": ({"rows": [{"input_ids": [1], "loss_mask": [1]}]}, "dtype int64; it must be"),
     "tokenizer": ({"tokenizer": "tiny"}, "tokenizer is 'tiny'; it must have get_vocab"),
@@ -207,6 +212,28 @@ def test_what_cannot_be_done_is_refused_before_a_folder_is_made(name: str, tmp_p
     with pytest.raises((TypeError, ValueError), match=message):
         extract(**given | wrong)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_row_may_have_as_many_tokens_as_the_config_tells(tmp_path: Path) -> None:
+    longest = [{"input_ids": [1] * 64}]
+    for i, family in enumerate(("llama", "gemma3_text")):
+        assert positions(tiny(family).config) == 64
+        assert len(extract(tiny(family), TOKENIZER, longest, tmp_path / str(i), K)) == 1
+    stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    model = tiny(rope_parameters=stretched)
+    assert positions(model.config) is None and positions(PretrainedConfig(vocab_size=V)) is None
+    assert len(extract(model, TOKENIZER, [{"input_ids": [1] * 65}], tmp_path / "long", K)) == 1
+
+
+def test_a_stored_temperature_is_not_applied_again(tmp_path: Path) -> None:
+    """The student's logits alone are divided then."""
+    teacher, student = tiny(), tiny(seed=1)
+    (row,) = extract(teacher, TOKENIZER, ROWS[:1], tmp_path, K, temperature=0.7, dtype="float32")
+    with torch.no_grad():
+        z, w = (model(row.input_ids[None]).logits[0] for model in (student, teacher))
+    found = topk_reverse_kl(z, row.support, temperature=0.7, teacher_temperature=1.0)
+    torch.testing.assert_close(found, topk_reverse_kl(z, w, k=K, temperature=0.7), rtol=1e-4, atol=0)
+    assert abs(topk_reverse_kl(z, row.support, temperature=0.7) / found - 1) > 0.01
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:

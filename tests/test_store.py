@@ -1,7 +1,9 @@
 """Promise: stored sets. What is written is read again bit by bit, and what is not whole is refused by its file."""
 
+import errno
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,15 @@ def test_the_largest_id_and_an_empty_slot_are_kept(folder: Path) -> None:
     row = Store(folder, check="full")[0]
     assert row.input_ids.tolist() == [65_534] and row.support.ids.tolist() == [[65_534, -1, 0]]
     assert row.support.log_probs.tolist() == [[-1.5, -torch.inf, -1.0]] and row.loss_mask is None
+
+
+def test_an_empty_slot_may_have_any_id(folder: Path) -> None:
+    """Programs leave what was in memory there."""
+    support = Support(torch.tensor([[1, V + 7, 2**31 - 1, -9]]), torch.tensor([[-1.0, *[-torch.inf] * 3]]))
+    with Writer(folder, HEADER) as writer:
+        writer.append([Row(torch.tensor([1]), support)])
+        writer.finish()
+    assert Store(folder, check="full")[0].support.ids.tolist() == [[1, -1, -1, -1]]
 
 
 def test_a_row_without_a_mask_beside_others_counts_every_token(folder: Path) -> None:
@@ -369,6 +380,55 @@ def test_a_writer_refuses_another_header_by_its_field(folder: Path, field: str, 
         Writer(folder, replace(HEADER, **{field: other}))
     assert contents(folder) == before
     Writer(folder, HEADER).close()  # the lock was let go
+
+
+def test_a_set_without_rows_takes_another_header(folder: Path) -> None:
+    Writer(folder, replace(HEADER, k=7, source="a typing error")).close()
+    written(folder)
+    assert Store(folder, check="full").header == HEADER
+
+
+def test_hidden_files_are_left_alone(folder: Path) -> None:
+    """Those of a file system, or of a program that has copied the set."""
+    folder.mkdir()
+    for name in (".nfs0001", ".gitattributes"):
+        (folder / name).touch()
+    (folder / ".cache").mkdir()
+    made = written(folder)
+    assert same(Store(folder, check="full")[3], made[3]) and (folder / ".nfs0001").exists()
+
+
+def test_a_full_disk_loses_no_stored_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = rows(12)
+    with Writer(folder, HEADER) as writer:
+        writer.append(made[:5])
+        before = contents(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            with pytest.raises(OSError, match=rf"{SECOND} cannot be written, No space left on device; make room"):
+                writer.append(made[5:])
+        assert contents(folder) == before and writer.rows == 5
+        writer.append(made[5:])
+        writer.finish()
+    assert all(same(a, b) for a, b in zip(Store(folder, check="full"), made, strict=True))
+
+
+def test_a_file_system_without_locks_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(OSError, match="cannot be locked, No locks available; write to a local disk, and copy"):
+        Writer(folder, HEADER)
+    assert not (folder / MANIFEST).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", lambda *_: None)
+        written(folder.parent / "local")
+    shutil.copytree(folder.parent / "local", folder, dirs_exist_ok=True)
+    assert len(Store(folder)) == 12  # reading needs no lock
 
 
 def test_a_writer_refuses_a_folder_that_is_not_its_own(folder: Path) -> None:

@@ -118,6 +118,20 @@ def test_ranks_of_torch_distributed_are_taken(folder: Path, monkeypatch: pytest.
     assert seen(StoreDataset(folder)) == [1, 3]
 
 
+def test_ranks_that_accelerate_divides_once_more_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbered(folder, 4)
+    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    data = StoreDataset(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.state.is_initialized", lambda: True)
+        for call in (lambda: StoreDataset(folder), lambda: list(data)):
+            with pytest.raises(RuntimeError, match=r"the rows of rank 1 among 2 ranks again; give it the Store, or"):
+                call()
+        assert seen(StoreDataset(folder, rank=0, world_size=1)) == [0, 1, 2, 3]
+        assert seen(StoreDataset(folder, rank=1, world_size=2)) == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [({"shuffle": 1}, "shuffle is 1; it must be True or False"), ({"seed": -1}, "seed is -1; it must be from 0"),
@@ -170,7 +184,8 @@ def test_logits_make_a_column_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"pad_token_id": None}, "pad_token_id is None; it must be an int"), ({"pad_token_id": -1}, "pad_token_id is -1"),
+    [({"pad_token_id": None}, "pad_token_id is None; .* where a tokenizer has none, any does, such as 0"),
+     ({"pad_token_id": 0.5}, "pad_token_id is 0.5; it must be an int"), ({"pad_token_id": -1}, "pad_token_id is -1"),
      ({"label_pad": 3}, "label_pad is 3; it must be negative"), ({"max_length": 0}, "max_length is 0"),
      ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0")],
 )  # fmt: skip
@@ -184,13 +199,15 @@ def test_a_collator_refuses_by_name(given: dict[str, Any], message: str) -> None
         Collator(0)([row, row._replace(support=row.support.each(lambda x: x[:, :3]))])
 
 
-def taught(folder: Path, teacher: Any, sequences: list[torch.Tensor], k: int, dtype: str = "float16") -> Store:
+def taught(
+    folder: Path, teacher: Any, sequences: list[torch.Tensor], k: int, dtype: str = "float16", normalized: bool = True
+) -> Store:
     """The answers of a model, written as a user would."""
     vocab = teacher.config.vocab_size
-    with Writer(folder, Header(k, vocab, "tiny", "h", "random", log_probs_dtype=dtype)) as writer:
+    with Writer(folder, Header(k, vocab, "tiny", "h", "random", 1.0, normalized, dtype)) as writer:
         for tokens in sequences:
             with torch.no_grad():
-                support = teacher_topk(teacher(tokens[None]).logits[0], k, normalize=True)
+                support = teacher_topk(teacher(tokens[None]).logits[0], k, normalize=normalized)
             writer.append([Row(tokens, support, torch.arange(len(tokens)) >= 2)])
         writer.finish()
     return Store(folder, check="full")
@@ -221,22 +238,26 @@ def test_a_loss_from_the_set_is_that_of_the_live_teacher(
     assert (gradients[0] - gradients[1]).norm() < bound * gradients[1].norm()
 
 
-@pytest.mark.parametrize("entry", ["hidden", "logits"])
-def test_the_trainer_trains_from_a_set_without_a_teacher(folder: Path, one_thread: None, entry: str) -> None:
+@pytest.mark.parametrize(("entry", "normalized"), [("hidden", True), ("hidden", False), ("logits", True)])
+def test_the_trainer_trains_from_a_set_without_a_teacher(
+    folder: Path, one_thread: None, entry: str, normalized: bool
+) -> None:
+    """From log-probs, or logits; in workers; and it evaluates."""
     student, teacher = tiny("llama", 0), tiny("llama", 1).eval()
-    store = taught(folder, teacher, [torch.randint(3, TINY_V, (n,)) for n in (6, 14, 9, 11)], 8)
+    sequences = [torch.randint(3, TINY_V, (n,)) for n in (6, 14, 9, 11)]
+    store = taught(folder, teacher, sequences, 8, normalized=normalized)
     want = float(live(student, teacher, Collator(0)(list(store)), 8).detach())
     args = TrainingArguments(
         str(folder.parent / "out"), per_device_train_batch_size=4, max_steps=1, logging_steps=1, report_to="none",
-        save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, learning_rate=0.0,
+        save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_num_workers=2, learning_rate=0.0,
     )  # fmt: skip
     trainer = Trainer(
-        student, args, train_dataset=store, data_collator=Collator(0),
+        student, args, train_dataset=store, eval_dataset=store, data_collator=Collator(0),
         compute_loss_func=distill(student, entry=entry),
     )  # fmt: skip
     trainer.train()
     found = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
-    assert abs(found / want - 1) < FLOAT16
+    assert abs(found / want - 1) < FLOAT16 and abs(trainer.evaluate()["eval_loss"] / want - 1) < FLOAT16
 
 
 @pytest.mark.xdist_group("smollm2")

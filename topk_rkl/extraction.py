@@ -58,6 +58,7 @@ def extract(
         model: a causal language model of transformers, on the device where it is to run; put into eval mode.
         tokenizer: a tokenizer of transformers, whose hash the store keeps.
         rows: mappings with "input_ids", T ids, and optionally "loss_mask", T bools: the tokens that a student learns.
+            No row may be longer than the positions that the model's config tells.
         out: a folder that is new or empty, or holds a part of this store.
         k: 1 <= k <= V.
         teacher: the name that the store keeps; None takes the model's own.
@@ -73,6 +74,7 @@ def extract(
 
     Raises:
         TypeError, ValueError: an argument is not as above, the folder holds something else, or the teacher gives NaN.
+        OSError: see `topk_rkl.store.Writer`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {checks.kind_of(model)}; it must be a causal language model, an nn.Module")
@@ -80,8 +82,9 @@ def extract(
     checks.require_flag("progress", progress)
     config: Any = getattr(model, "config", None)
     extraction = Extraction(
-        rows, out, k, tokenizer=tokenizer, vocab_size=vocab_size(config), dtype=dtype, temperature=temperature,
-        teacher=name_of(model) if teacher is None else teacher, batch_tokens=batch_tokens, shard_mb=shard_mb,
+        rows, out, k, tokenizer=tokenizer, vocab_size=vocab_size(config), positions=positions(config), dtype=dtype,
+        temperature=temperature, teacher=name_of(model) if teacher is None else teacher, batch_tokens=batch_tokens,
+        shard_mb=shard_mb,
     )  # fmt: skip
     return extraction.run(model, full_logits=full_logits, progress=progress)
 
@@ -98,6 +101,7 @@ class Extraction:
         tokenizer: Any,
         teacher: str,
         vocab_size: int,
+        positions: int | None = None,
         dtype: LogProbsDtype = "float16",
         temperature: float = 1.0,
         batch_tokens: int = 8192,
@@ -114,6 +118,11 @@ class Extraction:
             raise TypeError(f"out is {checks.seen(out)}; it must be the path of a folder, a str or a pathlib.Path")
         self.rows, self.out, self.temperature = rows, Path(out), float(temperature)
         self.lengths, source = survey(rows, vocab_size)
+        if positions is not None and self.lengths.max() > positions:
+            raise ValueError(
+                f"rows[{self.lengths.argmax()}] has {self.lengths.max()} tokens and the teacher {positions} positions; "
+                f"cut rows to {positions} tokens, on the command line by --max-length {positions}"
+            )
         self.header = Header(
             k=k, vocab_size=vocab_size, teacher=teacher, tokenizer=tokenizer_hash(tokenizer), source=source,
             temperature=self.temperature, normalized=True, log_probs_dtype=dtype,
@@ -204,11 +213,25 @@ def name_of(model: nn.Module) -> str:
 
 def vocab_size(config: Any) -> int:
     """V, as a config of transformers tells it."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None)
+    size = getattr(_of_text(config), "vocab_size", None)
     if not isinstance(size, int):
         raise TypeError("model has no config with a vocab_size; it must be a causal language model of transformers")
     return size
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a row may have; None where a config does not tell, or stretches its rotary embedding."""
+    text = _of_text(config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # that of all layers, or of each kind
+    if any(each.get("rope_type", "default") != "default" for each in kinds):
+        return None
+    size = getattr(text, "max_position_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def _of_text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _is_plain(model: nn.Module, k: int, token: int) -> bool:
@@ -244,7 +267,8 @@ def _from_logits(model: nn.Module, k: int, temperature: float) -> Select:
 def _row(i: int, ids: Tensor, support: Support | None, given: Mapping[str, Any]) -> Row:
     if support is None or support.log_probs.isnan().any():
         raise ValueError(
-            f"the teacher gives NaN in rows[{i}]; load it in bfloat16 or float32, whose range float16 does not have"
+            f"the teacher gives NaN in rows[{i}]; load it in bfloat16 or float32 (--model-dtype), whose range float16 "
+            "does not have"
         )
     mask = given.get("loss_mask")
     return Row(ids, support, None if mask is None else torch.as_tensor(numpy.asarray(mask).astype(bool)))

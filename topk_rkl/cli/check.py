@@ -52,7 +52,7 @@ def check_pair(args: argparse.Namespace) -> int:
 def check_store(args: argparse.Namespace) -> int:
     require_packages("safetensors", *(["transformers"] * bool(args.tokenizer)))
     from topk_rkl.cli import models
-    from topk_rkl.cli.inspect import SHIFTS, inside, spread
+    from topk_rkl.cli.inspect import inside, spread
     from topk_rkl.store import Store
     from topk_rkl.store.files import MANIFEST
 
@@ -65,7 +65,7 @@ def check_store(args: argparse.Namespace) -> int:
         print(error)
         return 1
     rows = spread(store, ROWS)
-    shares = [inside(rows, shift) for shift in SHIFTS]
+    shares = inside(rows)
     told = f"next token inside S at shifts 0, 1, 2: {', '.join(f'{share:.3f}' for share in shares)}"
     if max(shares) > shares[1] + noise(sum(len(row.input_ids) for row in rows)):
         print(f"{args.store}: positions do not speak of the token after them; {told}; write it again")

@@ -66,22 +66,23 @@ def add_to(commands: Any, formatter: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     require_packages(*PACKAGES, *(PACKAGES_OF_GGUF if args.gguf_file else ()))
     from topk_rkl.cli import data, models
-    from topk_rkl.extraction import Extraction, vocab_size
+    from topk_rkl.extraction import Extraction, positions, vocab_size
     from topk_rkl.store import Store
 
     device = models.device(args.device)
     require_ours(args.out)
     with refusing(f"MODEL {args.model}"):
-        vocab = vocab_size(models.config(args.model, args.gguf_file))
+        config = models.config(args.model, args.gguf_file)
+        vocab = vocab_size(config)
     if args.k > vocab:
         raise Refusal(f"--k is {args.k}; it must be at most {vocab}, the vocabulary of {args.model}")
     tokenizer = models.tokenizer(args.model, args.gguf_file)
     read = data.read(args.data, tokenizer, args.text_column, args.max_length, args.limit)
     with refusing():
         extraction = Extraction(
-            read.rows, args.out, args.k, tokenizer=tokenizer, vocab_size=vocab, dtype=args.dtype,
-            teacher="/".join(filter(None, (args.model, args.gguf_file))), temperature=args.temperature,
-            batch_tokens=args.batch_tokens, shard_mb=args.shard_mb,
+            read.rows, args.out, args.k, tokenizer=tokenizer, vocab_size=vocab, positions=positions(config),
+            teacher="/".join(filter(None, (args.model, args.gguf_file))), dtype=args.dtype,
+            temperature=args.temperature, batch_tokens=args.batch_tokens, shard_mb=args.shard_mb,
         )  # fmt: skip
     say(f"{len(read.rows):,} rows, {extraction.tokens:,} tokens: {read.about}")
     if extraction.writer.rows and not extraction.writer.complete:
@@ -100,7 +101,7 @@ def _read_all(args: argparse.Namespace, extraction: Any, device: torch.device) -
 
     model = models.model(args.model, args.gguf_file, args.model_dtype, device)
     try:
-        with refusing(AGAIN.format(**vars(args)), torch.OutOfMemoryError), refusing("", ValueError):
+        with refusing(AGAIN.format(**vars(args)), torch.OutOfMemoryError), refusing("", ValueError, OSError):
             return extraction.run(model, full_logits=args.full_logits, progress=True)
     except KeyboardInterrupt:
         say(f"{extraction.writer.rows:,} rows are written; the same command goes on from there")

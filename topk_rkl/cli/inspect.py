@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ Mass is the probability that the teacher gives to the K tokens of a position; en
 them, in nats. A next token inside S at shift 1 is how a sound store looks; the best share at shift 0 or 2 means that
 each position speaks of the wrong token.
 """
-SHIFTS = (0, 1, 2)
 BEST = 5  # tokens shown of each position
 WIDTH = 40  # characters of the longest bar
 
@@ -70,7 +70,7 @@ def figures(store: Any, rows: int) -> dict[str, Any]:
         "folder": str(store.folder), "complete": read_manifest(store.folder).complete, "rows": len(store),
         "shards": len(store.shards), "tokens": store.positions, "bytes": store.bytes,
         "bytes_per_token": store.bytes / store.positions, **store.header.as_dict(), "rows_read": len(read),
-        "empty_slots": 1 - float(filled.mean()), "next_token_in_S": [inside(read, shift) for shift in SHIFTS],
+        "empty_slots": 1 - float(filled.mean()), "next_token_in_S": inside(read),
         "lengths": histogram(lengths), "mass": by_position(masses, positions) if store.header.normalized else None,
         "entropy": by_position(entropies, positions),
     }  # fmt: skip
@@ -79,9 +79,10 @@ def figures(store: Any, rows: int) -> dict[str, Any]:
 def on_support(
     log_probs: Tensor,  # (T, K)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (T,) each
-    """The share of slots that are filled, the probability of all of them, and the entropy among them."""
+    """The share of slots that are filled, the probability of all of them, and the entropy among them; NaN of none."""
     x = log_probs.double()
-    return (x > -torch.inf).double().mean(-1), x.exp().sum(-1), torch.special.entr(x.softmax(-1)).sum(-1)
+    filled, q = (x > -torch.inf).double().mean(-1), x.softmax(-1)
+    return filled, x.exp().sum(-1).masked_fill(filled == 0, torch.nan), torch.special.entr(q).sum(-1)
 
 
 def spread(store: Any, rows: int) -> list[Any]:
@@ -90,10 +91,13 @@ def spread(store: Any, rows: int) -> list[Any]:
     return [store[i * len(store) // number] for i in range(number)]
 
 
-def inside(rows: list[Any], shift: int) -> float:
-    """The share of tokens that are in the S of `shift` positions before."""
-    found = [(x.support.ids[: len(x.input_ids) - shift] == x.input_ids[shift:, None]).any(-1) for x in rows]
-    return float(torch.cat(found).double().mean())
+def inside(rows: list[Any]) -> list[float]:
+    """The share of tokens that are in the S of 0, 1 and 2 positions before; NaN where rows have no such tokens."""
+    from topk_rkl.servers.shifts import hits
+
+    found, counted = torch.stack([hits(row.support, row.input_ids) for row in rows]).sum(0).double().unbind(-1)
+    shares: list[float] = (found / counted).tolist()
+    return shares
 
 
 def bucket(
@@ -110,7 +114,8 @@ def by_position(
     positions: Tensor,  # (P,)
 ) -> dict[str, float]:
     """The mean of each bucket of positions; those that are wholly empty do not count."""
-    return {name: float(values[where].nanmean()) for name, where in bucket(positions).items()}
+    means = {name: float(values[where].nanmean()) for name, where in bucket(positions).items()}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def histogram(

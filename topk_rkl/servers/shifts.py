@@ -46,20 +46,14 @@ def alignment(
             f"input_ids has shape {checks.shape_of(input_ids)} and support positions {tuple(support.shape)}; both must "
             "be (T,) or both (B, T), with numbers"
         )
-    tokens, length = input_ids.to(support.device), input_ids.shape[-1]
-    shares = {}
-    for shift in SHIFTS:
-        here, then = support[..., : length - shift], tokens[..., shift:]
-        live = (here.ids >= 0) & (here.log_probs != -torch.inf)
-        counts = live.any(-1) & (then >= 0)
-        count = int(counts.sum())
+    counts = hits(support, input_ids.to(support.device)).tolist()
+    for shift, (_, count) in zip(SHIFTS, counts):
         if count < at_least:
             raise ValueError(
                 f"support has {count} positions that count at a shift of {shift}, but at_least is {at_least}; pass "
                 "more tokens, or a smaller at_least where chance matters little"
             )
-        inside = (live & (here.ids == then[..., None])).any(-1)
-        shares[shift] = int((inside & counts).sum()) / count
+    shares = {shift: hit / count for shift, (hit, count) in zip(SHIFTS, counts)}
     if not any(shares.values()):
         raise ValueError(
             "support holds no token of input_ids at any shift; pass the input_ids that the server was asked for, of "
@@ -73,3 +67,18 @@ def alignment(
             f"inside it is {seen}; {REMEDIES[found]}"
         )
     return shares
+
+
+def hits(
+    support: Support,  # (T, K) or (B, T, K)
+    input_ids: Tensor,  # (T,) or (B, T)
+) -> Tensor:  # (3, 2) int64
+    """Per shift of 0, 1 and 2, how many positions hold the token so far after them, and how many count."""
+    found = []
+    for shift in SHIFTS:
+        here, then = support[..., : max(input_ids.shape[-1] - shift, 0)], input_ids[..., shift:]
+        live = (here.ids >= 0) & (here.log_probs != -torch.inf)
+        counts = live.any(-1) & (then >= 0)
+        inside = (live & (here.ids == then[..., None])).any(-1)
+        found.append(torch.stack([(inside & counts).sum(), counts.sum()]))
+    return torch.stack(found)

@@ -17,7 +17,7 @@ class Collator:
     Support.from_dict(batch), batch["labels"])`.
 
     Args:
-        pad_token_id: at padding of input_ids.
+        pad_token_id: at padding of input_ids. Where a tokenizer has none, any id does, such as its eos_token_id.
         label_pad: the label at padding, and where a row's loss_mask is False.
         max_length: longer rows lose what comes after it.
         pad_to_multiple_of: the length of a batch is a multiple of it.
@@ -34,9 +34,12 @@ class Collator:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> None:
-        self.pad_token_id = checks.require_integer("pad_token_id", pad_token_id)
-        if not 0 <= self.pad_token_id <= checks.LARGEST:
-            raise ValueError(f"pad_token_id is {pad_token_id}; it must be an id; where a tokenizer has none, use 0")
+        if pad_token_id is None or not 0 <= checks.require_integer("pad_token_id", pad_token_id) <= checks.LARGEST:
+            raise ValueError(
+                f"pad_token_id is {pad_token_id}; it must be an id: where a tokenizer has none, any does, such as 0, "
+                "since padding has no label"
+            )
+        self.pad_token_id = int(pad_token_id)
         self.label_pad = checks.require_integer("label_pad", label_pad)
         if not -checks.LARGEST <= self.label_pad < 0:
             raise ValueError(f"label_pad is {label_pad}; it must be negative, such as -100: an id would be a label")

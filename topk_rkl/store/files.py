@@ -57,10 +57,15 @@ def shard_metadata(header: Header, index: int) -> dict[str, str]:
 def write_durably(path: Path, data: bytes) -> None:
     """The file appears under its name whole, or not at all, whenever the process or the machine stops."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        told = f"{path} cannot be written, {error.strerror}; make room for it and go on: what is stored stays"
+        raise OSError(error.errno, told) from None
     os.rename(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -121,8 +126,9 @@ def leftovers(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def require_no_foreign(folder: Path) -> None:
+    """Hidden files are those of file systems and of copying programs, such as .nfs0001 and .gitattributes."""
     for path in sorted(folder.iterdir()):
-        if not _is_ours(path.name):
+        if not path.name.startswith(".") and not _is_ours(path.name):
             raise ValueError(f"{path} is no part of a stored set; give a folder of the set's own, or move the file")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from topk_rkl import checks
+from topk_rkl.servers.shifts import hits
 from topk_rkl.store.rows import Row
 from topk_rkl.support import Support
 
@@ -55,7 +56,7 @@ def axolotl(examples: Iterable[Mapping[str, Any]], *, speaks_of: SpeaksOf) -> It
 
 
 def _axolotl(examples: Iterable[Mapping[str, Any]], speaks_of: SpeaksOf) -> Iterator[Row]:
-    hits = torch.zeros(2)  # of the tokens after a position, and of those at it
+    found = torch.zeros(3, 2, dtype=torch.long)  # of the tokens at a position, after it, and one further
     for i, example in enumerate(examples):
         tokens, ids, log_probs, used = (_column(f"examples[{i}]", example, name) for name in AXOLOTL)
         if ids.dim() != 2 or not len(ids) == len(tokens) == len(log_probs) == len(used):
@@ -64,8 +65,8 @@ def _axolotl(examples: Iterable[Mapping[str, Any]], speaks_of: SpeaksOf) -> Iter
                 "columns must have one entry per token"
             )
         support = Support(ids, log_probs.float(), normalized=False).without(~used.bool())
-        hits += torch.stack([_hits(support[:-1], tokens[1:]), _hits(support, tokens)])
-        _require_alignment(hits, speaks_of)
+        found += hits(support, tokens)
+        _require_alignment(found, speaks_of)
         labels = _column(f"examples[{i}]", example, "labels") if "labels" in example else None
         mask = None if labels is None else labels != -100
         yield Row(tokens, support if speaks_of == "next" else _moved(support), mask)
@@ -194,22 +195,16 @@ def _column(where: str, example: Mapping[str, Any], name: str) -> Tensor:
         raise ValueError(f"{where} has a column {name} that is ragged or no numbers; it must be a tensor's") from None
 
 
-def _hits(
-    support: Support,  # (T, K)
-    tokens: Tensor,  # (T,)
-) -> Tensor:  # (): positions whose token is among the slots
-    return (support.ids == tokens[:, None]).any(-1).sum()
-
-
 def _require_alignment(
-    hits: Tensor,  # (2,): of the next tokens, and of their own
+    found: Tensor,  # (3, 2), as `hits` gives them
     speaks_of: SpeaksOf,
 ) -> None:
     """A teacher gives most tokens that come among its best K; those that stand there already it seldom repeats."""
-    ours, other = hits.tolist() if speaks_of == "next" else hits.flip(0).tolist()
+    own, after = found[:2, 0].tolist()
+    ours, other = (after, own) if speaks_of == "next" else (own, after)
     if other >= 64 and other > 2 * ours:
         raise ValueError(
-            f"speaks_of is {speaks_of!r}, but the teacher's K tokens held {int(ours)} tokens so, and {int(other)} the "
+            f"speaks_of is {speaks_of!r}, but the teacher's K tokens held {ours} tokens so, and {other} the "
             f"other way; use speaks_of={'own' if speaks_of == 'next' else 'next'!r}"
         )
 

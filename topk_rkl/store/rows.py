@@ -130,7 +130,7 @@ def _require_stored_support(name: str, x: Support, length: int, header: Header) 
         raise ValueError(
             f"{name}.normalized is {x.normalized} and the header's normalized {header.normalized}; a set holds one kind"
         )
-    highest = int(x.ids.max())
+    highest = int(x.ids.masked_fill(x.log_probs == -torch.inf, -1).max())
     if highest >= header.vocab_size:
         raise ValueError(f"{name}.ids has {highest}; ids must be below the header's vocab_size = {header.vocab_size}")
     _require_storable(f"{name}.log_probs", x.log_probs.masked_fill(x.ids < 0, -torch.inf), header)

@@ -1,6 +1,5 @@
 """Reads a set: shards are mapped into memory, and a row is decoded when it is asked for."""
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -145,7 +144,7 @@ def _mapped(path: Path, shard: Shard, index: int, header: Header) -> Opened:
             tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole file of safetensors ({error}); {AGAIN}") from None
-    if said is None or json.loads(said) != json.loads(files.shard_metadata(header, index)[FORMAT]):
+    if said != files.shard_metadata(header, index)[FORMAT]:
         raise ValueError(f"{path} is a shard of another set, or of another place in it: it says {said}; {AGAIN}")
     want = layout(header, shard.rows, shard.positions)
     if names | {"loss_mask"} != want.keys():

@@ -1,6 +1,7 @@
 """A set as a stream that ranks and workers share: every row once, in the same order for the same seed and epoch."""
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -18,19 +19,21 @@ Uneven = Literal["refuse", "keep", "drop", "repeat"]
 class StoreDataset(IterableDataset[Row]):
     """The rows of one rank, for a DataLoader whose workers share them.
 
-    Trainers that divide rows among ranks themselves, as that of transformers does, take a `Store` instead.
+    Trainers that divide rows among ranks themselves, as accelerate and that of transformers do, take a `Store` instead.
 
     Args:
         store: a `Store`, or the folder of one.
         shuffle: a new order of all rows in each epoch; False keeps that of the set.
         seed: of that order, the same on all ranks.
         rank, world_size: of this process; None takes those of torch.distributed where it is initialised, else 0 and 1.
+            They are refused beside accelerate, which would divide a rank's rows once more.
         uneven: what becomes of rows that ranks cannot share evenly; DDP hangs where ranks have unequal counts.
             "refuse" raises. "keep" gives some ranks one more. "drop" leaves out fewer than world_size rows at the end
             of the order. "repeat" gives the first rows of the order again.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        RuntimeError: accelerate runs on several ranks, and rank is None; at the first iteration too.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class StoreDataset(IterableDataset[Row]):
         checks.require_one_of("uneven", uneven, get_args(Uneven))
         self.seed = _require_counted("seed", seed)
         self.rank, self.world_size = _place(rank, world_size)
+        self._asked_for = rank is not None
+        self._require_undivided()
         self.store = store if isinstance(store, Store) else Store(store)
         self.shuffle, self.uneven = shuffle, uneven
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay see a new epoch
@@ -67,10 +72,21 @@ class StoreDataset(IterableDataset[Row]):
         return len(self._mine())
 
     def __iter__(self) -> Iterator[Row]:
+        self._require_undivided()
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in self._order()[self._mine()][first::step].tolist():
             yield self.store[index]
+
+    def _require_undivided(self) -> None:
+        """Accelerate divides what is iterable among ranks, whether or not it is divided already."""
+        state = sys.modules.get("accelerate.state")
+        if self.world_size > 1 and not self._asked_for and state is not None and state.is_initialized():
+            raise RuntimeError(
+                f"accelerate, on which the Trainer of transformers runs, would divide the rows of rank {self.rank} "
+                f"among {self.world_size} ranks again; give it the Store, or StoreDataset(..., rank=0, world_size=1). "
+                f"Where it does not prepare this loader, pass rank={self.rank}, world_size={self.world_size}"
+            )
 
     def _order(self) -> torch.Tensor:  # (rows,)
         """Of all rows: those of all ranks, so that they share one."""

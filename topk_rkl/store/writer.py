@@ -26,12 +26,13 @@ class Writer:
 
     Args:
         folder: of the set alone; it is made where it is not there.
-        header: that of all rows; where the set is there already, the same.
+        header: that of all rows; where some are stored already, the same.
 
     Raises:
         TypeError, ValueError: an argument is not as above, the folder holds other files, its set has another header,
             or one of its shards is damaged.
         BlockingIOError: another writer has the folder open.
+        OSError: the folder cannot be written to or locked, or there is no room. What is stored stays.
         ModuleNotFoundError: safetensors is not installed.
     """
 
@@ -114,12 +115,15 @@ class Writer:
 
     def _found(self, header: Header) -> Manifest:
         """The manifest of the set that is there, without what a stopped writer left; a new one where there is none."""
-        if not (self.folder / MANIFEST).exists():
+        there = (self.folder / MANIFEST).exists()
+        if not there:
             self._require_new()
+        manifest = files.read_manifest(self.folder) if there else Manifest(header)
+        if manifest.shards:
+            require_same_header(f"the set in {self.folder}", manifest.header, header)
+        elif not there or manifest.header != header:  # a set without rows is of any header
             manifest = Manifest(header)
             files.write_durably(self.folder / MANIFEST, manifest.text().encode())
-        manifest = files.read_manifest(self.folder)
-        require_same_header(f"the set in {self.folder}", manifest.header, header)
         files.require_sizes(self.folder, manifest.shards)
         for path in files.leftovers(self.folder, manifest):
             path.unlink()
@@ -153,4 +157,8 @@ def _locked(folder: Path) -> IO[bytes]:
         raise BlockingIOError(
             f"another writer has {folder} open; wait for it to end, or give each writer a folder of its own"
         ) from None
+    except OSError as error:
+        file.close()
+        told = f"{folder} cannot be locked, {error.strerror}; write to a local disk, and copy the finished set"
+        raise OSError(error.errno, told) from None
     return file
