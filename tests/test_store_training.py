@@ -111,17 +111,23 @@ def test_workers_that_stay_see_a_new_epoch(folder: Path) -> None:
     assert found[0] == found[2] != found[1]
 
 
-def test_ranks_of_torch_distributed_are_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbered(folder, 4)
+@pytest.fixture
+def rank_1_of_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch.distributed, without accelerate, which a Trainer of another test may have started."""
     for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr("accelerate.state.is_initialized", lambda: False)
+
+
+@pytest.mark.usefixtures("rank_1_of_2")
+def test_ranks_of_torch_distributed_are_taken(folder: Path) -> None:
+    numbered(folder, 4)
     assert seen(StoreDataset(folder)) == [1, 3]
 
 
+@pytest.mark.usefixtures("rank_1_of_2")
 def test_ranks_that_accelerate_divides_once_more_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(folder, 4)
-    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     data = StoreDataset(folder)
     with monkeypatch.context() as patch:
         patch.setattr("accelerate.state.is_initialized", lambda: True)

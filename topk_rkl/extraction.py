@@ -33,8 +33,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 def extract(
     model: nn.Module,
-    tokenizer: Any,
-    rows: Rows,
+    tokenizer: object,
+    rows: Sequence[Mapping[str, object]],
     out: str | Path,
     k: int,
     *,

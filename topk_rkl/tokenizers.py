@@ -214,8 +214,8 @@ class TokenizerReport:
 
 
 def check_tokenizers(
-    student: Any,
-    teacher: Any,
+    student: object,
+    teacher: object,
     *,
     student_vocab: int | None = None,
     teacher_vocab: int | None = None,

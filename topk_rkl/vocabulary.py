@@ -100,7 +100,7 @@ def read_vocabulary(
     return Vocabulary(strings, spelled, frozenset(special), roles, markers, spelling, logits=size, beyond=beyond)
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: object) -> str:
     """The SHA-256, in hexadecimal, of the tokens with their ids.
 
     Tokenizers of one hash give ids the same meaning, whether fast or slow and whatever their roles, chat template or

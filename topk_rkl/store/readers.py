@@ -34,7 +34,7 @@ NONE_AT_ALL = -1_000.0  # Megatron's log-prob of an empty slot is -1e3 or -1e4, 
 TAR = re.compile(r"(cp\d+_)?dp\d+__(\d+-)?(?P<last>\d+)\.tar")  # later versions count samples, from first to last
 
 
-def axolotl(examples: Iterable[Mapping[str, Any]], *, speaks_of: SpeaksOf) -> Iterator[Row]:
+def axolotl(examples: Iterable[Mapping[str, object]], *, speaks_of: SpeaksOf) -> Iterator[Row]:
     """Rows of axolotl's columns input_ids, target_token_ids, target_logprobs and target_mask, and labels if there.
 
     Its versions differ: entry t of the teacher's columns speaks of the token after position t, or of token t itself.
@@ -72,7 +72,7 @@ def _axolotl(examples: Iterable[Mapping[str, Any]], speaks_of: SpeaksOf) -> Iter
         yield Row(tokens, support if speaks_of == "next" else _moved(support), mask)
 
 
-def distillkit(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> Iterator[Row]:
+def distillkit(folder: str | os.PathLike[str], config: Mapping[str, object]) -> Iterator[Row]:
     """Rows of the parquet files that DistillKit's sampler writes, where it kept all K log-probs exactly.
 
     Args:
@@ -94,14 +94,14 @@ def distillkit(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> Ite
             f"{config.get('polynomial_terms')} and residual_bins = {config.get('residual_bins')}; log-probs are only "
             "read where exact_k is k: others are approximated, which DistillKit's own LogprobCompressor undoes"
         )
-    dtype = config.get("exact_dtype", "float32")
+    dtype: Any = config.get("exact_dtype", "float32")
     checks.require_one_of("config['exact_dtype']", dtype, ("float16", "bfloat16", "float32", "float64"))
     parquet = _arrow("pyarrow.parquet")
     path = Path(folder)
     found = sorted(path.glob("*.parquet"), key=_number) if path.is_dir() else [path]
     if not found or not found[0].is_file():
         raise FileNotFoundError(f"{path} has no parquet file; folder must be that of DistillKit's output")
-    return _distillkit(parquet, found, k, d, getattr(torch, dtype), config.get("delta_encoding", True))
+    return _distillkit(parquet, found, k, d, getattr(torch, dtype), bool(config.get("delta_encoding", True)))
 
 
 def _distillkit(parquet: Any, paths: list[Path], k: int, d: int, dtype: torch.dtype, deltas: bool) -> Iterator[Row]:
