@@ -393,6 +393,17 @@ def test_positions_of_which_the_teacher_said_nothing_do_not_count(
     assert cli.main(["inspect", str(tmp_path / "set")]) == 0
 
 
+def test_json_of_rows_of_one_token_has_null_where_no_token_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    header = Header(k=1, vocab_size=9, teacher="t", tokenizer="h", source="s")
+    with Writer(tmp_path / "set", header) as writer:
+        writer.append([Row(torch.tensor([3]), Support(torch.tensor([[3]]), torch.tensor([[-0.5]])))])
+        writer.finish()
+    assert cli.main(["inspect", str(tmp_path / "set"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["next_token_in_S"] == [1, None, None]
+
+
 def test_inspect_reads_rows_that_are_spread(store: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["inspect", store, "--json", "--rows", "3"]) == 0
     found, opened = json.loads(capsys.readouterr().out), Store(store)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(shown(store, args.row, args.tokenizer, args.gguf_file))
         return 0
     found = figures(store, args.rows)
-    print(json.dumps(found) if args.json else report(found))
+    print(json.dumps(found | {"next_token_in_S": numbers(found["next_token_in_S"])}) if args.json else report(found))
     return 0
 
 
@@ -122,6 +122,11 @@ def histogram(
     lengths: Tensor,  # (N,)
 ) -> dict[str, int]:
     return {name: int(where.sum()) for name, where in bucket(lengths).items()}
+
+
+def numbers(shares: list[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(share) else share for share in shares]
 
 
 def report(found: dict[str, Any]) -> str:
