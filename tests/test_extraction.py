@@ -181,7 +181,7 @@ REFUSALS = {
     "k above V": ({"k": V + 1}, f"k is {V + 1}; it must be between 1 and V = {V}"),
     "dtype": ({"dtype": "int8"}, "dtype is 'int8'; use one of float16, bfloat16, float32"),
     "temperature": ({"temperature": 0.0}, "temperature is 0.0"),
-    "batch_tokens": ({"batch_tokens": 0}, "batch_tokens is 0; it must be at least 1"),
+    "batch_tokens": ({"batch_tokens": 0}, "batch_tokens is 0; it must be a positive int"),
     "shard_mb": ({"shard_mb": -1}, "shard_mb is -1; it must be positive"),
     "no rows": ({"rows": []}, "rows is a list of 0 items; it must be a list of at least one row"),
     "rows an iterator": ({"rows": iter(ROWS)}, "rows is a list_iterator; it must be a list"),

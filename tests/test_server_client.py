@@ -394,7 +394,7 @@ REFUSALS: dict[str, tuple[Callable[[Server], object], type[Exception], str]] = {
         ValueError,
         r"input_ids\[0\] has shape \(2, 2\); it must be \(T,\)",
     ),
-    "k 0": (lambda x: x.score([[1]], 0), ValueError, "k is 0; it must be positive"),
+    "k 0": (lambda x: x.score([[1]], 0), ValueError, "k is 0; it must be a positive int"),
     "k None": (lambda x: x.teacher(None), TypeError, "k is None; it must be an int"),
     "fewer ids": (lambda x: x.score_ids([[1], [2]], [X]), ValueError, "ids has 1 tensors and input_ids 2 prompts"),
     "ids of other positions": (
@@ -447,7 +447,7 @@ def test_errors(name: str, vllm: StandIn) -> None:
         ({"url": "localhost:8000"}, "url is 'localhost:8000'; it must begin with http:// or https://"),
         ({"url": "http:///v1"}, "name a host"),
         ({"model": ""}, "model is ''; it must be a str"),
-        ({"concurrency": 0}, "concurrency is 0; it must be positive"),
+        ({"concurrency": 0}, "concurrency is 0; it must be a positive int"),
         ({"concurrency": 2000}, "concurrency is 2000; it must be at most 1024"),
         ({"timeout": 1e30}, "timeout is 1e.30; it must be at most 9223372036 seconds"),
         ({"retries": -1}, "retries is -1; it must not be negative"),

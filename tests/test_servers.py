@@ -135,7 +135,7 @@ REFUSALS = {
     "at_least": (
         lambda: alignment(truth(), torch.zeros(5, dtype=torch.int64), at_least=0),
         ValueError,
-        "at_least is 0; it must be at least 1",
+        "at_least is 0; it must be a positive int",
     ),
 }
 

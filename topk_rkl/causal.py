@@ -52,9 +52,7 @@ def _denominator(
     world_size: int,
     student: Tensor,  # (B, T, V) or (B, T, H)
 ) -> float | Tensor | None:
-    world_size = checks.require_integer("world_size", world_size)
-    if not 1 <= world_size <= checks.LARGEST:
-        raise ValueError(f"world_size is {world_size}; it must be a positive int of at most 64 bits")
+    world_size = checks.require_positive_integer("world_size", world_size)
     if num_items_in_batch is None:
         if world_size > 1:
             raise ValueError(

@@ -95,14 +95,16 @@ def require_integers(name: str, values: object) -> list[int]:
         raise TypeError(f"{name} is {seen(values)}; it must be a sequence of ints or an integer tensor") from None
 
 
-def require_count(name: str, value: object) -> int | None:
-    """A positive int, or None."""
-    if value is None:
-        return None
+def require_positive_integer(name: str, value: object) -> int:
     value = require_integer(name, value)
     if not 1 <= value <= LARGEST:
-        raise ValueError(f"{name} is {value}; it must be a positive int of at most 64 bits, or None")
+        raise ValueError(f"{name} is {value}; it must be a positive int of at most 64 bits")
     return value
+
+
+def require_count(name: str, value: object) -> int | None:
+    """A positive int, or None."""
+    return None if value is None else require_positive_integer(name, value)
 
 
 def require_k(k: object, vocab: int, name: str) -> int:

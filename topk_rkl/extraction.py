@@ -107,13 +107,13 @@ class Extraction:
         batch_tokens: int = 8192,
         shard_mb: float = 64.0,
     ) -> None:
-        k = _require_count("k", k)
+        k = checks.require_positive_integer("k", k)
         if k > vocab_size:
             raise ValueError(f"k is {k}; it must be between 1 and V = {vocab_size}, the teacher's vocabulary")
         checks.require_one_of("dtype", dtype, get_args(LogProbsDtype))
         checks.require_temperature(temperature)
         checks.require_positive("shard_mb", shard_mb)
-        self.batch_tokens = _require_count("batch_tokens", batch_tokens)
+        self.batch_tokens = checks.require_positive_integer("batch_tokens", batch_tokens)
         if not isinstance(out, (str, os.PathLike)):
             raise TypeError(f"out is {checks.seen(out)}; it must be the path of a folder, a str or a pathlib.Path")
         self.rows, self.out, self.temperature = rows, Path(out), float(temperature)
@@ -297,13 +297,6 @@ def _require_row(name: str, row: Any, vocab_size: int) -> tuple[Any, Any]:
             f"{name}['loss_mask'] has shape {mask.shape} and dtype {mask.dtype}; it must be {ids.shape} bool, as ids"
         )
     return ids, mask
-
-
-def _require_count(name: str, value: object) -> int:
-    value = checks.require_integer(name, value)
-    if not 1 <= value <= checks.LARGEST:
-        raise ValueError(f"{name} is {value}; it must be at least 1, an int of at most 64 bits")
-    return value
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -1,6 +1,7 @@
 """`topk-rkl check`: whether two tokenizers agree, or a store is whole. Exit code 1 where something is wrong."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,25 @@ OF_STORE = "compare the files of a store with its manifest, and each position wi
 def add_to(commands: Any, formatter: Any) -> None:
     command = commands.add_parser("check", help=ABOUT, description=ABOUT.capitalize(), formatter_class=formatter)
     kinds = command.add_subparsers(title="what to check", required=True, metavar="WHAT")
-    pair = kinds.add_parser(
-        "tokenizers", help=OF_TOKENIZERS, description=OF_TOKENIZERS.capitalize(), formatter_class=formatter,
-        epilog="example:\n  topk-rkl check tokenizers Qwen/Qwen3-0.6B Qwen/Qwen3-8B",
-    )  # fmt: skip
+
+    def kind(name: str, about: str, words: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        example, told = f"example:\n  topk-rkl check {name} {words}", about.capitalize()
+        made: argparse.ArgumentParser = kinds.add_parser(
+            name, help=about, description=told, epilog=example, formatter_class=formatter
+        )
+        made.set_defaults(run=run)
+        return made
+
+    pair = kind("tokenizers", OF_TOKENIZERS, "Qwen/Qwen3-0.6B Qwen/Qwen3-8B", check_pair)
     pair.add_argument("student", metavar="STUDENT", help="a folder, or a name for from_pretrained of transformers")
     pair.add_argument("teacher", metavar="TEACHER", help="the same of the teacher")
     pair.add_argument("--student-gguf", metavar="NAME", help="a GGUF file within STUDENT")
     pair.add_argument("--teacher-gguf", metavar="NAME", help="a GGUF file within TEACHER")
-    pair.set_defaults(run=check_pair)
-    store = kinds.add_parser(
-        "store", help=OF_STORE, description=OF_STORE.capitalize(), formatter_class=formatter,
-        epilog="example:\n  topk-rkl check store ./store --full --tokenizer Qwen/Qwen3-0.6B",
-    )  # fmt: skip
+    store = kind("store", OF_STORE, "./store --full --tokenizer Qwen/Qwen3-0.6B", check_store)
     store.add_argument("store", metavar="DIR", help="a finished store")
     store.add_argument("--tokenizer", metavar="MODEL", help="the student, whose ids must be those of the store")
     store.add_argument("--gguf-file", metavar="NAME", help="a GGUF file within MODEL")
     store.add_argument("--full", action="store_true", help="reads every file, and compares its hash")
-    store.set_defaults(run=check_store)
 
 
 def check_pair(args: argparse.Namespace) -> int:

@@ -19,7 +19,6 @@ from topk_rkl.servers.prompts import (
     packed,
     require_batch,
     require_ids,
-    require_positive_integer,
     require_prompts,
     taken,
 )
@@ -84,7 +83,7 @@ class Server(ABC):
         api_key: str | None = None,
         progress: bool = False,
     ) -> None:
-        self.concurrency = require_positive_integer("concurrency", concurrency)
+        self.concurrency = checks.require_positive_integer("concurrency", concurrency)
         if self.concurrency > MOST_THREADS:
             raise ValueError(f"concurrency is {concurrency}; it must be at most {MOST_THREADS}, a thread per request")
         checks.require_flag("progress", progress)
@@ -108,7 +107,7 @@ class Server(ABC):
             TypeError, ValueError: an argument is not as above.
             ScoringError: the server refused a prompt, or did not answer.
         """
-        prompts, k = require_prompts(input_ids), require_positive_integer("k", k)
+        prompts, k = require_prompts(input_ids), checks.require_positive_integer("k", k)
         return self._all([partial(self._top, prompt, k) for prompt in prompts])
 
     def score_ids(self, input_ids: Sequence[Sequence[int]], ids: Sequence[Tensor]) -> list[Support]:
@@ -137,7 +136,7 @@ class Server(ABC):
             A function of a batch: `input_ids`, (B, T) integers, and `attention_mask`, (B, T), where there is padding on
             either side. It gives a support of (B, T, K) on their device, empty at padding.
         """
-        return partial(self._batch, k=require_positive_integer("k", k))
+        return partial(self._batch, k=checks.require_positive_integer("k", k))
 
     def close(self) -> None:
         """Closes the connections. A later call opens others."""

@@ -1,8 +1,8 @@
 """llama.cpp: its own server, which gives ids, and llama-cpp-python, which gives strings."""
 
+from topk_rkl import checks
 from topk_rkl.servers.answers import chosen, field, require_answer
 from topk_rkl.servers.openai import echoed, generated, of_chat
-from topk_rkl.servers.rows import require_wanted
 from topk_rkl.servers.strings import Ambiguous, Inverter
 from topk_rkl.support import Support
 
@@ -40,7 +40,7 @@ def from_llama_cpp(
         ValueError: as `from_openai`; `post_sampling_probs` were asked for, the server is too old to give ids, or rows
             are missing.
     """
-    k = require_wanted(k)
+    k = checks.require_positive_integer("k", k)
     inverter = Inverter(tokenizer, ambiguous)
     require_answer(answer, "choices", NATIVE)
     rows = field(answer, NATIVE)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from topk_rkl import checks
 from topk_rkl.servers.answers import chosen, field, require_answer, require_rows
-from topk_rkl.servers.rows import Rows, after, require_wanted
+from topk_rkl.servers.rows import Rows, after
 from topk_rkl.servers.strings import Ambiguous, Inverter
 from topk_rkl.support import Support
 
@@ -28,7 +29,7 @@ def from_openai(
         answer: decoded JSON, or an object of the openai package.
         k: at most the number that was asked for: `logprobs=k`, or `top_logprobs=k` in a chat.
         tokenizer: the teacher's, of transformers, where tokens are strings. `token_id:N`, a field `id`, and bytes of a
-            part of a character are read first. Its strings are worked out once, in about a second per 50,000 ids.
+            part of a character are read first. Its strings are worked out once.
         choice: which one, where the answer has several.
         ambiguous: "refuse" raises where a string is not that of one id alone, or is empty as special tokens are; "drop"
             makes an empty slot of it.
@@ -40,7 +41,7 @@ def from_openai(
     Raises:
         ValueError: as `from_vllm`; the message names the position and the string that has no id of its own.
     """
-    k = require_wanted(k)
+    k = checks.require_positive_integer("k", k)
     inverter = Inverter(tokenizer, ambiguous)
     require_answer(answer, "choices")
     rows = generated(chosen(answer, choice), inverter)

@@ -105,9 +105,3 @@ def require_batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             f"attention_mask has the value {int(mask.max())}, as packed rows have; pad rows instead of packing them"
         )
     return ids, kept
-
-
-def require_positive_integer(name: str, value: object) -> int:
-    value = checks.require_integer(name, value)
-    checks.require_positive(name, value)
-    return value

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topk_rkl import checks
 from topk_rkl.rows import repeats
 from topk_rkl.support import LARGEST_LOG_SUM, Support
 
@@ -151,14 +150,6 @@ def _require_numbers(
         )
     if ids.numel() and int(ids.max()) > LARGEST_ID:
         raise ValueError(f"answer: {name} has the id {int(ids.max())}, which is no int32")
-
-
-def require_wanted(k: object) -> int:
-    """K, as an int, of a server that knows more or fewer tokens."""
-    k = checks.require_integer("k", k)
-    if not 1 <= k <= LARGEST_ID:
-        raise ValueError(f"k is {k}; it must be a positive int, the number of tokens per position, such as k=32")
-    return k
 
 
 def after(

@@ -6,7 +6,7 @@ import torch
 
 from topk_rkl import checks
 from topk_rkl.servers.answers import Part, field, raw, require_answer, require_part, require_rows, require_start
-from topk_rkl.servers.rows import Rows, after, best, flat, require_wanted
+from topk_rkl.servers.rows import Rows, after, best, flat
 from topk_rkl.support import Support
 
 TOP, SCORED = "{}_top_logprobs", "{}_token_ids_logprobs"
@@ -43,7 +43,7 @@ def from_sglang(
     Raises:
         ValueError: as `from_vllm`.
     """
-    k = require_wanted(k)
+    k = checks.require_positive_integer("k", k)
     require_part(part)
     checks.require_flag("scored", scored)
     start = require_start(start)

@@ -38,9 +38,7 @@ def alignment(
     """
     require_support("support", support)
     checks.require_tensor("input_ids", input_ids, checks.INTEGERS)
-    at_least = checks.require_integer("at_least", at_least)
-    if at_least < 1:
-        raise ValueError(f"at_least is {at_least}; it must be at least 1")
+    at_least = checks.require_positive_integer("at_least", at_least)
     if support.shape != input_ids.shape or input_ids.dim() not in (1, 2) or input_ids.is_meta or support.ids.is_meta:
         raise ValueError(
             f"input_ids has shape {checks.shape_of(input_ids)} and support positions {tuple(support.shape)}; both must "

@@ -2,7 +2,7 @@
 
 from topk_rkl import checks
 from topk_rkl.servers.answers import array, field, require_answer, require_rows
-from topk_rkl.servers.rows import Rows, after, best, require_wanted
+from topk_rkl.servers.rows import Rows, after, best
 from topk_rkl.support import Support
 
 
@@ -23,7 +23,7 @@ def from_tinker(answer: object, k: int) -> Support:
     Raises:
         ValueError: as `from_vllm`.
     """
-    k = require_wanted(k)
+    k = checks.require_positive_integer("k", k)
     names = ("topk_prompt_logprobs_np", "topk_prompt_logprobs")
     require_answer(answer, *names, "sequences")
     remedy = f"ask for topk_prompt_logprobs={k}"

@@ -1,7 +1,7 @@
 """TensorRT-LLM: the results of its LLM API."""
 
+from topk_rkl import checks
 from topk_rkl.servers.answers import Part, chosen, field, require_answer, require_part, require_rows
-from topk_rkl.servers.rows import require_wanted
 from topk_rkl.servers.vllm import from_dicts
 from topk_rkl.support import Support
 
@@ -32,7 +32,7 @@ def from_trtllm(
     Raises:
         ValueError: as `from_vllm`.
     """
-    k = require_wanted(k)
+    k = checks.require_positive_integer("k", k)
     require_part(part)
     require_answer(answer, "outputs")
     output = chosen(answer, choice, "outputs")

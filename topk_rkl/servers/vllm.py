@@ -19,7 +19,7 @@ from topk_rkl.servers.answers import (
     require_rows,
     require_start,
 )
-from topk_rkl.servers.rows import Rows, after, flat, ranked, require_wanted
+from topk_rkl.servers.rows import Rows, after, flat, ranked
 from topk_rkl.servers.strings import Inverter
 from topk_rkl.support import Support
 
@@ -57,7 +57,7 @@ def from_vllm(
         ValueError: the answer is an error of the server, whose message is given; it lacks the log-probs; a log-prob is
             NaN, or the numbers are logits; no position has K tokens; a token is a string instead of `token_id:N`.
     """
-    k = require_wanted(k)
+    k = checks.require_positive_integer("k", k)
     require_part(part)
     require_answer(answer, "choices", "outputs", "prompt_logprobs")
     if part == "response":
